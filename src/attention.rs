@@ -1,0 +1,202 @@
+//! Attention as a language model calls it: dense for the prompt, sparse for every token after.
+
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+use crate::cache::PqKvCache;
+use crate::config::{PqConfig, Selection};
+use crate::ops::{self, Attended, Geometry, Selected};
+
+/// Causal self-attention over a [`PqKvCache`].
+///
+/// One serves all layers of a model; each layer has a cache of its own.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_pq_attn::{PqAttention, PqConfig};
+///
+/// let (b, h, h_kv, head_dim) = (1, 8, 2, 64);
+/// let attn = PqAttention::new(PqConfig::default(), 1.0 / (head_dim as f32).sqrt())?;
+/// let mut cache = attn.new_cache([b, h_kv, head_dim], 1024, DType::F32, &Device::Cpu)?;
+/// let random = |heads, s| Tensor::randn(0f32, 1., (b, heads, s, head_dim), &Device::Cpu);
+///
+/// // the prompt, dense
+/// let out = attn.forward(&random(h, 1000)?, &random(h_kv, 1000)?, &random(h_kv, 1000)?, &mut cache)?;
+/// assert_eq!(out.dims(), [b, h, 1000, head_dim]);
+/// // one more token, sparse
+/// let out = attn.forward(&random(h, 1)?, &random(h_kv, 1)?, &random(h_kv, 1)?, &mut cache)?;
+/// assert_eq!(out.dims(), [b, h, 1, head_dim]);
+/// # candle_core::Result::Ok(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct PqAttention {
+    config: PqConfig,
+    scale: f32,
+}
+
+impl PqAttention {
+    /// Attention with `softmax(scale · q kᵀ)`; `scale` is `1 / sqrt(head_dim)` in most models.
+    ///
+    /// # Errors
+    /// A `scale` that is not finite.
+    pub fn new(config: PqConfig, scale: f32) -> Result<Self> {
+        if !scale.is_finite() {
+            bail!("PqAttention: scale: expected a finite number, got {scale}");
+        }
+        Ok(Self { config, scale })
+    }
+
+    /// The config of its selection.
+    pub fn config(&self) -> &PqConfig {
+        &self.config
+    }
+
+    /// A cache for one layer: `[batch, kv_heads, head_dim]`, with room for `capacity` keys; see [`PqKvCache::new`].
+    ///
+    /// # Errors
+    /// A config that does not suit `head_dim`, or a dtype other than f32, f16 and bf16.
+    pub fn new_cache(&self, dims: [usize; 3], capacity: usize, dtype: DType, device: &Device) -> Result<PqKvCache> {
+        PqKvCache::new(self.config.clone(), dims, capacity, dtype, device)
+    }
+
+    /// Appends `keys` and `values` to the cache and attends to it, causally.
+    ///
+    /// With `s = 1` (decode) attention is sparse, but dense while [`PqConfig::is_dense`] says so; with a longer `s`
+    /// (prefill, whole or in chunks) it is dense.
+    ///
+    /// # Shapes
+    /// - `query`: `[b, h, s, head_dim]`, `keys` and `values`: `[b, h_kv, s, head_dim]`, `h` a multiple of `h_kv`, any
+    ///   strides; position embeddings already applied
+    /// - returns `[b, h, s, head_dim]`, the dtype of the query
+    ///
+    /// # Errors
+    /// Shapes, dtypes or devices that do not fit the cache, a cache made with another config, or no queries (`s = 0`).
+    /// The cache is then as before.
+    pub fn forward(&self, query: &Tensor, keys: &Tensor, values: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
+        self.append_and(query, keys, values, cache, Self::sparse_decode)
+    }
+
+    /// As [`forward`](Self::forward), but dense for every `s`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_dense(
+        &self,
+        query: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        cache: &mut PqKvCache,
+    ) -> Result<Tensor> {
+        self.append_and(query, keys, values, cache, Self::dense_decode)
+    }
+
+    fn append_and(
+        &self,
+        query: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        cache: &mut PqKvCache,
+        decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Attended>,
+    ) -> Result<Tensor> {
+        self.check(query, keys, cache)?;
+        let before = cache.len();
+        cache.append(keys, values)?;
+        let out = match query.dims()[2] {
+            1 => decode(self, query, cache).map(|attended| attended.out),
+            _ => self.prefill(query, cache),
+        };
+        if out.is_err() {
+            cache.truncate(before)?;
+        }
+        out
+    }
+
+    fn check(&self, query: &Tensor, keys: &Tensor, cache: &PqKvCache) -> Result<()> {
+        let [b, h_kv, head_dim] = cache.dims();
+        if cache.config() != &self.config {
+            bail!("PqAttention: cache: expected one made with this attention's config, got {:?}", cache.config());
+        }
+        let expected = format!("[{b}, a multiple of {h_kv}, s >= 1, {head_dim}]");
+        match *query.dims() {
+            [qb, h, s, qd] if qb == b && h > 0 && h.is_multiple_of(h_kv) && s > 0 && qd == head_dim => {
+                match *keys.dims() {
+                    [_, _, ks, _] if ks != s => bail!("PqAttention: keys: expected s = {s} as the query, got {ks}"),
+                    _ => Ok(()),
+                }
+            }
+            _ => bail!("PqAttention: query: expected {expected}, got {:?}", query.dims()),
+        }
+    }
+
+    /// One query a head over the whole cache.
+    fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
+        ops::dense_attend(query, &cache.keys()?, &cache.values()?, self.scale)
+    }
+
+    /// One query a head over the keys that matter to it.
+    fn sparse_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
+        if self.config.is_dense(cache.len()) {
+            return self.dense_decode(query, cache);
+        }
+        match self.select(query, cache)? {
+            Some(selected) => ops::sparse_attend(query, &cache.keys()?, &cache.values()?, &selected, self.scale),
+            None => self.dense_decode(query, cache),
+        }
+    }
+
+    /// Scores the candidates and lists what to attend to; None while there is no codebook.
+    fn select(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Option<Selected>> {
+        let ([_, h_kv, _], n) = (cache.dims(), cache.len());
+        let Some((codebook, codes)) = cache.index()? else { return Ok(None) };
+        let scores = ops::score(query, &codes, &codebook.centroids()?)?;
+        let scores = match self.config.selection {
+            Selection::PerQueryHead => scores,
+            Selection::PerKvHead => ops::group_mass(&scores, h_kv, self.scale)?,
+        };
+        let heavy = ops::topk(&scores, self.config.heavy.count(n))?;
+        let geometry = Geometry {
+            n,
+            sink: self.config.sink,
+            window: self.config.window,
+            init_offset: self.config.candidates(n).start,
+        };
+        ops::indices_and_weights(&heavy, geometry).map(Some)
+    }
+
+    /// Dense causal attention of the last `s` positions, by matmuls over blocks of queries of one KV head at a time,
+    /// so that memory stays bounded for any length and K and V are read once for all query heads of the group.
+    fn prefill(&self, query: &Tensor, cache: &PqKvCache) -> Result<Tensor> {
+        let ([b, h_kv, head_dim], n) = (cache.dims(), cache.len());
+        let (_, h, s, _) = query.dims4()?;
+        let group = h / h_kv;
+        let outs: Result<Vec<_>> = (0..h_kv)
+            .map(|kv| {
+                // Candle's CPU has no matmul for bf16, and f16 scores would lose digits: f32 throughout.
+                let keys = cache.keys()?.narrow(1, kv, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
+                let values = cache.values()?.narrow(1, kv, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
+                let query = query.narrow(1, kv * group, group)?;
+                let blocks: Result<Vec<_>> = query_blocks(s, b * group * n)
+                    .map(|block| {
+                        let visible = n - s + block.end;
+                        let queries = block.len();
+                        let query = query.narrow(2, block.start, queries)?.to_dtype(DType::F32)?;
+                        let query = query.reshape((b, group * queries, head_dim))?;
+                        let scores = query.matmul(&keys.narrow(1, 0, visible)?.t()?)?.unsqueeze(1)?;
+                        ops::causal_softmax(&scores, visible - queries, queries, self.scale)?;
+                        let out = scores.squeeze(1)?.matmul(&values.narrow(1, 0, visible)?)?;
+                        out.reshape((b, group, queries, head_dim))
+                    })
+                    .collect();
+                Tensor::cat(&blocks?, 2)
+            })
+            .collect();
+        Tensor::cat(&outs?, 1)?.to_dtype(query.dtype())
+    }
+}
+
+/// Cuts `s` queries into blocks of which each has about 16 MB of scores, which the last-level cache of most CPUs holds,
+/// but no fewer than 16 queries, for the matmul's sake. `row` is the number of scores that one query makes.
+fn query_blocks(s: usize, row: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    const SCORES: usize = 4 << 20;
+    let queries = (SCORES / row.max(1)).clamp(16, 512);
+    (0..s).step_by(queries).map(move |start| start..s.min(start + queries))
+}

@@ -1,0 +1,199 @@
+//! What the CPU kernels share: instruction-set dispatch, dtype widening and a vectorisable `exp`.
+//!
+//! The kernels are plain loops over fixed-width lane arrays that the compiler vectorises. [`simd`] compiles the loops
+//! inside it for the instruction sets of the running machine (baseline, AVX2, AVX-512), so a build for a generic CPU
+//! still runs at full width. No kernel uses fused multiply-add and every reduction has a fixed order, so results are
+//! the same bits on each of them and for any number of threads.
+
+use candle_core::{CpuStorage, Result, WithDType};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+/// Lanes of a kernel's accumulators: one AVX-512 register, two of AVX2.
+pub(crate) const LANES: usize = 16;
+
+/// Runs `f` compiled for the widest instruction set of this machine.
+///
+/// What `f` calls must be `#[inline(always)]`, or it is compiled for the baseline.
+#[inline(always)]
+pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// An element type of queries, keys and values.
+pub(crate) trait Elem: WithDType {
+    /// `src` as f32: itself where it is f32 already, else converted into `scratch`, which is as long.
+    fn widen<'a>(src: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+
+    /// Rounds an f32 result to this type.
+    fn narrow(x: f32) -> Self;
+}
+
+impl Elem for f32 {
+    #[inline(always)]
+    fn widen<'a>(src: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        src
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        x
+    }
+}
+
+impl Elem for f16 {
+    #[inline(always)]
+    fn widen<'a>(src: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+        src.convert_to_f32_slice(scratch);
+        scratch
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+impl Elem for bf16 {
+    #[inline(always)]
+    fn widen<'a>(src: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+        // A shift, which vectorises; the library's own conversion keeps NaN payloads and does not.
+        for (y, x) in scratch.iter_mut().zip(src) {
+            *y = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+        scratch
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+
+/// Calls `$run::<T>` for the element type of a storage that a plan has already checked to be f32, f16 or bf16.
+macro_rules! dispatch_float {
+    ($storage:expr, $run:ident($($arg:expr),* $(,)?)) => {
+        match $storage {
+            candle_core::CpuStorage::F16(_) => $run::<half::f16>($($arg),*),
+            candle_core::CpuStorage::BF16(_) => $run::<half::bf16>($($arg),*),
+            _ => $run::<f32>($($arg),*),
+        }
+    };
+}
+pub(crate) use dispatch_float;
+
+/// The elements of a storage; an error where it holds another type.
+pub(crate) fn slice<T: WithDType>(storage: &CpuStorage) -> Result<&[T]> {
+    storage.as_slice::<T>()
+}
+
+/// `e^x` to about 2 ulp; 0 below -87.3 and NaN for NaN.
+///
+/// Splits `x = n ln 2 + r` with `|r| <= ln 2 / 2` and takes a degree-6 polynomial for `e^r` (coefficients of the
+/// Cephes library's `expf`). Unlike `f32::exp` it has no call and no branch, so loops over it vectorise.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer
+    let clamped = x.clamp(-87.3, 88.3);
+    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let e = p * r * r + r + 1.0;
+    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x < -87.3 {
+        0.0
+    } else {
+        e * scale
+    }
+}
+
+/// `Σ a[i] b[i]`, in [`LANES`] partial sums that are added in a fixed order.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [0f32; LANES];
+    let (a_chunks, a_tail) = a.as_chunks::<LANES>();
+    let (b_chunks, b_tail) = b.as_chunks::<LANES>();
+    for (x, y) in a_chunks.iter().zip(b_chunks) {
+        for l in 0..LANES {
+            acc[l] += x[l] * y[l];
+        }
+    }
+    for (l, (x, y)) in a_tail.iter().zip(b_tail).enumerate() {
+        acc[l] += x * y;
+    }
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for l in 0..width {
+            acc[l] += acc[l + width];
+        }
+    }
+    acc[0]
+}
+
+/// The largest element, ignoring NaN; negative infinity for none.
+#[inline(always)]
+pub(crate) fn max(xs: &[f32]) -> f32 {
+    let mut acc = [f32::NEG_INFINITY; LANES];
+    let (chunks, tail) = xs.as_chunks::<LANES>();
+    for x in chunks {
+        for l in 0..LANES {
+            acc[l] = if x[l] > acc[l] { x[l] } else { acc[l] };
+        }
+    }
+    acc.iter().chain(tail).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Replaces every `x` by `exp(x * scale - shift)` and returns their sum.
+#[inline(always)]
+pub(crate) fn exp_and_sum(xs: &mut [f32], scale: f32, shift: f32) -> f32 {
+    let mut acc = [0f32; LANES];
+    let (chunks, tail) = xs.as_chunks_mut::<LANES>();
+    for x in chunks {
+        for l in 0..LANES {
+            x[l] = exp(x[l] * scale - shift);
+            acc[l] += x[l];
+        }
+    }
+    for (l, x) in tail.iter_mut().enumerate() {
+        *x = exp(*x * scale - shift);
+        acc[l] += *x;
+    }
+    acc.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_follows_the_f64_one() {
+        for i in -900_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+            let tolerance = if x < -87.0 { 1e-37 } else { 3e-7 * want };
+            assert!((got - want).abs() <= tolerance, "exp({x}) = {got}, expected {want}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_cover_the_tail() {
+        for n in [0, 1, 15, 16, 17, 50] {
+            let xs: Vec<f32> = (0..n).map(|i| i as f32 - 3.0).collect();
+            let want = xs.iter().map(|x| x * x).sum::<f32>();
+            assert_eq!(simd(|| dot(&xs, &xs)), want);
+            assert_eq!(simd(|| max(&xs)), xs.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let mut ys = xs.clone();
+            let sum = simd(|| exp_and_sum(&mut ys, 0.5, 1.0));
+            let want: f32 = xs.iter().map(|x| (x * 0.5 - 1.0).exp()).sum();
+            assert!((sum - want).abs() <= 1e-5 * want);
+        }
+    }
+}

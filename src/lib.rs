@@ -1,0 +1,53 @@
+//! Fast long-context decoding for language models on [Candle](candle_core).
+//!
+//! A decoder spends its time reading a KV cache that it mostly ignores. This crate product-quantizes the keys as they
+//! arrive, scores all of them from a few bytes each, and attends exactly to the few that matter and to the first and
+//! last ones. It needs no training of the model, and works with any softmax attention: MHA, GQA or MQA.
+//!
+//! A model calls one thing, [`PqAttention::forward`]:
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_pq_attn::{Heavy, PqAttention, PqConfig};
+//!
+//! let device = Device::Cpu;
+//! let config = PqConfig { heavy: Heavy::Fraction(0.02), ..PqConfig::default() };
+//! let attn = PqAttention::new(config, 1.0 / 8.0)?; // scale: 1 / sqrt(head_dim)
+//! let mut cache = attn.new_cache([1, 2, 64], 2048, DType::F32, &device)?; // one for each layer
+//!
+//! // The prompt: 8 query heads over 2 KV heads, 1500 tokens. Dense.
+//! let q = Tensor::randn(0f32, 1., (1, 8, 1500, 64), &device)?;
+//! let kv = Tensor::randn(0f32, 1., (1, 2, 1500, 64), &device)?;
+//! attn.forward(&q, &kv, &kv, &mut cache)?;
+//!
+//! // Every token after: sparse, exact over 99 of the 1501 keys.
+//! let (q, kv) = (q.narrow(2, 0, 1)?, kv.narrow(2, 0, 1)?);
+//! let out = attn.forward(&q, &kv, &kv, &mut cache)?;
+//! assert_eq!(out.dims(), [1, 8, 1, 64]);
+//! assert_eq!(attn.config().attended(cache.len()), 4 + 31 + 64);
+//! # candle_core::Result::Ok(())
+//! ```
+//!
+//! # Map
+//! - [`PqConfig`]: what is kept, selected and attended to
+//! - [`PqAttention`]: dense prefill, sparse decode
+//! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
+//! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
+//!
+//! Names are those of the field: `b` sequences, `h` query heads in groups over `h_kv` KV heads, `n` keys so far,
+//! `head_dim`, `pq_dim` subspaces of `pq_len = head_dim / pq_dim` elements, `2^pq_bits` centroids in each.
+
+#![deny(missing_docs)]
+#![deny(unsafe_code)]
+
+mod attention;
+mod cache;
+mod codebook;
+mod config;
+mod cpu;
+pub mod ops;
+
+pub use attention::PqAttention;
+pub use cache::{Memory, PqKvCache};
+pub use codebook::Codebook;
+pub use config::{Heavy, Metric, PqConfig, Selection};

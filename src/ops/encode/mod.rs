@@ -1,0 +1,111 @@
+//! Product quantization of keys: the nearest centroid of each sub-vector.
+
+mod cpu;
+pub(crate) use cpu::{augmentation, nearest, Tile, TILE};
+
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
+
+use super::arg::{with_unit_rows, Arg, View};
+use super::MAX_HEAD_DIM;
+
+const OP: &str = "encode";
+
+/// Encodes each key as the indices of its nearest centroids, one a subspace.
+///
+/// `codes[t][m] = argmin_c |x - centroid[m][c]|²` with `x` the `m`-th of `pq_dim` equal pieces of key `t` (Jégou et
+/// al., *Product Quantization for Nearest Neighbor Search*, 2011). With `phi` (the inner-product metric) `x` gets one
+/// more coordinate, `sqrt(max(phi - |x|², 0))`, after which the nearest centroid is the one of the largest inner
+/// product with queries in expectation (the augmentation of Bachrach et al., *Speeding Up the Xbox Recommender System*,
+/// 2014).
+///
+/// # Shapes
+/// - `keys`: `[b, h_kv, n, head_dim]`, f32, f16 or bf16, any strides
+/// - `centroids`: `[b, h_kv, pq_dim, n_centroids, pq_len]` f32, `pq_len = head_dim / pq_dim`, 2 to 256 centroids (a
+///   power of two); with `phi` the last dimension is `pq_len + 1`
+/// - `phi`: `[b, h_kv, pq_dim]` f32, the largest `|x|²` of each subspace at training
+/// - returns codes `[b, h_kv, n, pq_dim]` u8
+///
+/// # Errors
+/// Shapes or dtypes other than these, or `head_dim` above 256.
+///
+/// # Numerics
+/// Distances are sums of squared differences in f32, in the order of the coordinates and without fused multiply-add.
+/// Ties go to the lower index. A sub-vector that holds NaN gets code 0.
+pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result<Tensor> {
+    let keys = with_unit_rows(keys)?;
+    let plan = Plan::new(&keys, centroids, phi)?;
+    // Without phi the op still takes three tensors; this one is not read.
+    keys.apply_op3_no_bwd(centroids, phi.unwrap_or(centroids), &Encode { plan })
+}
+
+/// A checked call of [`encode`].
+pub(crate) struct Plan {
+    pub(crate) keys: View<4>,
+    pub(crate) centroids: View<5>,
+    pub(crate) phi: Option<View<3>>,
+    pub(crate) pq_len: usize,
+}
+
+impl Plan {
+    fn new(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result<Self> {
+        let (keys_arg, centroids_arg) = (Arg::new(OP, "keys", keys), Arg::new(OP, "centroids", centroids));
+        keys_arg.is_float()?;
+        centroids_arg.is(DType::F32)?;
+        let keys: View<4> = keys_arg.view("[b, h_kv, n, head_dim]")?;
+        let centroids: View<5> = centroids_arg.view("[b, h_kv, pq_dim, n_centroids, pq_len]")?;
+        let [b, h_kv, _, head_dim] = keys.dims;
+        let [_, _, pq_dim, n_centroids, _] = centroids.dims;
+        if head_dim == 0 || head_dim > MAX_HEAD_DIM {
+            return keys_arg.fail("a head_dim of 1 to 256", format_args!("{head_dim}"));
+        }
+        check_centroids(&centroids_arg, pq_dim, n_centroids, head_dim)?;
+        let pq_len = head_dim / pq_dim;
+        let columns = pq_len + usize::from(phi.is_some());
+        centroids_arg.has_dims(&[b, h_kv, pq_dim, n_centroids, columns])?;
+        let phi = match phi {
+            None => None,
+            Some(phi) => {
+                let arg = Arg::new(OP, "phi", phi);
+                arg.is(DType::F32)?;
+                arg.has_dims(&[b, h_kv, pq_dim])?;
+                Some(arg.view("[b, h_kv, pq_dim]")?)
+            }
+        };
+        Ok(Self { keys, centroids, phi, pq_len })
+    }
+}
+
+/// Fails unless `pq_dim` divides `head_dim` and `n_centroids` fits a `pq_bits` of 1 to 8.
+pub(crate) fn check_centroids(arg: &Arg, pq_dim: usize, n_centroids: usize, head_dim: usize) -> Result<()> {
+    if pq_dim == 0 || !head_dim.is_multiple_of(pq_dim) {
+        return arg.fail(&format!("a pq_dim that divides head_dim {head_dim}"), format_args!("{pq_dim}"));
+    }
+    if !(2..=256).contains(&n_centroids) || !n_centroids.is_power_of_two() {
+        return arg.fail("2, 4, 8, ... or 256 centroids", format_args!("{n_centroids}"));
+    }
+    Ok(())
+}
+
+struct Encode {
+    plan: Plan,
+}
+
+impl CustomOp3 for Encode {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        keys: &CpuStorage,
+        _: &Layout,
+        centroids: &CpuStorage,
+        _: &Layout,
+        phi: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let [b, h_kv, n, _] = self.plan.keys.dims;
+        let codes = cpu::run(&self.plan, keys, centroids, phi)?;
+        Ok((CpuStorage::U8(codes), (b, h_kv, n, self.plan.centroids.dims[2]).into()))
+    }
+}

@@ -1,0 +1,28 @@
+//! The steps of a decode, one op a folder: the public function and its checks (`mod.rs`) and the kernel (`cpu.rs`).
+//!
+//! Every op is a Candle custom op without a backward pass. Its `Plan` is the only place where shapes, strides, dtypes
+//! and limits are checked; the kernels trust it. [`PqAttention`](crate::PqAttention) chains them; each also stands on
+//! its own.
+
+mod arg;
+mod causal_softmax;
+mod encode;
+mod group_mass;
+mod indices_and_weights;
+mod kmeans;
+mod score;
+mod side_output;
+mod sparse_attend;
+mod topk;
+
+pub use causal_softmax::causal_softmax;
+pub use encode::encode;
+pub use group_mass::group_mass;
+pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
+pub use kmeans::{kmeans, KmeansOptions};
+pub use score::score;
+pub use sparse_attend::{dense_attend, sparse_attend, Attended};
+pub use topk::topk;
+
+/// The largest head dimension.
+pub const MAX_HEAD_DIM: usize = 256;

@@ -1,0 +1,138 @@
+//! One look-up serves all query heads of a group: a table entry holds a lane for each of them, so the sum over the
+//! subspaces is one vector addition a code byte. Lane counts are powers of two; a group of three has an idle lane.
+
+use candle_core::{bail, CpuStorage, Result};
+use rayon::prelude::*;
+
+use super::{Plan, OP};
+use crate::cpu::{dispatch_float, simd, slice, Elem};
+
+/// Keys a parallel task scores.
+const KEYS_PER_TASK: usize = 2048;
+
+/// The most heads one table entry serves; larger groups take several passes over the codes.
+const MAX_LANES: usize = 8;
+
+/// Table entries of one subspace: as many as a byte can name, so that no look-up needs a bounds check.
+type Table<const LANES: usize> = [[f32; LANES]; 256];
+
+pub(super) fn run(plan: &Plan, query: &CpuStorage, codes: &CpuStorage, centroids: &CpuStorage) -> Result<Vec<f32>> {
+    dispatch_float!(query, run_for(plan, query, slice(codes)?, slice(centroids)?))
+}
+
+fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, codes: &[u8], centroids: &[f32]) -> Result<Vec<f32>> {
+    let query = slice::<T>(query)?;
+    check_codes(plan, codes)?;
+    let [b, h, ..] = plan.query.dims;
+    let n = plan.codes.dims[2];
+    let mut scores = vec![0f32; b * h * n];
+    if n == 0 {
+        return Ok(scores);
+    }
+    let mut rows: Vec<&mut [f32]> = scores.chunks_mut(n).collect();
+    rows.par_chunks_mut(plan.group).enumerate().for_each(|(pair, rows)| {
+        for (part, rows) in rows.chunks_mut(MAX_LANES).enumerate() {
+            let heads = Heads { pair, first: part * MAX_LANES };
+            match rows.len() {
+                1 => score_heads::<T, 1>(plan, query, codes, centroids, heads, rows),
+                2 => score_heads::<T, 2>(plan, query, codes, centroids, heads, rows),
+                3..=4 => score_heads::<T, 4>(plan, query, codes, centroids, heads, rows),
+                _ => score_heads::<T, 8>(plan, query, codes, centroids, heads, rows),
+            }
+        }
+    });
+    Ok(scores)
+}
+
+/// Some query heads of one group: of the `pair`-th (batch, KV head), from the group's `first` head on.
+#[derive(Clone, Copy)]
+struct Heads {
+    pair: usize,
+    first: usize,
+}
+
+/// Fails if a code names no centroid. With 256 centroids every byte does.
+fn check_codes(plan: &Plan, codes: &[u8]) -> Result<()> {
+    let n_centroids = plan.centroids.dims[3];
+    if n_centroids == 256 {
+        return Ok(());
+    }
+    let [b, h_kv, n, pq_dim] = plan.codes.dims;
+    let largest = (0..b * h_kv * n).into_par_iter().map(|row| {
+        let at = plan.codes.at(&[row / n / h_kv, row / n % h_kv, row % n]);
+        codes[at..at + pq_dim].iter().copied().max().unwrap_or(0)
+    });
+    match largest.max() {
+        Some(code) if usize::from(code) >= n_centroids => {
+            bail!("{OP}: codes: expected codes below n_centroids {n_centroids}, got {code}")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Scores all keys for up to `LANES` query heads; `rows` are their outputs.
+fn score_heads<T: Elem, const LANES: usize>(
+    plan: &Plan,
+    query: &[T],
+    codes: &[u8],
+    centroids: &[f32],
+    heads: Heads,
+    rows: &mut [&mut [f32]],
+) {
+    let h_kv = plan.codes.dims[1];
+    let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
+    let tables = build_tables::<T, LANES>(plan, query, centroids, heads, rows.len());
+    // Split every row at the same keys, so that a task owns its keys' scores of all the heads.
+    let mut parts: Vec<_> = rows.iter_mut().map(|row| row.chunks_mut(KEYS_PER_TASK)).collect();
+    let tasks: Vec<Vec<&mut [f32]>> =
+        std::iter::from_fn(|| parts.iter_mut().map(|part| part.next()).collect()).collect();
+    tasks.into_par_iter().enumerate().for_each(|(task, mut rows)| {
+        simd(|| {
+            for i in 0..rows[0].len() {
+                let at = plan.codes.at(&[b, kv, task * KEYS_PER_TASK + i]);
+                let sums = look_up(&tables, &codes[at..at + tables.len()]);
+                for (row, sum) in rows.iter_mut().zip(sums) {
+                    row[i] = sum;
+                }
+            }
+        })
+    });
+}
+
+#[inline(always)]
+fn look_up<const LANES: usize>(tables: &[Table<LANES>], codes: &[u8]) -> [f32; LANES] {
+    let mut sums = [0f32; LANES];
+    for (table, &code) in tables.iter().zip(codes) {
+        let entry = table[usize::from(code)];
+        for l in 0..LANES {
+            sums[l] += entry[l];
+        }
+    }
+    sums
+}
+
+/// `LUT[m][c]` of `count` heads, one a lane.
+fn build_tables<T: Elem, const LANES: usize>(
+    plan: &Plan,
+    query: &[T],
+    centroids: &[f32],
+    heads: Heads,
+    count: usize,
+) -> Vec<Table<LANES>> {
+    let [_, h_kv, pq_dim, n_centroids, pq_len] = plan.centroids.dims;
+    let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
+    let stride = plan.centroids.last_stride();
+    let mut tables = vec![[[0f32; LANES]; 256]; pq_dim];
+    let mut scratch = [0f32; super::MAX_HEAD_DIM];
+    for lane in 0..count {
+        let at = plan.query.at(&[b, kv * plan.group + heads.first + lane]);
+        let query = T::widen(&query[at..at + pq_dim * pq_len], &mut scratch[..pq_dim * pq_len]);
+        for (m, (table, query)) in tables.iter_mut().zip(query.chunks_exact(pq_len)).enumerate() {
+            for (c, entry) in table.iter_mut().take(n_centroids).enumerate() {
+                let at = plan.centroids.at(&[b, kv, m, c]);
+                entry[lane] = query.iter().enumerate().fold(0.0, |sum, (j, q)| sum + q * centroids[at + j * stride]);
+            }
+        }
+    }
+    tables
+}

@@ -1,0 +1,166 @@
+//! Exact attention of one query a head over listed positions, or over all of them.
+
+mod cpu;
+
+use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+use super::arg::{with_unit_rows, Arg, View};
+use super::indices_and_weights::{Lists, Selected};
+use super::side_output::SideOutput;
+use super::MAX_HEAD_DIM;
+
+/// What attention over some positions gives, in a form that merges with attention over others.
+#[derive(Debug, Clone)]
+pub struct Attended {
+    /// `[b, h, 1, head_dim]`, the dtype of the query; zeros where nothing was attended.
+    pub out: Tensor,
+    /// `[b, h]` f32: natural logarithm of `Σ w_i exp(s_i)`; negative infinity where nothing was attended.
+    pub lse: Tensor,
+}
+
+/// Attends to the positions of `selected`: `out = Σ w_i e^{s_i} v_i / Σ w_i e^{s_i}`, `s_i = scale · q · k_i`.
+///
+/// # Shapes
+/// - `query`: `[b, h, 1, head_dim]`, f32, f16 or bf16
+/// - `keys`, `values`: `[b, h_kv, n, head_dim]`, the query's dtype, each with strides of its own; `h` a multiple of
+///   `h_kv`
+/// - `selected`: lists of positions below `n`, one a query head or one a KV head; weights of 0 and padding are passed
+///   over, whatever keys, values or weights hold there
+///
+/// # Errors
+/// Shapes or dtypes other than these, `head_dim` above 256, a position at or beyond `n`, or a `scale` that is not
+/// finite.
+///
+/// # Numerics
+/// Scores, sums and the merge of partial results are in f32, whatever the dtype; the result is rounded once. The order
+/// of summation depends on the positions alone, so reruns are equal to the bit for any number of threads.
+pub fn sparse_attend(
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    selected: &Selected,
+    scale: f32,
+) -> Result<Attended> {
+    attend("sparse_attend", query, keys, values, Some(selected), scale)
+}
+
+/// Attends to all keys; otherwise as [`sparse_attend`].
+///
+/// The sequence is split over the cores, and K and V are read once for all query heads of a group: the honest baseline
+/// for a sparse decode.
+pub fn dense_attend(query: &Tensor, keys: &Tensor, values: &Tensor, scale: f32) -> Result<Attended> {
+    attend("dense_attend", query, keys, values, None, scale)
+}
+
+fn attend(
+    op: &'static str,
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    selected: Option<&Selected>,
+    scale: f32,
+) -> Result<Attended> {
+    let (query, keys, values) = (with_unit_rows(query)?, with_unit_rows(keys)?, with_unit_rows(values)?);
+    let selected = match selected {
+        None => None,
+        Some(selected) => Some(Selected {
+            indices: with_unit_rows(&selected.indices)?,
+            lens: with_unit_rows(&selected.lens)?,
+            weights: with_unit_rows(&selected.weights)?,
+        }),
+    };
+    let plan = Plan::new(op, &query, &keys, &values, selected.as_ref(), scale)?;
+    let op = Attend { plan, selected, lse: SideOutput::default() };
+    let out = query.apply_op3_no_bwd(&keys, &values, &op)?;
+    Ok(Attended { out, lse: op.lse.take(op.plan.op)? })
+}
+
+/// A checked call of [`sparse_attend`] or [`dense_attend`].
+pub(crate) struct Plan {
+    pub(crate) op: &'static str,
+    pub(crate) query: View<4>,
+    pub(crate) keys: View<4>,
+    pub(crate) values: View<4>,
+    /// None: all positions.
+    pub(crate) lists: Option<Lists>,
+    pub(crate) scale: f32,
+}
+
+impl Plan {
+    fn new(
+        op: &'static str,
+        query: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        selected: Option<&Selected>,
+        scale: f32,
+    ) -> Result<Self> {
+        let query_arg = Arg::new(op, "query", query);
+        let (keys_arg, values_arg) = (Arg::new(op, "keys", keys), Arg::new(op, "values", values));
+        query_arg.is_float()?;
+        keys_arg.is(query.dtype())?;
+        values_arg.is(query.dtype())?;
+        let query: View<4> = query_arg.view("[b, h, 1, head_dim]")?;
+        let keys: View<4> = keys_arg.view("[b, h_kv, n, head_dim]")?;
+        let [b, h, _, head_dim] = query.dims;
+        let [_, h_kv, n, _] = keys.dims;
+        query_arg.has_dims(&[b, h, 1, head_dim])?;
+        if head_dim == 0 || head_dim > MAX_HEAD_DIM {
+            return query_arg.fail("a head_dim of 1 to 256", format_args!("{head_dim}"));
+        }
+        keys_arg.has_dims(&[b, h_kv, n, head_dim])?;
+        values_arg.has_dims(&keys.dims)?;
+        if h_kv == 0 || !h.is_multiple_of(h_kv) {
+            return keys_arg.fail(&format!("an h_kv that divides h {h}"), format_args!("{h_kv}"));
+        }
+        let lists = match selected {
+            None => None,
+            Some(selected) => {
+                let lists = Lists::new(op, &selected.indices, &selected.lens, &selected.weights)?;
+                let [list_b, list_heads, len] = lists.indices.dims;
+                if list_b != b || (list_heads != h && list_heads != h_kv) {
+                    let expected = format!("shape [{b}, {h} or {h_kv}, {len}]");
+                    return Arg::new(op, "indices", &selected.indices)
+                        .fail(&expected, format_args!("{:?}", lists.indices.dims));
+                }
+                Some(lists)
+            }
+        };
+        if !scale.is_finite() {
+            bail!("{op}: scale: expected a finite number, got {scale}");
+        }
+        Ok(Self { op, query, keys, values: values_arg.view("[b, h_kv, n, head_dim]")?, lists, scale })
+    }
+
+    /// Query heads that read the same positions of the same K and V: one a list, or one a group.
+    pub(crate) fn heads_per_list(&self) -> usize {
+        self.query.dims[1] / self.lists.map_or(self.keys.dims[1], |lists| lists.lists())
+    }
+}
+
+struct Attend {
+    plan: Plan,
+    selected: Option<Selected>,
+    lse: SideOutput,
+}
+
+impl CustomOp3 for Attend {
+    fn name(&self) -> &'static str {
+        self.plan.op
+    }
+
+    fn cpu_fwd(
+        &self,
+        query: &CpuStorage,
+        _: &Layout,
+        keys: &CpuStorage,
+        _: &Layout,
+        values: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let [b, h, ..] = self.plan.query.dims;
+        let (out, lse) = cpu::run(&self.plan, self.selected.as_ref(), query, keys, values)?;
+        self.lse.put_cpu(CpuStorage::F32(lse), (b, h));
+        Ok((out, self.plan.query.dims.as_slice().into()))
+    }
+}

@@ -1,0 +1,66 @@
+//! Exact top-k: the positions of the k largest scores of each row.
+
+mod cpu;
+
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+
+use super::arg::{with_unit_rows, Arg};
+
+const OP: &str = "topk";
+
+/// Positions of the `k` largest scores of each row, in ascending order of *position*.
+///
+/// The set is exact and unique: of equal scores the lower position wins. Zeros of either sign are equal, and NaN ranks
+/// below every number. `k` may be anything; of a row with fewer scores all are returned. For the values, gather.
+///
+/// # Shapes
+/// - `scores`: `[..., n]` f32, any strides
+/// - returns positions `[..., min(k, n)]` u32
+///
+/// # Errors
+/// A dtype other than f32, a tensor without dimensions, or rows of more than `u32::MAX` scores.
+pub fn topk(scores: &Tensor, k: usize) -> Result<Tensor> {
+    // The kernel wants rows at one distance: what is not so already is copied.
+    let plan = Plan::new(scores, k)?;
+    let rows = with_unit_rows(scores)?.reshape((plan.rows, plan.n))?;
+    let positions = rows.apply_op1_no_bwd(&TopK { plan })?;
+    let dims = scores.dims();
+    let shape: Vec<usize> = dims[..dims.len() - 1].iter().copied().chain([positions.dim(1)?]).collect();
+    positions.reshape(shape)
+}
+
+/// A checked call of [`topk`].
+pub(crate) struct Plan {
+    pub(crate) rows: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+}
+
+impl Plan {
+    fn new(scores: &Tensor, k: usize) -> Result<Self> {
+        let arg = Arg::new(OP, "scores", scores);
+        arg.is(DType::F32)?;
+        let Some((&n, rows)) = scores.dims().split_last() else {
+            return arg.fail("[..., n]", format_args!("[]"));
+        };
+        if u32::try_from(n).is_err() {
+            return arg.fail("rows of at most u32::MAX scores", format_args!("{n}"));
+        }
+        Ok(Self { rows: rows.iter().product(), n, k: k.min(n) })
+    }
+}
+
+struct TopK {
+    plan: Plan,
+}
+
+impl CustomOp1 for TopK {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, scores: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let positions = cpu::run(&self.plan, scores, layout)?;
+        Ok((CpuStorage::U32(positions), (self.plan.rows, self.plan.k).into()))
+    }
+}
