@@ -1,23 +1,16 @@
-//! What the CPU kernels share: instruction-set dispatch, dtype widening and a vectorisable `exp`.
+//! What the CPU kernels share: dtype widening, a vectorisable `exp`, reductions.
 //!
-//! The kernels are plain loops over fixed-width lane arrays that the compiler vectorises. [`simd`] compiles the loops
-//! inside it for the instruction sets of the running machine (baseline, AVX2, AVX-512), so a build for a generic CPU
-//! still runs at full width. No kernel uses fused multiply-add and every reduction has a fixed order, so results are
-//! the same bits on each of them and for any number of threads.
+//! The kernels are plain loops over fixed-width lane arrays that the compiler vectorises, in functions marked
+//! `#[multiversion]`: compiled for several instruction sets, of which the running machine's best is called, so a build
+//! for a generic CPU still runs at full width. What such a function calls in its loops must be `#[inline(always)]`, or
+//! it is compiled for the baseline. No kernel uses fused multiply-add and every reduction has a fixed order, so results
+//! are the same bits on each of them and for any number of threads.
 
 use candle_core::{CpuStorage, Result, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 /// Lanes of a kernel's accumulators: one AVX-512 register, two of AVX2.
 pub(crate) const LANES: usize = 16;
-
-/// Runs `f` compiled for the widest instruction set of this machine.
-///
-/// What `f` calls must be `#[inline(always)]`, or it is compiled for the baseline.
-#[inline(always)]
-pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
-}
 
 /// An element type of queries, keys and values.
 pub(crate) trait Elem: WithDType {
@@ -125,14 +118,8 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     for (l, (x, y)) in a_tail.iter().zip(b_tail).enumerate() {
         acc[l] += x * y;
     }
-    let mut width = LANES;
-    while width > 1 {
-        width /= 2;
-        for l in 0..width {
-            acc[l] += acc[l + width];
-        }
-    }
-    acc[0]
+    // One after the other: a tree of additions tempts the compiler to break up the vectors of the loop above.
+    acc.iter().sum()
 }
 
 /// The largest element, ignoring NaN; negative infinity for none.
@@ -188,10 +175,10 @@ mod tests {
         for n in [0, 1, 15, 16, 17, 50] {
             let xs: Vec<f32> = (0..n).map(|i| i as f32 - 3.0).collect();
             let want = xs.iter().map(|x| x * x).sum::<f32>();
-            assert_eq!(simd(|| dot(&xs, &xs)), want);
-            assert_eq!(simd(|| max(&xs)), xs.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            assert_eq!(dot(&xs, &xs), want);
+            assert_eq!(max(&xs), xs.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let mut ys = xs.clone();
-            let sum = simd(|| exp_and_sum(&mut ys, 0.5, 1.0));
+            let sum = exp_and_sum(&mut ys, 0.5, 1.0);
             let want: f32 = xs.iter().map(|x| (x * 0.5 - 1.0).exp()).sum();
             assert!((sum - want).abs() <= 1e-5 * want);
         }

@@ -1,8 +1,9 @@
 use candle_core::{bail, CpuStorage, Result};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Plan, OP};
-use crate::cpu::{exp_and_sum, max, simd};
+use crate::cpu::{exp_and_sum, max};
 
 pub(super) fn run(plan: &Plan, scores: &mut CpuStorage) -> Result<()> {
     let CpuStorage::F32(scores) = scores else {
@@ -14,12 +15,16 @@ pub(super) fn run(plan: &Plan, scores: &mut CpuStorage) -> Result<()> {
     scores.par_chunks_mut(n).enumerate().for_each(|(row, scores)| {
         let visible = plan.first + row % rows % plan.queries + 1;
         let (visible, masked) = scores.split_at_mut(visible);
-        simd(|| {
-            visible.iter_mut().for_each(|x| *x *= plan.scale);
-            let sum = exp_and_sum(visible, 1.0, max(visible));
-            visible.iter_mut().for_each(|x| *x /= sum);
-        });
+        softmax(visible, plan.scale);
         masked.fill(0.0);
     });
     Ok(())
+}
+
+#[multiversion(targets = "simd")]
+fn softmax(scores: &mut [f32], scale: f32) {
+    // Scaled before the maximum is taken: the scale may be negative.
+    scores.iter_mut().for_each(|x| *x *= scale);
+    let sum = exp_and_sum(scores, 1.0, max(scores));
+    scores.iter_mut().for_each(|x| *x /= sum);
 }

@@ -2,10 +2,11 @@
 //! whole tile at a time: no reduction across lanes, and ties fall to the lower index by the order of the loop.
 
 use candle_core::{CpuStorage, Result};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::Plan;
-use crate::cpu::{dispatch_float, simd, slice, Elem};
+use crate::cpu::{dispatch_float, slice, Elem};
 
 /// Sub-vectors compared at a time: two AVX-512 registers of lanes.
 pub(crate) const TILE: usize = 32;
@@ -65,7 +66,7 @@ pub(super) fn run(plan: &Plan, keys: &CpuStorage, centroids: &CpuStorage, phi: &
 fn run_for<T: Elem>(plan: &Plan, keys: &CpuStorage, centroids: &[f32], phi: &[f32]) -> Result<Vec<u8>> {
     let keys = slice::<T>(keys)?;
     let [b, h_kv, n, _] = plan.keys.dims;
-    let [_, _, pq_dim, _, columns] = plan.centroids.dims;
+    let pq_dim = plan.centroids.dims[2];
     let mut codes = vec![0u8; b * h_kv * n * pq_dim];
     if codes.is_empty() {
         return Ok(codes);
@@ -76,22 +77,32 @@ fn run_for<T: Elem>(plan: &Plan, keys: &CpuStorage, centroids: &[f32], phi: &[f3
         |(head, (codes, table))| {
             let (bi, hi) = (head / h_kv, head % h_kv);
             codes.par_chunks_mut(KEYS_PER_TASK * pq_dim).enumerate().for_each(|(task, codes)| {
-                let mut tiles = vec![[0f32; TILE]; pq_dim * columns];
-                simd(|| {
-                    for (i, codes) in codes.chunks_mut(TILE * pq_dim).enumerate() {
-                        let first = task * KEYS_PER_TASK + i * TILE;
-                        encode_tile::<T>(plan, keys, phi, table, [bi, hi, first], &mut tiles, codes);
-                    }
-                })
+                encode_keys::<T>(plan, keys, phi, table, [bi, hi, task * KEYS_PER_TASK], codes);
             });
         },
     );
     Ok(codes)
 }
 
-/// Encodes the keys of one head from `first` on, as many as `codes` has rows for, at most [`TILE`].
-///
-/// `tiles` has a row for each coordinate of each subspace, the augmentation included where there is one.
+/// Encodes the keys of head `[b, h]` from `first` on, as many as `codes` has rows for.
+#[multiversion(targets = "simd")]
+fn encode_keys<T: Elem>(
+    plan: &Plan,
+    keys: &[T],
+    phi: &[f32],
+    table: &[f32],
+    [b, h, first]: [usize; 3],
+    codes: &mut [u8],
+) {
+    let [_, _, pq_dim, _, columns] = plan.centroids.dims;
+    // A row for each coordinate of each subspace, the augmentation included where there is one.
+    let mut tiles = vec![[0f32; TILE]; pq_dim * columns];
+    for (i, codes) in codes.chunks_mut(TILE * pq_dim).enumerate() {
+        encode_tile::<T>(plan, keys, phi, table, [b, h, first + i * TILE], &mut tiles, codes);
+    }
+}
+
+/// Encodes up to [`TILE`] keys.
 #[inline(always)]
 fn encode_tile<T: Elem>(
     plan: &Plan,

@@ -1,8 +1,9 @@
 use candle_core::{CpuStorage, Result};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::Plan;
-use crate::cpu::{exp_and_sum, max, simd, slice};
+use crate::cpu::{exp_and_sum, max, slice};
 
 pub(super) fn run(plan: &Plan, scores: &CpuStorage) -> Result<Vec<f32>> {
     let scores = slice::<f32>(scores)?;
@@ -15,19 +16,17 @@ pub(super) fn run(plan: &Plan, scores: &CpuStorage) -> Result<Vec<f32>> {
     mass.par_chunks_mut(n).enumerate().for_each(|(pair, mass)| {
         let (b, kv) = (pair / plan.h_kv, pair % plan.h_kv);
         let mut shares = vec![0f32; n];
-        simd(|| {
-            for head in 0..group {
-                let at = plan.scores.at(&[b, kv * group + head]);
-                shares.copy_from_slice(&scores[at..at + n]);
-                add_softmax(mass, &mut shares, plan.scale);
-            }
-        });
+        for head in 0..group {
+            let at = plan.scores.at(&[b, kv * group + head]);
+            shares.copy_from_slice(&scores[at..at + n]);
+            add_softmax(mass, &mut shares, plan.scale);
+        }
     });
     Ok(mass)
 }
 
 /// Adds `softmax(scale · scores)` to `mass`; `scores` is overwritten.
-#[inline(always)]
+#[multiversion(targets = "simd")]
 fn add_softmax(mass: &mut [f32], scores: &mut [f32], scale: f32) {
     // The largest product: of the largest score, or of the smallest under a negative scale.
     let sign = 1f32.copysign(scale);

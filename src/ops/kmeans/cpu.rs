@@ -1,9 +1,10 @@
 use candle_core::{CpuStorage, Result};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::Plan;
 use crate::config::Metric;
-use crate::cpu::{dispatch_float, simd, slice, Elem};
+use crate::cpu::{dispatch_float, slice, Elem};
 use crate::ops::encode::{augmentation, nearest, Tile, TILE};
 
 /// Returns the centroids and each subspace's `phi`.
@@ -20,16 +21,23 @@ fn run_for<T: Elem>(plan: &Plan, keys: &CpuStorage) -> Result<(Vec<f32>, Vec<f32
     let tables = centroids.par_chunks_mut(plan.n_centroids * plan.columns);
     tables.zip(&mut phi).enumerate().for_each(|(subspace, (table, phi))| {
         let (head, m) = (subspace / pq_dim, subspace % pq_dim);
-        simd(|| {
-            let mut tiles = gather::<T>(plan, keys, [head / h_kv, head % h_kv], m);
-            if plan.options.metric == Metric::InnerProduct {
-                *phi = augment(&mut tiles, plan);
-            }
-            let random = Random(plan.options.seed ^ (subspace as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-            Lloyd { plan, tiles: &tiles, random }.train(table);
-        });
+        *phi = train::<T>(plan, keys, [head / h_kv, head % h_kv, m], table);
     });
     Ok((centroids, phi))
+}
+
+/// Trains the centroids of subspace `[b, h, m]`; returns its `phi`.
+#[multiversion(targets = "simd")]
+fn train<T: Elem>(plan: &Plan, keys: &[T], [b, h, m]: [usize; 3], centroids: &mut [f32]) -> f32 {
+    let mut tiles = gather::<T>(plan, keys, [b, h], m);
+    let phi = match plan.options.metric {
+        Metric::Euclidean => 0.0,
+        Metric::InnerProduct => augment(&mut tiles, plan),
+    };
+    let subspace = (b * plan.keys.dims[1] + h) * plan.options.pq_dim + m;
+    let random = Random(plan.options.seed ^ (subspace as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    Lloyd { plan, tiles: &tiles, random }.train(centroids);
+    phi
 }
 
 /// The sampled sub-vectors of one subspace in tiles of `[columns]` coordinates; unused lanes repeat the first key's.

@@ -2,10 +2,11 @@
 //! subspaces is one vector addition a code byte. Lane counts are powers of two; a group of three has an idle lane.
 
 use candle_core::{bail, CpuStorage, Result};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Plan, OP};
-use crate::cpu::{dispatch_float, simd, slice, Elem};
+use crate::cpu::{dispatch_float, slice, Elem};
 
 /// Keys a parallel task scores.
 const KEYS_PER_TASK: usize = 2048;
@@ -87,16 +88,26 @@ fn score_heads<T: Elem, const LANES: usize>(
     let tasks: Vec<Vec<&mut [f32]>> =
         std::iter::from_fn(|| parts.iter_mut().map(|part| part.next()).collect()).collect();
     tasks.into_par_iter().enumerate().for_each(|(task, mut rows)| {
-        simd(|| {
-            for i in 0..rows[0].len() {
-                let at = plan.codes.at(&[b, kv, task * KEYS_PER_TASK + i]);
-                let sums = look_up(&tables, &codes[at..at + tables.len()]);
-                for (row, sum) in rows.iter_mut().zip(sums) {
-                    row[i] = sum;
-                }
-            }
-        })
+        score_keys(plan, &tables, codes, [b, kv, task * KEYS_PER_TASK], &mut rows);
     });
+}
+
+/// Scores the keys of KV head `[b, kv]` from `first` on, as many as each of `rows` holds.
+#[multiversion(targets = "simd")]
+fn score_keys<const LANES: usize>(
+    plan: &Plan,
+    tables: &[Table<LANES>],
+    codes: &[u8],
+    [b, kv, first]: [usize; 3],
+    rows: &mut [&mut [f32]],
+) {
+    for i in 0..rows[0].len() {
+        let at = plan.codes.at(&[b, kv, first + i]);
+        let sums = look_up(tables, &codes[at..at + tables.len()]);
+        for (row, sum) in rows.iter_mut().zip(sums) {
+            row[i] = sum;
+        }
+    }
 }
 
 #[inline(always)]
@@ -112,6 +123,7 @@ fn look_up<const LANES: usize>(tables: &[Table<LANES>], codes: &[u8]) -> [f32; L
 }
 
 /// `LUT[m][c]` of `count` heads, one a lane.
+#[multiversion(targets = "simd")]
 fn build_tables<T: Elem, const LANES: usize>(
     plan: &Plan,
     query: &[T],
@@ -123,14 +135,24 @@ fn build_tables<T: Elem, const LANES: usize>(
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
     let stride = plan.centroids.last_stride();
     let mut tables = vec![[[0f32; LANES]; 256]; pq_dim];
+    // The queries coordinate by coordinate, so that all heads advance together.
+    let mut queries = vec![[0f32; LANES]; pq_dim * pq_len];
     let mut scratch = [0f32; super::MAX_HEAD_DIM];
     for lane in 0..count {
         let at = plan.query.at(&[b, kv * plan.group + heads.first + lane]);
-        let query = T::widen(&query[at..at + pq_dim * pq_len], &mut scratch[..pq_dim * pq_len]);
-        for (m, (table, query)) in tables.iter_mut().zip(query.chunks_exact(pq_len)).enumerate() {
-            for (c, entry) in table.iter_mut().take(n_centroids).enumerate() {
-                let at = plan.centroids.at(&[b, kv, m, c]);
-                entry[lane] = query.iter().enumerate().fold(0.0, |sum, (j, q)| sum + q * centroids[at + j * stride]);
+        let query = T::widen(&query[at..at + queries.len()], &mut scratch[..queries.len()]);
+        for (coordinate, x) in queries.iter_mut().zip(query) {
+            coordinate[lane] = *x;
+        }
+    }
+    for (m, (table, query)) in tables.iter_mut().zip(queries.chunks_exact(pq_len)).enumerate() {
+        for (c, entry) in table.iter_mut().take(n_centroids).enumerate() {
+            let at = plan.centroids.at(&[b, kv, m, c]);
+            for (j, coordinate) in query.iter().enumerate() {
+                let x = centroids[at + j * stride];
+                for l in 0..LANES {
+                    entry[l] += coordinate[l] * x;
+                }
             }
         }
     }

@@ -7,10 +7,11 @@
 //! Blocks are cut by position, never by the number of threads.
 
 use candle_core::{bail, CpuStorage, Result, Storage};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Lists, Plan, Selected};
-use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, max, simd, slice, Elem};
+use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, max, slice, Elem};
 use crate::ops::indices_and_weights::ListStorages;
 
 /// Positions of a block, for a parallel task.
@@ -43,7 +44,7 @@ fn run_for<T: Elem>(
         (Some(lists), Some(selected)) => listed_blocks(plan, lists, selected)?,
         _ => all_blocks(plan),
     };
-    let partials: Vec<Partial> = blocks.par_iter().map(|block| simd(|| inputs.attend_block(block, heads))).collect();
+    let partials: Vec<Partial> = blocks.par_iter().map(|block| attend_block(&inputs, block, heads)).collect();
 
     let mut out = vec![T::zero(); b * h * head_dim];
     let mut lse = vec![f32::NEG_INFINITY; b * h];
@@ -136,61 +137,60 @@ struct Inputs<'a, T> {
     values: &'a [T],
 }
 
-impl<T: Elem> Inputs<'_, T> {
-    #[inline(always)]
-    fn attend_block(&self, block: &Block, heads: usize) -> Partial {
-        let [_, h, _, head_dim] = self.plan.query.dims;
-        let group = h / self.plan.keys.dims[1];
-        let (b, first) = (block.first_head / h, block.first_head % h);
-        let kv = first / group;
-        let query = self.widened_queries(b, first, heads);
-        let position = |i: usize| match &block.positions {
-            Positions::Range(range) => range.start + i,
-            Positions::Listed { positions, .. } => positions[i] as usize,
-        };
-        let len = match &block.positions {
-            Positions::Range(range) => range.len(),
-            Positions::Listed { positions, .. } => positions.len(),
-        };
+#[multiversion(targets = "simd")]
+fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Partial {
+    let [_, h, _, head_dim] = inputs.plan.query.dims;
+    let group = h / inputs.plan.keys.dims[1];
+    let (b, first) = (block.first_head / h, block.first_head % h);
+    let kv = first / group;
+    let query = inputs.widened_queries(b, first, heads);
+    let position = |i: usize| match &block.positions {
+        Positions::Range(range) => range.start + i,
+        Positions::Listed { positions, .. } => positions[i] as usize,
+    };
+    let len = match &block.positions {
+        Positions::Range(range) => range.len(),
+        Positions::Listed { positions, .. } => positions.len(),
+    };
 
-        let mut scores = vec![0f32; heads * len];
-        let mut scratch = [0f32; super::MAX_HEAD_DIM];
-        for i in 0..len {
-            let at = self.plan.keys.at(&[b, kv, position(i)]);
-            let key = T::widen(&self.keys[at..at + head_dim], &mut scratch[..head_dim]);
-            for (query, scores) in query.chunks_exact(head_dim).zip(scores.chunks_exact_mut(len)) {
-                scores[i] = dot(query, key);
-            }
+    let mut scores = vec![0f32; heads * len];
+    let mut scratch = [0f32; super::MAX_HEAD_DIM];
+    for i in 0..len {
+        let at = inputs.plan.keys.at(&[b, kv, position(i)]);
+        let key = T::widen(&inputs.keys[at..at + head_dim], &mut scratch[..head_dim]);
+        for (query, scores) in query.chunks_exact(head_dim).zip(scores.chunks_exact_mut(len)) {
+            scores[i] = dot(query, key);
         }
-
-        let mut partial =
-            Partial { shift: vec![0.0; heads], sum: vec![0.0; heads], values: vec![0.0; heads * head_dim] };
-        for (head, scores) in scores.chunks_exact_mut(len).enumerate() {
-            // Scaled before the maximum is taken: the scale may be negative.
-            scores.iter_mut().for_each(|score| *score *= self.plan.scale);
-            partial.shift[head] = max(scores);
-            partial.sum[head] = exp_and_sum(scores, 1.0, partial.shift[head]);
-            if let Positions::Listed { weights, .. } = &block.positions {
-                scores.iter_mut().zip(weights).for_each(|(score, weight)| *score *= weight);
-                partial.sum[head] = scores.iter().sum();
-            }
-        }
-
-        let mut tile = vec![0f32; TILE * head_dim];
-        for start in (0..len).step_by(TILE) {
-            let rows = TILE.min(len - start);
-            for (i, row) in tile.chunks_exact_mut(head_dim).take(rows).enumerate() {
-                let at = self.plan.values.at(&[b, kv, position(start + i)]);
-                let value = T::widen(&self.values[at..at + head_dim], &mut scratch[..head_dim]);
-                row.copy_from_slice(value);
-            }
-            for (scores, sums) in scores.chunks_exact(len).zip(partial.values.chunks_exact_mut(head_dim)) {
-                add_weighted(&tile, &scores[start..start + rows], sums);
-            }
-        }
-        partial
     }
 
+    let mut partial = Partial { shift: vec![0.0; heads], sum: vec![0.0; heads], values: vec![0.0; heads * head_dim] };
+    for (head, scores) in scores.chunks_exact_mut(len).enumerate() {
+        // Scaled before the maximum is taken: the scale may be negative.
+        scores.iter_mut().for_each(|score| *score *= inputs.plan.scale);
+        partial.shift[head] = max(scores);
+        partial.sum[head] = exp_and_sum(scores, 1.0, partial.shift[head]);
+        if let Positions::Listed { weights, .. } = &block.positions {
+            scores.iter_mut().zip(weights).for_each(|(score, weight)| *score *= weight);
+            partial.sum[head] = scores.iter().sum();
+        }
+    }
+
+    let mut tile = vec![0f32; TILE * head_dim];
+    for start in (0..len).step_by(TILE) {
+        let rows = TILE.min(len - start);
+        for (i, row) in tile.chunks_exact_mut(head_dim).take(rows).enumerate() {
+            let at = inputs.plan.values.at(&[b, kv, position(start + i)]);
+            let value = T::widen(&inputs.values[at..at + head_dim], &mut scratch[..head_dim]);
+            row.copy_from_slice(value);
+        }
+        for (scores, sums) in scores.chunks_exact(len).zip(partial.values.chunks_exact_mut(head_dim)) {
+            add_weighted(&tile, &scores[start..start + rows], sums);
+        }
+    }
+    partial
+}
+
+impl<T: Elem> Inputs<'_, T> {
     /// The queries of `heads` heads from `first` on, `[heads, head_dim]`.
     #[inline(always)]
     fn widened_queries(&self, b: usize, first: usize, heads: usize) -> Vec<f32> {

@@ -7,10 +7,11 @@
 //! each cut is paid for by the appends since the last.
 
 use candle_core::{CpuStorage, Layout, Result};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::Plan;
-use crate::cpu::{simd, slice};
+use crate::cpu::slice;
 
 /// Scores between two looks at how full the buffer is.
 const BLOCK: usize = 256;
@@ -22,14 +23,14 @@ pub(super) fn run(plan: &Plan, scores: &CpuStorage, layout: &Layout) -> Result<V
     if plan.k > 0 {
         positions.par_chunks_mut(plan.k).enumerate().for_each(|(row, positions)| {
             let at = start + row * stride;
-            simd(|| select(&scores[at..at + plan.n], positions));
+            select(&scores[at..at + plan.n], positions);
         });
     }
     Ok(positions)
 }
 
 /// Writes the positions of the `positions.len()` largest scores, ascending.
-#[inline(always)]
+#[multiversion(targets = "simd")]
 fn select(scores: &[f32], positions: &mut [u32]) {
     let k = positions.len();
     let mut buffer = vec![0u64; (2 * k + 2 * BLOCK).min(scores.len() + BLOCK)];
