@@ -1,0 +1,417 @@
+//! Every op against a naive f64 reference, over odd shapes, layouts and dtypes.
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected, PADDING};
+use candle_pq_attn::Metric;
+use common::*;
+
+/// `(b, h, h_kv, n, head_dim)`: MHA, GQA of even, odd and large groups, MQA; head_dims off every vector width; n around
+/// the kernels' blocks.
+const SHAPES: [(usize, usize, usize, usize, usize); 8] = [
+    (1, 4, 4, 33, 64),
+    (2, 9, 3, 255, 64),
+    (1, 8, 2, 256, 128),
+    (3, 5, 1, 257, 80),
+    (1, 6, 2, 1, 48),
+    (2, 2, 2, 129, 7),
+    (1, 16, 1, 64, 256),
+    (1, 22, 2, 2100, 32),
+];
+
+#[test]
+fn encode_finds_the_nearest_centroid() -> Result<()> {
+    let mut rng = Rng(1);
+    for (b, _, h_kv, n, d) in SHAPES {
+        for (pq_dim, bits) in [(1, 8), (d, 1), (if d % 4 == 0 { d / 4 } else { 1 }, 5)] {
+            let (len, c) = (d / pq_dim, 1 << bits);
+            for (dtype, strides) in DTYPES.into_iter().zip(STRIDES.into_iter().cycle().skip(rng.below(4))) {
+                for ip in [false, true] {
+                    let columns = len + usize::from(ip);
+                    let keys = rng.tensor(&[b, h_kv, n, d], dtype);
+                    let centroids = rng.tensor(&[b, h_kv, pq_dim, c, columns], DType::F32);
+                    let phi = (rng.tensor(&[b, h_kv, pq_dim], DType::F32).abs()? * len as f64)?;
+                    let phi = ip.then_some(&phi);
+                    let codes = ops::encode(&lay_out(&keys, strides)?, &lay_out(&centroids, strides)?, phi)?;
+                    assert_eq!(codes.dims(), [b, h_kv, n, pq_dim]);
+                    check_codes(&keys, &centroids, phi, &codes, len);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// No centroid is closer than the chosen one, but for rounding.
+fn check_codes(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>, codes: &Tensor, len: usize) {
+    let [b, h_kv, n, d] = keys.dims()[..] else { panic!("rank 4") };
+    let [.., pq_dim, c, columns] = centroids.dims()[..] else { panic!("rank 5") };
+    let (keys, centroids, codes) = (numbers(keys), numbers(centroids), integers(codes));
+    let phi = phi.map(numbers);
+    for i in 0..b * h_kv * n * pq_dim {
+        let (t, m) = (i / pq_dim, i % pq_dim);
+        let subspace = t / n * pq_dim + m;
+        let mut x = keys[t * d + m * len..][..len].to_vec();
+        if let Some(phi) = &phi {
+            let norm: f64 = x.iter().map(|x| x * x).sum();
+            x.push((phi[subspace] - norm).max(0.0).sqrt());
+        }
+        let distance = |code: usize| {
+            let centroid = row(&centroids, subspace * c + code, columns);
+            x.iter().zip(centroid).map(|(x, y)| (x - y).powi(2)).sum::<f64>()
+        };
+        let best = (0..c).map(distance).fold(f64::INFINITY, f64::min);
+        let got = distance(codes[i] as usize);
+        assert!(got <= best + 1e-5 * (1.0 + best), "key {t} subspace {m}: {got}, the nearest is at {best}");
+    }
+}
+
+#[test]
+fn encode_breaks_ties_downwards() -> Result<()> {
+    // Centroids 1 and 3 are the same, and 0 and 2 mirror images around the key.
+    let centroids = Tensor::new(&[1f32, 5., -1., 5.], &Device::Cpu)?.reshape((1, 1, 1, 4, 1))?;
+    let keys = Tensor::new(&[0f32, 5., 4.9, f32::NAN, f32::INFINITY], &Device::Cpu)?.reshape((1, 1, 5, 1))?;
+    assert_eq!(integers(&ops::encode(&keys, &centroids, None)?), [0, 1, 1, 0, 0]);
+    Ok(())
+}
+
+#[test]
+fn score_sums_the_table_entries() -> Result<()> {
+    let mut rng = Rng(2);
+    for (b, h, h_kv, n, d) in SHAPES {
+        for (pq_dim, bits) in [(1, 8), (d, 1), (if d % 4 == 0 { d / 4 } else { 1 }, 5)] {
+            let (len, c) = (d / pq_dim, 1usize << bits);
+            for (dtype, strides) in DTYPES.into_iter().zip(STRIDES.into_iter().cycle().skip(rng.below(4))) {
+                let query = rng.tensor(&[b, h, 1, d], dtype);
+                let centroids = rng.tensor(&[b, h_kv, pq_dim, c, len], DType::F32);
+                let codes: Vec<u8> = (0..b * h_kv * n * pq_dim).map(|_| rng.below(c) as u8).collect();
+                let codes = Tensor::from_vec(codes, (b, h_kv, n, pq_dim), &Device::Cpu)?;
+                let scores =
+                    ops::score(&lay_out(&query, strides)?, &lay_out(&codes, strides)?, &lay_out(&centroids, strides)?)?;
+                assert_eq!(scores.dims(), [b, h, n]);
+                let (query, codes, centroids) = (numbers(&query), integers(&codes), numbers(&centroids));
+                let group = h / h_kv;
+                let want: Vec<f64> = (0..b * h * n)
+                    .map(|i| {
+                        let (bh, t) = (i / n, i % n);
+                        let kv = bh / h * h_kv + bh % h / group;
+                        let subspace = |m: usize| {
+                            let code = codes[(kv * n + t) * pq_dim + m] as usize;
+                            let centroid = row(&centroids, (kv * pq_dim + m) * c + code, len);
+                            let query = &row(&query, bh, d)[m * len..];
+                            query.iter().zip(centroid).map(|(q, x)| q * x).sum::<f64>()
+                        };
+                        (0..pq_dim).map(subspace).sum()
+                    })
+                    .collect();
+                assert_close(&numbers(&scores), &want, 1e-6, "scores");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Positions of the k largest, ascending: NaN last, ties to the lower position.
+fn naive_topk(scores: &[f32], k: usize) -> Vec<u32> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    let rank = |x: f32| if x.is_nan() { f64::NEG_INFINITY } else { f64::from(x).max(-1e300) };
+    order.sort_by(|&a, &b| rank(scores[b]).partial_cmp(&rank(scores[a])).unwrap().then(a.cmp(&b)));
+    order.truncate(k);
+    order.sort();
+    order.into_iter().map(|t| t as u32).collect()
+}
+
+#[test]
+fn topk_is_exact() -> Result<()> {
+    let mut rng = Rng(3);
+    let shapes: [(&str, fn(&mut Rng, usize) -> f32); 7] = [
+        ("random", |rng, _| rng.normal()),
+        ("mass ties", |rng, _| rng.below(5) as f32),
+        ("all equal", |_, _| 1.5),
+        ("ascending", |_, t| t as f32),
+        ("descending", |_, t| -(t as f32)),
+        ("zeros of both signs", |rng, _| if rng.below(2) == 0 { 0.0 } else { -0.0 }),
+        ("infinities and NaN", |rng, _| {
+            [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.5, -f32::NAN, f32::MIN_POSITIVE][rng.below(6)]
+        }),
+    ];
+    for (name, draw) in shapes {
+        for n in [1, 2, 255, 256, 257, 1000, 5000] {
+            let rows: Vec<Vec<f32>> = (0..3).map(|_| (0..n).map(|t| draw(&mut rng, t)).collect()).collect();
+            let scores = Tensor::new(rows.clone(), &Device::Cpu)?;
+            for k in [0, 1, 7, 255, 256, n / 2, n - 1, n, n + 3] {
+                for strides in [Strides::Contiguous, Strides::Capacity, Strides::LastDim] {
+                    let got = ops::topk(&lay_out(&scores, strides)?, k)?;
+                    assert_eq!(got.dims(), [3, k.min(n)]);
+                    let want: Vec<u32> = rows.iter().flat_map(|row| naive_topk(row, k)).collect();
+                    assert_eq!(integers(&got), want, "{name}, n {n}, k {k}, {strides:?}");
+                }
+            }
+        }
+    }
+    let empty = Tensor::zeros((2, 3, 0), DType::F32, &Device::Cpu)?;
+    assert_eq!(ops::topk(&empty, 4)?.dims(), [2, 3, 0]);
+    assert_eq!(ops::topk(&Tensor::new(&[3f32, 9., 4.], &Device::Cpu)?, 2)?.to_vec1::<u32>()?, [1, 2]);
+    Ok(())
+}
+
+#[test]
+fn group_mass_sums_the_softmax_of_a_group() -> Result<()> {
+    let mut rng = Rng(4);
+    for (b, h, h_kv, n, _) in SHAPES {
+        for (scale, strides) in [(0.3, Strides::Contiguous), (-2.0, Strides::Capacity), (1.0, Strides::LastDim)] {
+            let scores = (rng.tensor(&[b, h, n], DType::F32) * 8.0)?;
+            let mass = ops::group_mass(&lay_out(&scores, strides)?, h_kv, scale)?;
+            assert_eq!(mass.dims(), [b, h_kv, n]);
+            let (scores, group) = (numbers(&scores), h / h_kv);
+            let mut want = vec![0.0; b * h_kv * n];
+            for head in 0..b * h {
+                let products: Vec<f64> = row(&scores, head, n).iter().map(|x| x * f64::from(scale)).collect();
+                let largest = products.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = products.iter().map(|x| (x - largest).exp()).sum();
+                let out = &mut want[head / group * n..][..n];
+                out.iter_mut().zip(products).for_each(|(out, x)| *out += (x - largest).exp() / sum);
+            }
+            assert_close(&numbers(&mass), &want, 1e-6, "mass");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn causal_softmax_masks_and_normalises() -> Result<()> {
+    let mut rng = Rng(5);
+    for (b, h_kv, group, queries, first) in [(1, 1, 1, 1, 0), (2, 3, 3, 5, 0), (1, 2, 4, 17, 40)] {
+        let (n, scale) = (first + queries, -0.7f32);
+        let scores = rng.tensor(&[b, h_kv, group * queries, n], DType::F32);
+        let want: Vec<f64> = (0..b * h_kv * group * queries)
+            .flat_map(|r| {
+                let visible = first + r % queries + 1;
+                let numbers = numbers(&scores);
+                let exp: Vec<f64> = row(&numbers, r, n).iter().map(|x| (x * f64::from(scale)).exp()).collect();
+                let sum: f64 = exp[..visible].iter().sum();
+                exp.into_iter().enumerate().map(move |(t, x)| if t < visible { x / sum } else { 0.0 })
+            })
+            .collect();
+        ops::causal_softmax(&scores, first, queries, scale)?;
+        assert_close(&numbers(&scores), &want, 1e-6, "probabilities");
+    }
+    Ok(())
+}
+
+#[test]
+fn indices_are_the_union_of_sink_heavy_and_window() -> Result<()> {
+    let mut rng = Rng(6);
+    for _ in 0..400 {
+        let n = 1 + rng.below(60);
+        let (sink, window, init_offset) = (rng.below(n + 9), rng.below(n + 9), rng.below(n));
+        let (b, lists, k) = (1 + rng.below(2), 1 + rng.below(3), rng.below(n - init_offset + 1));
+        let heavy: Vec<u32> = (0..b * lists)
+            .flat_map(|_| {
+                let scores: Vec<f32> = (0..n - init_offset).map(|_| rng.normal()).collect();
+                naive_topk(&scores, k)
+            })
+            .collect();
+        let geometry = Geometry { n, sink, window, init_offset };
+        let selected =
+            ops::indices_and_weights(&Tensor::from_vec(heavy.clone(), (b, lists, k), &Device::Cpu)?, geometry)?;
+        let list_len = selected.indices.dim(2)?;
+        assert_eq!(list_len, n.min(sink + k + window));
+        let (indices, lens) = (integers(&selected.indices), integers(&selected.lens));
+        let weights = numbers(&selected.weights);
+        let dense = numbers(&ops::dense_weights(&selected, 2 * lists, n)?);
+        for list in 0..b * lists {
+            let heavy: Vec<usize> = heavy[list * k..][..k].iter().map(|&t| init_offset + t as usize).collect();
+            let want: Vec<usize> = (0..n).filter(|t| *t < sink || t + window >= n || heavy.contains(t)).collect();
+            assert_eq!(lens[list] as usize, want.len(), "{geometry:?}");
+            for (i, &index) in indices[list * list_len..][..list_len].iter().enumerate() {
+                let expected = want.get(i).map_or(PADDING, |&t| t as u32);
+                assert_eq!(index, expected, "{geometry:?}, list {list}, entry {i}");
+                assert_eq!(weights[list * list_len + i], f64::from(u8::from(i < want.len())));
+            }
+            for head in [2 * list, 2 * list + 1] {
+                for (t, &weight) in row(&dense, head, n).iter().enumerate() {
+                    assert_eq!(weight, f64::from(u8::from(want.contains(&t))), "{geometry:?}, head {head}, key {t}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Random lists with holes, weights and poisoned padding, one a query head or one a KV head.
+fn random_lists(rng: &mut Rng, b: usize, lists: usize, n: usize, l: usize) -> Result<Selected> {
+    let (mut indices, mut weights, mut lens) = (vec![], vec![], vec![]);
+    for _ in 0..b * lists {
+        let len = rng.below(l + 1);
+        lens.push(len as u32);
+        for i in 0..l {
+            let padding = i >= len || rng.below(10) == 0;
+            indices.push(if padding { PADDING } else { rng.below(n) as u32 });
+            weights.push(if padding { f32::NAN } else { [1.0, 2.5, 0.0, 0.25][rng.below(4)] });
+        }
+    }
+    let shape = (b, lists, l);
+    Ok(Selected {
+        indices: Tensor::from_vec(indices, shape, &Device::Cpu)?,
+        lens: Tensor::from_vec(lens, (b, lists), &Device::Cpu)?,
+        weights: Tensor::from_vec(weights, shape, &Device::Cpu)?,
+    })
+}
+
+#[test]
+fn sparse_attend_is_attention_over_the_list() -> Result<()> {
+    let mut rng = Rng(7);
+    for (b, h, h_kv, n, d) in SHAPES {
+        for (i, dtype) in DTYPES.into_iter().enumerate() {
+            for (lists, l) in [(h, 40), (h_kv, 300), (h, 0), (h_kv, 1)] {
+                let strides = STRIDES[(i + l) % 4];
+                let query = rng.tensor(&[b, h, 1, d], dtype);
+                let (keys, values) = (rng.tensor(&[b, h_kv, n, d], dtype), rng.tensor(&[b, h_kv, n, d], dtype));
+                let selected = random_lists(&mut rng, b, lists, n, l)?;
+                let attended = ops::sparse_attend(
+                    &query,
+                    &lay_out(&keys, strides)?,
+                    &lay_out(&values, STRIDES[(i + l + 1) % 4])?,
+                    &selected,
+                    0.3,
+                )?;
+                assert_eq!((attended.out.dims(), attended.out.dtype()), (&[b, h, 1, d][..], dtype));
+                let (indices, weights) = (integers(&selected.indices), numbers(&selected.weights));
+                let lens = integers(&selected.lens);
+                let list = |bh: usize| {
+                    let list = bh / h * lists + bh % h * lists / h;
+                    let entries = list * l..list * l + lens[list] as usize;
+                    let entries = entries.filter(|&i| indices[i] != PADDING);
+                    entries.map(|i| (indices[i] as usize, weights[i])).filter(|(_, w)| *w != 0.0).collect()
+                };
+                check_attended(&attended, [&query, &keys, &values], 0.3, list);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dense_attend_is_attention_over_all_keys() -> Result<()> {
+    let mut rng = Rng(8);
+    for (b, h, h_kv, n, d) in SHAPES {
+        for (dtype, strides) in DTYPES.into_iter().zip(STRIDES) {
+            let query = rng.tensor(&[b, h, 1, d], dtype);
+            let (keys, values) = (rng.tensor(&[b, h_kv, n, d], dtype), rng.tensor(&[b, h_kv, n, d], dtype));
+            let attended = ops::dense_attend(
+                &lay_out(&query, strides)?,
+                &lay_out(&keys, strides)?,
+                &lay_out(&values, strides)?,
+                -0.5,
+            )?;
+            check_attended(&attended, [&query, &keys, &values], -0.5, |_| (0..n).map(|t| (t, 1.0)).collect());
+        }
+    }
+    Ok(())
+}
+
+fn check_attended(
+    attended: &ops::Attended,
+    [query, keys, values]: [&Tensor; 3],
+    scale: f64,
+    list: impl Fn(usize) -> Vec<(usize, f64)>,
+) {
+    let ([b, h, _, d], [_, h_kv, n, _]) = (query.dims()[..].try_into().unwrap(), keys.dims()[..].try_into().unwrap());
+    let (q, k, v) = (numbers(query), numbers(keys), numbers(values));
+    let (out, lse) = (numbers(&attended.out), numbers(&attended.lse));
+    let _: (usize, usize) = (b, h_kv);
+    for bh in 0..b * h {
+        let kv = bh / h * h_kv + bh % h / (h / h_kv);
+        let (want, want_lse) = attend(row(&q, bh, d), row(&k, kv, n * d), row(&v, kv, n * d), &list(bh), scale);
+        assert_close(row(&out, bh, d), &want, rounding(query.dtype()), "output");
+        assert_close(&[lse[bh]], &[want_lse], 1e-5, "lse");
+    }
+}
+
+#[test]
+fn kmeans_is_deterministic_and_converges() -> Result<()> {
+    let mut rng = Rng(9);
+    let keys = rng.tensor(&[2, 2, 700, 24], DType::F32);
+    for metric in [Metric::Euclidean, Metric::InnerProduct] {
+        let train = |iters, seed| {
+            let options = KmeansOptions { pq_dim: 6, pq_bits: 5, iters, metric, max_keys: 10_000, seed };
+            ops::kmeans(&keys, &options)
+        };
+        let (a, phi) = train(4, 1)?;
+        assert_eq!(a.dims(), [2, 2, 6, 32, 4 + usize::from(phi.is_some())]);
+        assert_same_bits(&a, &train(4, 1)?.0, "same seed");
+        assert_ne!(numbers(&a), numbers(&train(4, 2)?.0), "another seed");
+        if let Some(phi) = &phi {
+            let norms = keys.reshape((2, 2, 700, 6, 4))?.sqr()?.sum(4)?.max(2)?;
+            assert_close(&numbers(phi), &numbers(&norms), 1e-6, "phi");
+        }
+        let error = |iters| -> Result<f64> {
+            let (centroids, phi) = train(iters, 1)?;
+            Ok(quantization_error(&keys, &centroids, &ops::encode(&keys, &centroids, phi.as_ref())?))
+        };
+        let errors = [error(0)?, error(1)?, error(4)?, error(16)?];
+        assert!(errors[3] < 0.9 * errors[0], "{errors:?}");
+        if metric == Metric::Euclidean {
+            assert!(errors.is_sorted_by(|a, b| a >= b), "Lloyd's algorithm never loses: {errors:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Mean squared distance of the keys from their reconstructions.
+fn quantization_error(keys: &Tensor, centroids: &Tensor, codes: &Tensor) -> f64 {
+    let [.., n, d] = keys.dims()[..] else { panic!("rank 4") };
+    let [.., pq_dim, c, columns] = centroids.dims()[..] else { panic!("rank 5") };
+    let (keys, centroids, codes) = (numbers(keys), numbers(centroids), integers(codes));
+    let len = d / pq_dim;
+    let square = |(i, x): (usize, &f64)| {
+        let (t, m, j) = (i / d, i % d / len, i % len);
+        (x - centroids[((t / n * pq_dim + m) * c + codes[t * pq_dim + m] as usize) * columns + j]).powi(2)
+    };
+    keys.iter().enumerate().map(square).sum::<f64>() / keys.len() as f64
+}
+
+#[test]
+fn kmeans_finds_clusters_and_survives_odd_data() -> Result<()> {
+    let options =
+        KmeansOptions { pq_dim: 1, pq_bits: 2, iters: 12, metric: Metric::Euclidean, max_keys: 4096, seed: 3 };
+    // As many keys as centroids: each is its own centroid.
+    let keys = Tensor::new(&[[0f32, 1.], [9., 1.], [0., 5.], [-4., 2.]], &Device::Cpu)?.reshape((1, 1, 4, 2))?;
+    for dtype in DTYPES {
+        let keys = keys.to_dtype(dtype)?;
+        let (centroids, _) = ops::kmeans(&keys, &options)?;
+        assert_eq!(quantization_error(&keys, &centroids, &ops::encode(&keys, &centroids, None)?), 0.0);
+    }
+    // All keys equal: three centroids are always empty and are drawn anew from the keys.
+    let (centroids, _) = ops::kmeans(&Tensor::full(2.5f32, (1, 1, 50, 2), &Device::Cpu)?, &options)?;
+    assert!(numbers(&centroids).iter().all(|&x| x == 2.5));
+    // A key that is not a number is nobody's neighbour and harms no other cluster than the first.
+    let poisoned = Tensor::cat(&[&keys, &keys, &Tensor::full(f32::NAN, (1, 1, 1, 2), &Device::Cpu)?], 2)?;
+    ops::kmeans(&poisoned, &options)?;
+    // Sampling: with every other key dropped the codebook is that of the rest.
+    let all = Rng(4).tensor(&[1, 1, 64, 2], DType::F32);
+    let half = all.reshape((1, 1, 32, 4))?.narrow(3, 0, 2)?;
+    let sampled = ops::kmeans(&all, &KmeansOptions { max_keys: 32, ..options })?.0;
+    assert_same_bits(&sampled, &ops::kmeans(&half, &options)?.0, "sampled keys");
+    Ok(())
+}
+
+/// The kernels own no padding: what lies beyond the keys in use does not matter.
+#[test]
+fn unused_capacity_may_hold_anything() -> Result<()> {
+    let mut rng = Rng(10);
+    let keys = rng.tensor(&[1, 2, 300, 16], DType::F32);
+    let options = KmeansOptions { pq_dim: 4, pq_bits: 4, iters: 3, metric: Metric::Euclidean, max_keys: 4096, seed: 0 };
+    let poisoned = lay_out(&keys, Strides::Capacity)?;
+    let (centroids, _) = ops::kmeans(&keys, &options)?;
+    assert_same_bits(&centroids, &ops::kmeans(&poisoned, &options)?.0, "centroids");
+    let codes = ops::encode(&keys, &centroids, None)?;
+    assert_same_bits(&codes, &ops::encode(&poisoned, &centroids, None)?, "codes");
+    let query = rng.tensor(&[1, 4, 1, 16], DType::F32);
+    let scores = ops::score(&query, &codes, &centroids)?;
+    let poisoned_codes = lay_out(&codes, Strides::Capacity)?;
+    assert_same_bits(&scores, &ops::score(&query, &poisoned_codes, &centroids)?, "scores");
+    Ok(())
+}
