@@ -115,15 +115,20 @@ impl PqAttention {
         if cache.config() != &self.config {
             bail!("PqAttention: cache: expected one made with this attention's config, got {:?}", cache.config());
         }
-        let expected = format!("[{b}, a multiple of {h_kv}, s >= 1, {head_dim}]");
-        match *query.dims() {
-            [qb, h, s, qd] if qb == b && h > 0 && h.is_multiple_of(h_kv) && s > 0 && qd == head_dim => {
-                match *keys.dims() {
-                    [_, _, ks, _] if ks != s => bail!("PqAttention: keys: expected s = {s} as the query, got {ks}"),
-                    _ => Ok(()),
-                }
-            }
-            _ => bail!("PqAttention: query: expected {expected}, got {:?}", query.dims()),
+        let s = match *query.dims() {
+            [qb, h, s, qd] if qb == b && h > 0 && h.is_multiple_of(h_kv) && s > 0 && qd == head_dim => s,
+            _ => bail!(
+                "PqAttention: query: expected [{b}, a multiple of {h_kv}, s >= 1, {head_dim}], got {:?}",
+                query.dims()
+            ),
+        };
+        if query.dtype() != cache.dtype() {
+            let (expected, got) = (cache.dtype().as_str(), query.dtype().as_str());
+            bail!("PqAttention: query: expected dtype {expected} as the cache, got {got}");
+        }
+        match *keys.dims() {
+            [_, _, ks, _] if ks != s => bail!("PqAttention: keys: expected s = {s} as the query, got {ks}"),
+            _ => Ok(()),
         }
     }
 

@@ -99,8 +99,8 @@ impl PqKvCache {
             [tb, th, _, td] if [tb, th, td] == [b, h_kv, head_dim] => {}
             _ => bail!("PqKvCache: {name}: expected [{b}, {h_kv}, s, {head_dim}], got {:?}", tensor.dims()),
         }
-        if tensor.dtype() != self.keys.dtype() {
-            let (expected, got) = (self.keys.dtype().as_str(), tensor.dtype().as_str());
+        if tensor.dtype() != self.dtype() {
+            let (expected, got) = (self.dtype().as_str(), tensor.dtype().as_str());
             bail!("PqKvCache: {name}: expected dtype {expected}, got {got}");
         }
         if !tensor.device().same_device(self.keys.device()) {
@@ -297,10 +297,15 @@ impl PqKvCache {
         [dims[0], dims[1], dims[3]]
     }
 
+    /// The dtype of keys and values.
+    pub fn dtype(&self) -> DType {
+        self.keys.dtype()
+    }
+
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
         let [b, h_kv, head_dim] = self.dims();
-        let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.keys.dtype().size_in_bytes();
+        let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.dtype().size_in_bytes();
         let encoded = if self.index.is_some() { self.encoded - self.config.init_offset() } else { 0 };
         let codebook = self.codebook().map_or(0, Codebook::bytes);
         Memory { kv_bytes, index_bytes: b * h_kv * encoded * self.config.pq_dim + codebook }

@@ -1,0 +1,367 @@
+//! The cache and the attention on it: growth, going back, prefill and decode against naive references.
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_pq_attn::ops::{self, Selected};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection};
+use common::*;
+use proptest::prelude::*;
+
+/// Small enough that a few hundred keys have everything: codebook, candidates, selection.
+fn small() -> PqConfig {
+    PqConfig {
+        sink: 3,
+        window: 8,
+        heavy: Heavy::Keys(12),
+        pq_dim: 4,
+        pq_bits: 4,
+        kmeans_iters: 3,
+        ..PqConfig::default()
+    }
+}
+
+fn append(cache: &mut PqKvCache, keys: &Tensor, values: &Tensor, from: usize, to: usize) -> Result<()> {
+    cache.append(&keys.narrow(2, from, to - from)?, &values.narrow(2, from, to - from)?)
+}
+
+fn assert_same_cache(a: &mut PqKvCache, b: &mut PqKvCache, what: &str) -> Result<()> {
+    a.build_index()?;
+    b.build_index()?;
+    assert_eq!((a.len(), a.memory()), (b.len(), b.memory()), "{what}");
+    assert_same_bits(&a.keys()?, &b.keys()?, what);
+    assert_same_bits(&a.values()?, &b.values()?, what);
+    assert_same_bits(&a.codes()?, &b.codes()?, what);
+    match (a.codebook(), b.codebook()) {
+        (Some(a), Some(b)) => assert_same_bits(&a.centroids()?, &b.centroids()?, what),
+        (a, b) => assert_eq!(a.is_some(), b.is_some(), "{what}"),
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Appending in any pieces, from any capacity, gives the same cache to the bit.
+    #[test]
+    fn append_in_pieces_equals_append_all(
+        seed in any::<u64>(), cuts in prop::collection::vec(1usize..400, 0..6), capacity in 0usize..500,
+        ip in any::<bool>(), dtype in 0usize..3,
+    ) {
+        let n = 400;
+        let mut rng = Rng(seed);
+        let metric = if ip { Metric::InnerProduct } else { Metric::Euclidean };
+        let attn = PqAttention::new(PqConfig { metric, ..small() }, 0.25).unwrap();
+        let (keys, values) = (rng.tensor(&[2, 2, n, 16], DTYPES[dtype]), rng.tensor(&[2, 2, n, 16], DTYPES[dtype]));
+        let cache = |capacity| attn.new_cache([2, 2, 16], capacity, DTYPES[dtype], &Device::Cpu).unwrap();
+        let (mut whole, mut pieces, mut singles) = (cache(n), cache(capacity), cache(0));
+        append(&mut whole, &keys, &values, 0, n).unwrap();
+        let mut cuts = cuts;
+        cuts.extend([0, n]);
+        cuts.sort();
+        cuts.windows(2).try_for_each(|cut| append(&mut pieces, &keys, &values, cut[0], cut[1])).unwrap();
+        (0..n).try_for_each(|t| append(&mut singles, &keys, &values, t, t + 1)).unwrap();
+        assert_same_cache(&mut whole, &mut pieces, "in pieces").unwrap();
+        assert_same_cache(&mut whole, &mut singles, "one by one").unwrap();
+    }
+
+    /// What was appended and truncated leaves no trace, whether or not the index was built in between.
+    #[test]
+    fn truncate_equals_never_having_appended(
+        seed in any::<u64>(), kept in 0usize..300, dropped in 1usize..300, build in any::<bool>(),
+    ) {
+        let mut rng = Rng(seed);
+        let attn = PqAttention::new(small(), 0.25).unwrap();
+        let (keys, values) = (rng.tensor(&[1, 2, 600, 16], DType::F32), rng.tensor(&[1, 2, 600, 16], DType::F32));
+        let cache = || attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu).unwrap();
+        let (mut a, mut b) = (cache(), cache());
+        append(&mut a, &keys, &values, 0, kept).unwrap();
+        append(&mut a, &values, &keys, kept, kept + dropped).unwrap();
+        if build {
+            a.build_index().unwrap();
+        }
+        a.truncate(kept).unwrap();
+        append(&mut a, &keys, &values, kept, kept + 50).unwrap();
+        append(&mut b, &keys, &values, 0, kept + 50).unwrap();
+        assert_same_cache(&mut a, &mut b, "truncated").unwrap();
+        a.reset();
+        append(&mut a, &keys, &values, 0, kept + 50).unwrap();
+        assert_same_cache(&mut a, &mut b, "reset").unwrap();
+    }
+
+    /// A list of all positions, in any order, is dense attention.
+    #[test]
+    fn listing_all_positions_in_any_order_is_dense(seed in any::<u64>(), n in 1usize..700, per_head in any::<bool>()) {
+        let mut rng = Rng(seed);
+        let query = rng.tensor(&[2, 6, 1, 20], DType::F32);
+        let (keys, values) = (rng.tensor(&[2, 2, n, 20], DType::F32), rng.tensor(&[2, 2, n, 20], DType::F32));
+        let lists = if per_head { 6 } else { 2 };
+        let mut indices = vec![];
+        for _ in 0..2 * lists {
+            let mut order: Vec<u32> = (0..n as u32).collect();
+            (1..n).for_each(|i| order.swap(i, rng.below(i + 1)));
+            indices.extend(order);
+        }
+        let selected = Selected {
+            indices: Tensor::from_vec(indices, (2, lists, n), &Device::Cpu).unwrap(),
+            lens: Tensor::full(n as u32, (2, lists), &Device::Cpu).unwrap(),
+            weights: Tensor::ones((2, lists, n), DType::F32, &Device::Cpu).unwrap(),
+        };
+        let sparse = ops::sparse_attend(&query, &keys, &values, &selected, 0.3).unwrap();
+        let dense = ops::dense_attend(&query, &keys, &values, 0.3).unwrap();
+        assert_close(&numbers(&sparse.out), &numbers(&dense.out), 2e-6, "output");
+        assert_close(&numbers(&sparse.lse), &numbers(&dense.lse), 2e-6, "lse");
+    }
+}
+
+/// Prefill, whole and in chunks of any size, is causal attention; so is a dense decode.
+#[test]
+fn prefill_is_causal_attention() -> Result<()> {
+    let mut rng = Rng(1);
+    for (b, h, h_kv, d, n) in [(1, 4, 4, 64, 70), (2, 9, 3, 32, 65), (1, 5, 1, 7, 130), (1, 2, 2, 256, 20)] {
+        for dtype in DTYPES {
+            let query = rng.tensor(&[b, n, h, d], dtype).transpose(1, 2)?;
+            let (keys, values) = (
+                rng.tensor(&[b, n, h_kv, d], dtype).transpose(1, 2)?,
+                rng.tensor(&[b, n, h_kv, d], dtype).transpose(1, 2)?,
+            );
+            let (q, k, v) = (numbers(&query), numbers(&keys), numbers(&values));
+            let want: Vec<f64> = (0..b * h * n)
+                .flat_map(|i| {
+                    let (bh, t) = (i / n, i % n);
+                    let kv = bh / h * h_kv + bh % h / (h / h_kv);
+                    let visible: Vec<_> = (0..=t).map(|t| (t, 1.0)).collect();
+                    attend(row(&q, i, d), row(&k, kv, n * d), row(&v, kv, n * d), &visible, 0.2).0
+                })
+                .collect();
+            let attn = PqAttention::new(PqConfig { pq_dim: 1, ..PqConfig::default() }, 0.2)?;
+            for chunks in [vec![n], vec![1; n], vec![3, n - 4, 1], vec![n / 2, n - n / 2]] {
+                let mut cache = attn.new_cache([b, h_kv, d], 0, dtype, &Device::Cpu)?;
+                let mut outs = vec![];
+                for s in chunks {
+                    let part = |x: &Tensor| x.narrow(2, cache.len(), s);
+                    let (q, k, v) = (part(&query)?, part(&keys)?, part(&values)?);
+                    outs.push(attn.forward(&q, &k, &v, &mut cache)?);
+                }
+                let got = Tensor::cat(&outs, 2)?;
+                assert_eq!((got.dims(), got.dtype()), (&[b, h, n, d][..], dtype));
+                assert_close(&numbers(&got), &want, rounding(dtype), "prefill");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every decode step attends to sink, window and the keys whose reconstructions score best, and its codes are those of
+/// the codebook, whatever was encoded when.
+#[test]
+fn decode_attends_to_what_scores_best() -> Result<()> {
+    let mut rng = Rng(2);
+    for selection in [Selection::PerQueryHead, Selection::PerKvHead] {
+        // Offsets: after the sink, inside it, behind it, and so far behind that there are no candidates at first.
+        for (metric, init_offset, window) in [
+            (Metric::Euclidean, None, 8),
+            (Metric::InnerProduct, Some(0), 8),
+            (Metric::Euclidean, Some(9), 0),
+            (Metric::Euclidean, Some(40), 30),
+        ] {
+            let config = PqConfig { selection, metric, init_offset, window, ..small() };
+            let (b, h, h_kv, d, scale) = (2, 6, 2, 16, 0.4);
+            let attn = PqAttention::new(config.clone(), scale)?;
+            let mut cache = attn.new_cache([b, h_kv, d], 0, DType::F32, &Device::Cpu)?;
+            for step in 0..150 {
+                let (query, key) = (rng.tensor(&[b, h, 1, d], DType::F32), rng.tensor(&[b, h_kv, 1, d], DType::F32));
+                let out = attn.forward(&query, &key, &rng.tensor(&[b, h_kv, 1, d], DType::F32), &mut cache)?;
+                let n = step + 1;
+                assert_eq!(cache.len(), n);
+                let dense: Vec<_> = (0..n).map(|t| (t, 1.0)).collect();
+                let attended = match config.is_dense(n) {
+                    true => vec![dense; b * h],
+                    false => naive_selection(&config, &query, &cache, scale)?,
+                };
+                let (q, k, v) = (numbers(&query), numbers(&cache.keys()?), numbers(&cache.values()?));
+                for bh in 0..b * h {
+                    let kv = bh / (h / h_kv);
+                    let (k, v) = (row(&k, kv, n * d), row(&v, kv, n * d));
+                    let (want, _) = attend(row(&q, bh, d), k, v, &attended[bh], f64::from(scale));
+                    assert_close(row(&numbers(&out), bh, d), &want, 1e-5, "decode");
+                    let listed = attended[bh].len();
+                    assert!(listed <= config.attended(n), "{listed} attended of {n}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn naive_selection(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32) -> Result<Vec<Vec<(usize, f64)>>> {
+    let ([b, h_kv, d], n) = (cache.dims(), cache.len());
+    let (h, range) = (query.dim(1)?, config.candidates(n));
+    let codebook = cache.codebook().expect("a codebook");
+    let start = config.init_offset();
+    let codes = cache.codes()?;
+    let keys = cache.keys()?.narrow(2, start, codes.dim(2)?)?;
+    assert_same_bits(&codes, &codebook.encode(&keys)?, "codes");
+    assert!(start + codes.dim(2)? >= range.end, "every candidate has codes");
+    let (codes, centroids, q) = (integers(&codes), numbers(&codebook.centroids()?), numbers(query));
+    let (pq_dim, c, len, encoded) = (config.pq_dim, config.n_centroids(), codebook.pq_len(), keys.dim(2)?);
+    let score = |bh: usize, t: usize| -> f64 {
+        let kv = bh / (h / h_kv);
+        (0..d)
+            .map(|i| {
+                let (m, j) = (i / len, i % len);
+                let code = codes[(kv * encoded + t - start) * pq_dim + m] as usize;
+                q[bh * d + i] * centroids[((kv * pq_dim + m) * c + code) * len + j]
+            })
+            .sum()
+    };
+    let scores: Vec<Vec<f64>> = (0..b * h).map(|bh| range.clone().map(|t| score(bh, t)).collect()).collect();
+    let softmax = |scores: &[f64]| -> Vec<f64> {
+        let exp: Vec<f64> = scores.iter().map(|s| (f64::from(scale) * s).exp()).collect();
+        let sum: f64 = exp.iter().sum();
+        exp.into_iter().map(|x| x / sum).collect()
+    };
+    Ok((0..b * h)
+        .map(|bh| {
+            let group = h / h_kv;
+            let ranking = match config.selection {
+                Selection::PerQueryHead => scores[bh].clone(),
+                Selection::PerKvHead => (bh / group * group..(bh / group + 1) * group)
+                    .map(|head| softmax(&scores[head]))
+                    .reduce(|a, b| a.iter().zip(b).map(|(a, b)| a + b).collect())
+                    .expect("a head"),
+            };
+            let mut order: Vec<usize> = (0..range.len()).collect();
+            // Rounded, so that scores that are equal in exact arithmetic tie here as they do in f32.
+            let rank = |i: usize| (ranking[i] * 1e6).round();
+            order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
+            let heavy: Vec<usize> = order.iter().take(config.heavy.count(n)).map(|i| range.start + i).collect();
+            let attended = (0..n).filter(|t| *t < config.sink || t + config.window >= n || heavy.contains(t));
+            attended.map(|t| (t, 1.0)).collect()
+        })
+        .collect())
+}
+
+/// A prompt, an answer, another prompt: keys are encoded in blocks, and the codebook grows with the sequence.
+#[test]
+fn index_follows_the_sequence() -> Result<()> {
+    let mut rng = Rng(3);
+    let attn = PqAttention::new(PqConfig { max_train_keys: 200, ..small() }, 0.25)?;
+    let mut cache = attn.new_cache([1, 1, 16], 0, DType::F32, &Device::Cpu)?;
+    let mut step = |cache: &mut PqKvCache, s| {
+        let mut random = || rng.tensor(&[1, 1, s, 16], DType::F32);
+        attn.forward(&random(), &random(), &random(), cache)
+    };
+    step(&mut cache, 60)?;
+    assert!(cache.codebook().is_none(), "prefill builds no index");
+    step(&mut cache, 1)?;
+    let encoded = |cache: &PqKvCache| Ok::<_, candle_core::Error>(cache.codes()?.dim(2)? + 3);
+    assert_eq!(encoded(&cache)?, 61);
+    for n in 62..=61 + 8 {
+        step(&mut cache, 1)?;
+        assert_eq!((cache.len(), encoded(&cache)?), (n, 61), "nothing left the window without a code");
+    }
+    step(&mut cache, 1)?;
+    assert_eq!(encoded(&cache)?, 70, "the whole window at once");
+    let first = cache.codebook().expect("a codebook").centroids()?;
+    step(&mut cache, 50)?;
+    step(&mut cache, 1)?;
+    let second = cache.codebook().expect("a codebook").centroids()?;
+    assert_ne!(numbers(&first), numbers(&second), "trained again when the keys had doubled");
+    step(&mut cache, 500)?;
+    step(&mut cache, 1)?;
+    let third = cache.codebook().expect("a codebook").centroids()?;
+    step(&mut cache, 2000)?;
+    step(&mut cache, 1)?;
+    assert_same_bits(&third, &cache.codebook().expect("a codebook").centroids()?, "enough keys were seen");
+    cache.truncate(2000)?;
+    assert!(cache.codebook().is_some(), "all that it was trained on is there");
+    cache.truncate(600)?;
+    assert!(cache.codebook().is_none(), "trained on keys that are gone");
+    Ok(())
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
+    let mut rng = Rng(4);
+    let attn = PqAttention::new(small(), 0.25)?;
+    let inputs: Vec<_> =
+        [400, 1].into_iter().map(|s| [6, 2, 2].map(|heads| rng.tensor(&[1, heads, s, 16], DType::F32))).collect();
+    let run = || -> Result<Vec<Tensor>> {
+        let mut cache = attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;
+        let mut outs = vec![];
+        for [q, k, v] in &inputs {
+            outs.push(attn.forward(q, k, v, &mut cache)?);
+        }
+        outs.push(cache.codebook().expect("a codebook").centroids()?);
+        outs.push(cache.codes()?);
+        let query = &inputs[1][0];
+        let dense = ops::dense_attend(query, &cache.keys()?, &cache.values()?, 0.25)?;
+        outs.extend([dense.out, dense.lse]);
+        Ok(outs)
+    };
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+    let (one, many) = (pool(1).install(run)?, pool(5).install(run)?);
+    // The first output is the prefill's, whose matmuls are Candle's.
+    for (one, many) in one.iter().zip(&many).skip(1) {
+        assert_same_bits(one, many, "threads");
+    }
+    Ok(())
+}
+
+#[test]
+fn codebook_survives_a_file() -> Result<()> {
+    let keys = Rng(5).tensor(&[1, 2, 300, 16], DType::F32);
+    for metric in [Metric::Euclidean, Metric::InnerProduct] {
+        let config = PqConfig { metric, ..small() };
+        let codebook = Codebook::train(&keys, &config)?;
+        let path = std::env::temp_dir().join(format!("candle-pq-attn-{}-{metric:?}.safetensors", std::process::id()));
+        codebook.save(&path)?;
+        let loaded = Codebook::load(&path, &Device::Cpu);
+        std::fs::remove_file(&path)?;
+        let loaded = loaded?;
+        assert_eq!((loaded.dims(), loaded.metric(), loaded.bytes()), (codebook.dims(), metric, codebook.bytes()));
+        assert_same_bits(&codebook.encode(&keys)?, &loaded.encode(&keys)?, "codes");
+        // A codebook that was handed in is kept: it is not the cache's to train.
+        let mut cache = PqKvCache::new(config, [1, 2, 16], 0, DType::F32, &Device::Cpu)?;
+        cache.set_codebook(loaded)?;
+        cache.append(&keys, &keys)?;
+        cache.build_index()?;
+        cache.truncate(0)?;
+        cache.reset();
+        cache.append(&keys, &keys)?;
+        cache.build_index()?;
+        assert_same_bits(&cache.codebook().expect("kept").centroids()?, &codebook.centroids()?, "centroids");
+    }
+    Ok(())
+}
+
+#[test]
+fn config_survives_serde() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let config = PqConfig { init_offset: Some(7), heavy: Heavy::Keys(9), metric: Metric::InnerProduct, ..small() };
+    assert_eq!(serde_json::from_str::<PqConfig>(&serde_json::to_string(&config)?)?, config);
+    assert_eq!(serde_json::from_str::<PqConfig>("{}")?, PqConfig::default());
+    assert_eq!(serde_json::from_str::<PqConfig>(r#"{"heavy": {"fraction": 0.5}}"#)?.heavy, Heavy::Fraction(0.5));
+    assert!(serde_json::from_str::<PqConfig>(r#"{"heavvy": 5}"#).is_err());
+    for (text, heavy) in [("512", Heavy::Keys(512)), (" 2.5% ", Heavy::Fraction(0.025)), ("100%", Heavy::Fraction(1.0))]
+    {
+        assert_eq!(text.parse::<Heavy>()?, heavy);
+        assert_eq!(heavy.to_string().parse::<Heavy>()?, heavy);
+    }
+    Ok(())
+}
+
+/// `n <= max(sink + heavy + window, heavy + init_offset + 1 + n_centroids)`, and the budget is never overdrawn.
+#[test]
+fn fallback_follows_the_formula() {
+    let config = small(); // 3 + 12 + 8 against 12 + 3 + 1 + 16
+    assert!(config.is_dense(32) && !config.is_dense(33));
+    let wide = PqConfig { window: 100, ..small() }; // 3 + 12 + 100
+    assert!(wide.is_dense(115) && !wide.is_dense(116));
+    for n in 0..300 {
+        assert_eq!(config.attended(n), if n <= 32 { n } else { 23 });
+        assert!(PqConfig { heavy: Heavy::Fraction(1.0), ..small() }.is_dense(n));
+    }
+    let late = PqConfig { init_offset: Some(40), window: 30, ..small() };
+    assert_eq!((late.attended(70), late.candidates(75)), (3 + 30, 40..45));
+}

@@ -1,0 +1,329 @@
+//! Bad input: the error that each gives, and that nothing else happens.
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache};
+use common::*;
+
+fn zeros(dims: &[usize], dtype: DType) -> Tensor {
+    Tensor::zeros(dims, dtype, &Device::Cpu).unwrap()
+}
+
+fn f32s(dims: &[usize]) -> Tensor {
+    zeros(dims, DType::F32)
+}
+
+fn u32s(numbers: &[u32], dims: &[usize]) -> Tensor {
+    Tensor::from_slice(numbers, dims, &Device::Cpu).unwrap()
+}
+
+/// Checks the first line of each error: what follows is a backtrace, where one is captured.
+#[track_caller]
+fn assert_errors(table: Vec<(Result<()>, &str)>) {
+    for (result, expected) in table {
+        let error = result.expect_err(expected).to_string();
+        assert_eq!(error.lines().next().unwrap(), expected);
+    }
+}
+
+#[test]
+fn encode() {
+    let encode = |keys: &[usize], dtype, centroids: &[usize], phi: Option<&[usize]>| {
+        ops::encode(&zeros(keys, dtype), &f32s(centroids), phi.map(f32s).as_ref()).map(drop)
+    };
+    assert_errors(vec![
+        (
+            encode(&[2, 5, 8], DType::F32, &[1, 2, 2, 4, 4], None),
+            "encode: keys: expected [b, h_kv, n, head_dim], got [2, 5, 8]",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F64, &[1, 2, 2, 4, 4], None),
+            "encode: keys: expected dtype f32, f16, bf16, got f64",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[2, 2, 4, 4], None),
+            "encode: centroids: expected [b, h_kv, pq_dim, n_centroids, pq_len], got [2, 2, 4, 4]",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 2, 3, 4, 2], None),
+            "encode: centroids: expected a pq_dim that divides head_dim 8, got 3",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 2, 0, 4, 2], None),
+            "encode: centroids: expected a pq_dim that divides head_dim 8, got 0",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 2, 2, 5, 4], None),
+            "encode: centroids: expected 2, 4, 8, ... or 256 centroids, got 5",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 2, 2, 512, 4], None),
+            "encode: centroids: expected 2, 4, 8, ... or 256 centroids, got 512",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 3, 2, 4, 4], None),
+            "encode: centroids: expected shape [1, 2, 2, 4, 4], got [1, 3, 2, 4, 4]",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 2, 2, 4, 4], Some(&[1, 2, 2])),
+            "encode: centroids: expected shape [1, 2, 2, 4, 5], got [1, 2, 2, 4, 4]",
+        ),
+        (
+            encode(&[1, 2, 5, 8], DType::F32, &[1, 2, 2, 4, 5], Some(&[1, 2])),
+            "encode: phi: expected shape [1, 2, 2], got [1, 2]",
+        ),
+        (
+            encode(&[1, 2, 5, 260], DType::F32, &[1, 2, 2, 4, 130], None),
+            "encode: keys: expected a head_dim of 1 to 256, got 260",
+        ),
+        (
+            encode(&[1, 2, 5, 0], DType::F32, &[1, 2, 2, 4, 0], None),
+            "encode: keys: expected a head_dim of 1 to 256, got 0",
+        ),
+    ]);
+}
+
+#[test]
+fn score() {
+    let score = |query: &[usize], codes: &[usize], dtype, centroids: &[usize]| {
+        ops::score(&f32s(query), &zeros(codes, dtype), &f32s(centroids)).map(drop)
+    };
+    let nine = Tensor::full(9u8, (1, 2, 5, 2), &Device::Cpu).unwrap();
+    assert_errors(vec![
+        (
+            score(&[1, 4, 2, 8], &[1, 2, 5, 2], DType::U8, &[1, 2, 2, 4, 4]),
+            "score: query: expected shape [1, 4, 1, 8], got [1, 4, 2, 8]",
+        ),
+        (score(&[1, 4, 1, 8], &[1, 2, 5, 2], DType::U32, &[1, 2, 2, 4, 4]), "score: codes: expected dtype u8, got u32"),
+        (
+            score(&[1, 4, 1, 8], &[1, 3, 5, 2], DType::U8, &[1, 3, 2, 4, 4]),
+            "score: codes: expected an h_kv that divides h 4, got 3",
+        ),
+        (
+            score(&[1, 4, 1, 8], &[1, 0, 5, 2], DType::U8, &[1, 0, 2, 4, 4]),
+            "score: codes: expected an h_kv that divides h 4, got 0",
+        ),
+        (
+            score(&[1, 4, 1, 8], &[2, 2, 5, 2], DType::U8, &[1, 2, 2, 4, 4]),
+            "score: codes: expected shape [1, 2, 5, 2], got [2, 2, 5, 2]",
+        ),
+        (
+            score(&[1, 4, 1, 8], &[1, 2, 5, 2], DType::U8, &[1, 2, 2, 4, 5]),
+            "score: centroids: expected shape [1, 2, 2, 4, 4], got [1, 2, 2, 4, 5]",
+        ),
+        (
+            ops::score(&f32s(&[1, 4, 1, 8]), &nine, &f32s(&[1, 2, 2, 8, 4])).map(drop),
+            "score: codes: expected codes below n_centroids 8, got 9",
+        ),
+    ]);
+}
+
+#[test]
+fn selection() {
+    let geometry = |n| Geometry { n, sink: 1, window: 1, init_offset: 2 };
+    let list = |heavy: &[u32], n| ops::indices_and_weights(&u32s(heavy, &[1, 1, heavy.len()]), geometry(n)).map(drop);
+    let selected = |index, len| Selected {
+        indices: u32s(&[0, index], &[1, 1, 2]),
+        lens: u32s(&[len], &[1, 1]),
+        weights: f32s(&[1, 1, 2]).ones_like().unwrap(),
+    };
+    assert_errors(vec![
+        (ops::topk(&zeros(&[2, 3], DType::F16), 1).map(drop), "topk: scores: expected dtype f32, got f16"),
+        (ops::topk(&f32s(&[]), 1).map(drop), "topk: scores: expected [..., n], got []"),
+        (ops::group_mass(&f32s(&[1, 4, 5]), 3, 1.0).map(drop), "group_mass: h_kv: expected a divisor of h 4, got 3"),
+        (ops::group_mass(&f32s(&[1, 4, 5]), 0, 1.0).map(drop), "group_mass: h_kv: expected a divisor of h 4, got 0"),
+        (
+            ops::group_mass(&f32s(&[1, 4, 5]), 2, f32::NAN).map(drop),
+            "group_mass: scale: expected a finite number, got NaN",
+        ),
+        (ops::group_mass(&f32s(&[4, 5]), 2, 1.0).map(drop), "group_mass: scores: expected [b, h, n], got [4, 5]"),
+        (list(&[1, 8], 10), "indices_and_weights: heavy: expected positions below n 10, got 2 + 8"),
+        (list(&[3, 3], 10), "indices_and_weights: heavy: expected ascending positions, got 3 after 3"),
+        (
+            ops::indices_and_weights(&f32s(&[1, 1, 2]), geometry(10)).map(drop),
+            "indices_and_weights: heavy: expected dtype u32, got f32",
+        ),
+        (list(&[], 1 << 33), "indices_and_weights: n: expected at most u32::MAX keys, got 8589934592"),
+        (
+            ops::dense_weights(&selected(9, 2), 1, 9).map(drop),
+            "dense_weights: indices: expected positions below n 9, got 9",
+        ),
+        (
+            ops::dense_weights(&selected(2, 3), 1, 9).map(drop),
+            "dense_weights: lens: expected at most 2 positions, got 3",
+        ),
+        (
+            ops::dense_weights(&Selected { lens: u32s(&[1, 1], &[1, 2]), ..selected(2, 2) }, 1, 9).map(drop),
+            "dense_weights: lens: expected shape [1, 1], got [1, 2]",
+        ),
+    ]);
+}
+
+#[test]
+fn attend() {
+    let selected = |indices: &[u32], lists: usize| {
+        let l = indices.len() / lists;
+        Selected {
+            indices: u32s(indices, &[1, lists, l]),
+            lens: Tensor::full(l as u32, (1, lists), &Device::Cpu).unwrap(),
+            weights: f32s(&[1, lists, l]).ones_like().unwrap(),
+        }
+    };
+    let attend = |query: &[usize], keys: &[usize], values: &[usize], dtype, selected: &Selected, scale| {
+        ops::sparse_attend(&f32s(query), &zeros(keys, dtype), &zeros(values, dtype), selected, scale).map(drop)
+    };
+    let (q, k, f) = (&[1, 4, 1, 8], &[1, 2, 5, 8], DType::F32);
+    let good = selected(&[0, 1, 2, 3], 2);
+    let softmax = |dims: &[usize], first, queries| ops::causal_softmax(&f32s(dims), first, queries, 1.0);
+    assert_errors(vec![
+        (attend(q, k, k, DType::BF16, &good, 1.0), "sparse_attend: keys: expected dtype f32, got bf16"),
+        (
+            attend(q, &[1, 2, 5, 9], k, f, &good, 1.0),
+            "sparse_attend: keys: expected shape [1, 2, 5, 8], got [1, 2, 5, 9]",
+        ),
+        (
+            attend(q, k, &[1, 2, 4, 8], f, &good, 1.0),
+            "sparse_attend: values: expected shape [1, 2, 5, 8], got [1, 2, 4, 8]",
+        ),
+        (
+            attend(q, &[1, 3, 5, 8], &[1, 3, 5, 8], f, &good, 1.0),
+            "sparse_attend: keys: expected an h_kv that divides h 4, got 3",
+        ),
+        (
+            attend(q, k, k, f, &selected(&[0, 1, 2], 3), 1.0),
+            "sparse_attend: indices: expected shape [1, 4 or 2, 1], got [1, 3, 1]",
+        ),
+        (
+            attend(q, k, k, f, &selected(&[0, 1, 2, 5], 2), 1.0),
+            "sparse_attend: indices: expected positions below n 5, got 5",
+        ),
+        (attend(q, k, k, f, &good, f32::INFINITY), "sparse_attend: scale: expected a finite number, got inf"),
+        (
+            ops::dense_attend(&f32s(q), &f32s(k), &f32s(&[2, 5, 8]), 1.0).map(drop),
+            "dense_attend: values: expected shape [1, 2, 5, 8], got [2, 5, 8]",
+        ),
+        (softmax(&[1, 1, 6, 9], 6, 4), "causal_softmax: queries: expected a divisor of 6 rows, got 4"),
+        (softmax(&[1, 1, 6, 9], 7, 3), "causal_softmax: first: expected at most 9 keys minus 3 queries, got 7"),
+    ]);
+}
+
+#[test]
+fn kmeans() {
+    let kmeans = |n, pq_dim, pq_bits, max_keys| {
+        let options = KmeansOptions { pq_dim, pq_bits, iters: 1, metric: Metric::Euclidean, max_keys, seed: 0 };
+        ops::kmeans(&f32s(&[1, 2, n, 8]), &options).map(drop)
+    };
+    assert_errors(vec![
+        (kmeans(20, 3, 2, 99), "kmeans: keys: expected a pq_dim that divides head_dim 8, got 3"),
+        (kmeans(20, 2, 0, 99), "kmeans: pq_bits: expected 1 to 8, got 0"),
+        (kmeans(20, 2, 9, 99), "kmeans: pq_bits: expected 1 to 8, got 9"),
+        (
+            kmeans(20, 2, 5, 99),
+            "kmeans: keys: expected at least n_centroids 32 keys to train on, got 20 (n 20, max_keys 99)",
+        ),
+        (
+            kmeans(40, 2, 5, 30),
+            "kmeans: keys: expected at least n_centroids 32 keys to train on, got 30 (n 40, max_keys 30)",
+        ),
+        (
+            Codebook::new(f32s(&[1, 2, 4]), None).map(drop),
+            "Codebook: centroids: expected [b, h_kv, pq_dim, n_centroids, pq_len], got [1, 2, 4]",
+        ),
+        (
+            Codebook::new(f32s(&[1, 2, 4, 16, 1]), Some(f32s(&[1, 2, 4]))).map(drop),
+            "Codebook: centroids: expected a pq_len of at least 1, got [1, 2, 4, 16, 1]",
+        ),
+        (
+            Codebook::new(f32s(&[1, 2, 4, 16, 3]), Some(f32s(&[1, 2]))).map(drop),
+            "Codebook: phi: expected [1, 2, 4] f32, got [1, 2] f32",
+        ),
+    ]);
+}
+
+#[test]
+fn config() {
+    let check = |config: PqConfig| config.validate(64);
+    let base = PqConfig::default;
+    let heavy = |text: &str| text.parse::<Heavy>().map(drop);
+    assert_errors(vec![
+        (base().validate(0), "PqConfig: head_dim: expected 1 to 256, got 0"),
+        (base().validate(512), "PqConfig: head_dim: expected 1 to 256, got 512"),
+        (check(PqConfig { pq_dim: 24, ..base() }), "PqConfig: pq_dim: expected a divisor of head_dim 64, got 24"),
+        (check(PqConfig { pq_bits: 9, ..base() }), "PqConfig: pq_bits: expected 1 to 8, got 9"),
+        (
+            check(PqConfig { max_train_keys: 255, ..base() }),
+            "PqConfig: max_train_keys: expected at least 256 (2^pq_bits), got 255",
+        ),
+        (check(PqConfig { heavy: Heavy::Keys(0), ..base() }), "PqConfig: heavy: expected at least 1 key, got 0"),
+        (
+            check(PqConfig { heavy: Heavy::Fraction(f64::NAN), ..base() }),
+            "PqConfig: heavy: expected a share above 0% and at most 100%, got NaN%",
+        ),
+        (heavy("0%"), "PqConfig: heavy: expected a share above 0% and at most 100%, got 0%"),
+        (heavy("150%"), "PqConfig: heavy: expected a share above 0% and at most 100%, got 150%"),
+        (heavy("many"), "PqConfig: heavy: expected a number of keys such as 512 or a share such as 2%, got \"many\""),
+        (heavy("-3"), "PqConfig: heavy: expected a number of keys such as 512 or a share such as 2%, got \"-3\""),
+    ]);
+}
+
+#[test]
+fn cache_and_attention_stay_as_they_were() -> Result<()> {
+    let config = PqConfig { pq_dim: 4, pq_bits: 4, heavy: Heavy::Keys(8), window: 4, ..PqConfig::default() };
+    let attn = PqAttention::new(config.clone(), 0.25)?;
+    let mut rng = Rng(1);
+    let mut cache = attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;
+    let first = rng.tensor(&[1, 2, 100, 16], DType::F32);
+    cache.append(&first, &first)?;
+    cache.build_index()?;
+    let state = |cache: &PqKvCache| -> Result<_> {
+        Ok((numbers(&cache.keys()?), numbers(&cache.values()?), integers(&cache.codes()?), cache.len(), cache.memory()))
+    };
+    let before = state(&cache)?;
+
+    let (q, kv) = (f32s(&[1, 4, 1, 16]), f32s(&[1, 2, 1, 16]));
+    let wide = f32s(&[1, 2, 2, 16]);
+    let mut forward = |q: &Tensor, k: &Tensor, v: &Tensor| attn.forward(q, k, v, &mut cache).map(drop);
+    let table = vec![
+        (
+            forward(&f32s(&[1, 3, 1, 16]), &kv, &kv),
+            "PqAttention: query: expected [1, a multiple of 2, s >= 1, 16], got [1, 3, 1, 16]",
+        ),
+        (
+            forward(&f32s(&[1, 4, 0, 16]), &kv, &kv),
+            "PqAttention: query: expected [1, a multiple of 2, s >= 1, 16], got [1, 4, 0, 16]",
+        ),
+        (forward(&q, &wide, &wide), "PqAttention: keys: expected s = 1 as the query, got 2"),
+        (forward(&q, &kv, &wide), "PqKvCache: values: expected as many as keys (1), got 2"),
+        (forward(&q, &f32s(&[1, 3, 1, 16]), &kv), "PqKvCache: keys: expected [1, 2, s, 16], got [1, 3, 1, 16]"),
+        (forward(&q, &zeros(&[1, 2, 1, 16], DType::F16), &kv), "PqKvCache: keys: expected dtype f32, got f16"),
+        (
+            forward(&zeros(&[1, 4, 1, 16], DType::BF16), &kv, &kv),
+            "PqAttention: query: expected dtype f32 as the cache, got bf16",
+        ),
+    ];
+    assert_errors(table);
+    assert_eq!(state(&cache)?, before);
+
+    let other = PqAttention::new(PqConfig { sink: 5, ..config.clone() }, 0.25)?;
+    let error = other.forward(&q, &kv, &kv, &mut cache).expect_err("another config").to_string();
+    assert!(error.starts_with("PqAttention: cache: expected one made with this attention's config, got PqConfig"));
+    assert_errors(vec![
+        (cache.truncate(101), "PqKvCache: truncate: expected at most the 100 keys there are, got 101"),
+        (
+            cache.set_codebook(Codebook::new(f32s(&[1, 2, 4, 32, 4]), None)?),
+            "PqKvCache: codebook: expected [b, h_kv, pq_dim, n_centroids] [1, 2, 4, 16] of pq_len 4, got [1, 2, 4, 32] of 4",
+        ),
+        (
+            cache.set_codebook(Codebook::new(f32s(&[1, 2, 4, 16, 5]), Some(f32s(&[1, 2, 4])))?),
+            "PqKvCache: codebook: expected metric Euclidean, got InnerProduct",
+        ),
+        (attn.new_cache([0, 2, 16], 0, DType::F32, &Device::Cpu).map(drop), "PqKvCache: expected at least one sequence and one KV head, got batch 0, h_kv 2"),
+        (attn.new_cache([1, 2, 18], 0, DType::F32, &Device::Cpu).map(drop), "PqConfig: pq_dim: expected a divisor of head_dim 18, got 4"),
+        (attn.new_cache([1, 2, 16], 0, DType::F64, &Device::Cpu).map(drop), "PqKvCache: dtype: expected f32, f16 or bf16, got f64"),
+        (PqAttention::new(config, f32::NAN).map(drop), "PqAttention: scale: expected a finite number, got NaN"),
+    ]);
+    assert_eq!(state(&cache)?, before);
+    Ok(())
+}
