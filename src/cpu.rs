@@ -14,8 +14,8 @@ pub(crate) const LANES: usize = 16;
 
 /// An element type of queries, keys and values.
 pub(crate) trait Elem: WithDType {
-    /// `src` as f32: itself where it is f32 already, else converted into `scratch`, which is as long.
-    fn widen<'a>(src: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+    /// Converts `src` into `out`, which is as long.
+    fn widen(src: &[Self], out: &mut [f32]);
 
     /// Rounds an f32 result to this type.
     fn narrow(x: f32) -> Self;
@@ -23,8 +23,8 @@ pub(crate) trait Elem: WithDType {
 
 impl Elem for f32 {
     #[inline(always)]
-    fn widen<'a>(src: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
-        src
+    fn widen(src: &[Self], out: &mut [f32]) {
+        out.copy_from_slice(src);
     }
 
     #[inline(always)]
@@ -35,9 +35,8 @@ impl Elem for f32 {
 
 impl Elem for f16 {
     #[inline(always)]
-    fn widen<'a>(src: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        src.convert_to_f32_slice(scratch);
-        scratch
+    fn widen(src: &[Self], out: &mut [f32]) {
+        src.convert_to_f32_slice(out);
     }
 
     #[inline(always)]
@@ -48,12 +47,11 @@ impl Elem for f16 {
 
 impl Elem for bf16 {
     #[inline(always)]
-    fn widen<'a>(src: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        // A shift, which vectorises; the library's own conversion keeps NaN payloads and does not.
-        for (y, x) in scratch.iter_mut().zip(src) {
+    fn widen(src: &[Self], out: &mut [f32]) {
+        // A shift, which vectorises; the library's own conversion looks after NaN payloads and does not.
+        for (y, x) in out.iter_mut().zip(src) {
             *y = f32::from_bits(u32::from(x.to_bits()) << 16);
         }
-        scratch
     }
 
     #[inline(always)]

@@ -115,10 +115,10 @@ fn encode_tile<T: Elem>(
 ) {
     let [_, _, pq_dim, n_centroids, columns] = plan.centroids.dims;
     let [.., head_dim] = plan.keys.dims;
-    let mut scratch = [0f32; super::MAX_HEAD_DIM];
+    let key = &mut [0f32; super::MAX_HEAD_DIM][..head_dim];
     for lane in 0..codes.len() / pq_dim {
         let at = plan.keys.at(&[b, h, first + lane]);
-        let key = T::widen(&keys[at..at + head_dim], &mut scratch[..head_dim]);
+        T::widen(&keys[at..at + head_dim], key);
         for (tile, x) in tiles.chunks_exact_mut(columns).zip(key.chunks_exact(plan.pq_len)) {
             for (coordinate, x) in tile.iter_mut().zip(x) {
                 coordinate[lane] = *x;

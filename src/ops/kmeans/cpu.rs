@@ -45,15 +45,15 @@ fn train<T: Elem>(plan: &Plan, keys: &[T], [b, h, m]: [usize; 3], centroids: &mu
 fn gather<T: Elem>(plan: &Plan, keys: &[T], [b, h]: [usize; 2], m: usize) -> Vec<Tile> {
     let n = plan.keys.dims[2];
     let mut tiles = vec![[0f32; TILE]; plan.samples.div_ceil(TILE) * plan.columns];
-    let mut scratch = [0f32; super::MAX_HEAD_DIM];
+    let x = &mut [0f32; super::MAX_HEAD_DIM][..plan.pq_len];
     for (i, tile) in tiles.chunks_exact_mut(plan.columns).enumerate() {
         for lane in 0..TILE {
             let sample = if i * TILE + lane < plan.samples { i * TILE + lane } else { 0 };
             // 128 bits: n and the number of samples may both be large.
             let t = (sample as u128 * n as u128 / plan.samples as u128) as usize;
             let at = plan.keys.at(&[b, h, t]) + m * plan.pq_len;
-            let x = T::widen(&keys[at..at + plan.pq_len], &mut scratch[..plan.pq_len]);
-            for (coordinate, x) in tile.iter_mut().zip(x) {
+            T::widen(&keys[at..at + plan.pq_len], x);
+            for (coordinate, x) in tile.iter_mut().zip(&*x) {
                 coordinate[lane] = *x;
             }
         }

@@ -11,6 +11,11 @@ use crate::cpu::{dispatch_float, slice, Elem};
 /// Keys a parallel task scores.
 const KEYS_PER_TASK: usize = 2048;
 
+/// Keys whose sums are kept while the tables pass, and tables in a pass: few enough that both stay in the first-level
+/// cache, which all the tables of 16 subspaces would not.
+const KEYS_PER_BLOCK: usize = 256;
+const TABLES_PER_PASS: usize = 8;
+
 /// The most heads one table entry serves; larger groups take several passes over the codes.
 const MAX_LANES: usize = 8;
 
@@ -101,18 +106,27 @@ fn score_keys<const LANES: usize>(
     [b, kv, first]: [usize; 3],
     rows: &mut [&mut [f32]],
 ) {
-    for i in 0..rows[0].len() {
-        let at = plan.codes.at(&[b, kv, first + i]);
-        let sums = look_up(tables, &codes[at..at + tables.len()]);
-        for (row, sum) in rows.iter_mut().zip(sums) {
-            row[i] = sum;
+    let mut sums = [[0f32; LANES]; KEYS_PER_BLOCK];
+    let count = rows[0].len();
+    for start in (0..count).step_by(KEYS_PER_BLOCK) {
+        let sums = &mut sums[..KEYS_PER_BLOCK.min(count - start)];
+        sums.fill([0.0; LANES]);
+        for (part, tables) in tables.chunks(TABLES_PER_PASS).enumerate() {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let at = plan.codes.at(&[b, kv, first + start + i]) + part * TABLES_PER_PASS;
+                *sums = look_up(tables, &codes[at..at + tables.len()], *sums);
+            }
+        }
+        for (lane, row) in rows.iter_mut().enumerate() {
+            for (score, sums) in row[start..].iter_mut().zip(&*sums) {
+                *score = sums[lane];
+            }
         }
     }
 }
 
 #[inline(always)]
-fn look_up<const LANES: usize>(tables: &[Table<LANES>], codes: &[u8]) -> [f32; LANES] {
-    let mut sums = [0f32; LANES];
+fn look_up<const LANES: usize>(tables: &[Table<LANES>], codes: &[u8], mut sums: [f32; LANES]) -> [f32; LANES] {
     for (table, &code) in tables.iter().zip(codes) {
         let entry = table[usize::from(code)];
         for l in 0..LANES {
@@ -136,12 +150,13 @@ fn build_tables<T: Elem, const LANES: usize>(
     let stride = plan.centroids.last_stride();
     let mut tables = vec![[[0f32; LANES]; 256]; pq_dim];
     // The queries coordinate by coordinate, so that all heads advance together.
-    let mut queries = vec![[0f32; LANES]; pq_dim * pq_len];
-    let mut scratch = [0f32; super::MAX_HEAD_DIM];
+    let head_dim = pq_dim * pq_len;
+    let mut queries = vec![[0f32; LANES]; head_dim];
+    let widened = &mut [0f32; super::MAX_HEAD_DIM][..head_dim];
     for lane in 0..count {
         let at = plan.query.at(&[b, kv * plan.group + heads.first + lane]);
-        let query = T::widen(&query[at..at + queries.len()], &mut scratch[..queries.len()]);
-        for (coordinate, x) in queries.iter_mut().zip(query) {
+        T::widen(&query[at..at + head_dim], widened);
+        for (coordinate, x) in queries.iter_mut().zip(&*widened) {
             coordinate[lane] = *x;
         }
     }

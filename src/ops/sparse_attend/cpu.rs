@@ -17,7 +17,7 @@ use crate::ops::indices_and_weights::ListStorages;
 /// Positions of a block, for a parallel task.
 const BLOCK: usize = 256;
 
-/// Values that are widened and summed at a time, few enough to stay in the first-level cache.
+/// Rows of K or V that are gathered at a time, few enough to stay in the first-level cache.
 const TILE: usize = 32;
 
 pub(super) fn run(
@@ -154,12 +154,14 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
     };
 
     let mut scores = vec![0f32; heads * len];
-    let mut scratch = [0f32; super::MAX_HEAD_DIM];
-    for i in 0..len {
-        let at = inputs.plan.keys.at(&[b, kv, position(i)]);
-        let key = T::widen(&inputs.keys[at..at + head_dim], &mut scratch[..head_dim]);
+    let mut tile = vec![0f32; TILE * head_dim];
+    for start in (0..len).step_by(TILE) {
+        let rows = TILE.min(len - start);
+        gather(inputs.keys, &mut tile, head_dim, rows, |i| inputs.plan.keys.at(&[b, kv, position(start + i)]));
         for (query, scores) in query.chunks_exact(head_dim).zip(scores.chunks_exact_mut(len)) {
-            scores[i] = dot(query, key);
+            for (score, key) in scores[start..start + rows].iter_mut().zip(tile.chunks_exact(head_dim)) {
+                *score = dot(query, key);
+            }
         }
     }
 
@@ -175,14 +177,9 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
         }
     }
 
-    let mut tile = vec![0f32; TILE * head_dim];
     for start in (0..len).step_by(TILE) {
         let rows = TILE.min(len - start);
-        for (i, row) in tile.chunks_exact_mut(head_dim).take(rows).enumerate() {
-            let at = inputs.plan.values.at(&[b, kv, position(start + i)]);
-            let value = T::widen(&inputs.values[at..at + head_dim], &mut scratch[..head_dim]);
-            row.copy_from_slice(value);
-        }
+        gather(inputs.values, &mut tile, head_dim, rows, |i| inputs.plan.values.at(&[b, kv, position(start + i)]));
         for (scores, sums) in scores.chunks_exact(len).zip(partial.values.chunks_exact_mut(head_dim)) {
             add_weighted(&tile, &scores[start..start + rows], sums);
         }
@@ -196,12 +193,22 @@ impl<T: Elem> Inputs<'_, T> {
     fn widened_queries(&self, b: usize, first: usize, heads: usize) -> Vec<f32> {
         let head_dim = self.plan.query.dims[3];
         let mut out = vec![0f32; heads * head_dim];
-        let mut scratch = [0f32; super::MAX_HEAD_DIM];
         for (i, row) in out.chunks_exact_mut(head_dim).enumerate() {
             let at = self.plan.query.at(&[b, first + i]);
-            row.copy_from_slice(T::widen(&self.query[at..at + head_dim], &mut scratch[..head_dim]));
+            T::widen(&self.query[at..at + head_dim], row);
         }
         out
+    }
+}
+
+/// Copies `rows` rows, the `i`-th from offset `at(i)`, into a tile as f32.
+///
+/// A step of its own, with nothing else to wait for, it keeps many cache misses in flight: the rows of a list are
+/// scattered over memory.
+#[inline(always)]
+fn gather<T: Elem>(from: &[T], tile: &mut [f32], head_dim: usize, rows: usize, at: impl Fn(usize) -> usize) {
+    for (i, row) in tile.chunks_exact_mut(head_dim).take(rows).enumerate() {
+        T::widen(&from[at(i)..][..head_dim], row);
     }
 }
 
