@@ -70,11 +70,6 @@ impl<const N: usize> View<N> {
     pub(crate) fn at(&self, index: &[usize]) -> usize {
         index.iter().zip(&self.strides).fold(self.offset, |at, (i, stride)| at + i * stride)
     }
-
-    /// Distance between neighbours along the last dimension.
-    pub(crate) fn last_stride(&self) -> usize {
-        self.strides[N - 1]
-    }
 }
 
 /// `tensor` with adjacent elements along its last dimension: itself, or a copy where it is strided there.

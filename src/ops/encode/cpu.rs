@@ -151,12 +151,11 @@ pub(crate) fn augmentation(tile: &[Tile], phi: f32) -> Tile {
 /// The centroids as `[b, h_kv, pq_dim, n_centroids, columns]` without gaps, whatever their strides.
 fn contiguous_centroids(plan: &Plan, centroids: &[f32]) -> Vec<f32> {
     let [b, h_kv, pq_dim, n_centroids, columns] = plan.centroids.dims;
-    let stride = plan.centroids.last_stride();
     let mut out = Vec::with_capacity(b * h_kv * pq_dim * n_centroids * columns);
     for row in 0..b * h_kv * pq_dim * n_centroids {
         let (head, rest) = (row / (pq_dim * n_centroids), row % (pq_dim * n_centroids));
         let at = plan.centroids.at(&[head / h_kv, head % h_kv, rest / n_centroids, rest % n_centroids]);
-        out.extend((0..columns).map(|j| centroids[at + j * stride]));
+        out.extend_from_slice(&centroids[at..at + columns]);
     }
     out
 }

@@ -32,10 +32,10 @@ const OP: &str = "encode";
 /// Distances are sums of squared differences in f32, in the order of the coordinates and without fused multiply-add.
 /// Ties go to the lower index. A sub-vector that holds NaN gets code 0.
 pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result<Tensor> {
-    let keys = with_unit_rows(keys)?;
-    let plan = Plan::new(&keys, centroids, phi)?;
+    let (keys, centroids) = (with_unit_rows(keys)?, with_unit_rows(centroids)?);
+    let plan = Plan::new(&keys, &centroids, phi)?;
     // Without phi the op still takes three tensors; this one is not read.
-    keys.apply_op3_no_bwd(centroids, phi.unwrap_or(centroids), &Encode { plan })
+    keys.apply_op3_no_bwd(&centroids, phi.unwrap_or(&centroids), &Encode { plan })
 }
 
 /// A checked call of [`encode`].

@@ -147,7 +147,6 @@ fn build_tables<T: Elem, const LANES: usize>(
 ) -> Vec<Table<LANES>> {
     let [_, h_kv, pq_dim, n_centroids, pq_len] = plan.centroids.dims;
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
-    let stride = plan.centroids.last_stride();
     let mut tables = vec![[[0f32; LANES]; 256]; pq_dim];
     // The queries coordinate by coordinate, so that all heads advance together.
     let head_dim = pq_dim * pq_len;
@@ -162,13 +161,14 @@ fn build_tables<T: Elem, const LANES: usize>(
     }
     for (m, (table, query)) in tables.iter_mut().zip(queries.chunks_exact(pq_len)).enumerate() {
         for (c, entry) in table.iter_mut().take(n_centroids).enumerate() {
-            let at = plan.centroids.at(&[b, kv, m, c]);
-            for (j, coordinate) in query.iter().enumerate() {
-                let x = centroids[at + j * stride];
+            let centroid = &centroids[plan.centroids.at(&[b, kv, m, c])..][..pq_len];
+            let mut sums = [0f32; LANES];
+            for (coordinate, x) in query.iter().zip(centroid) {
                 for l in 0..LANES {
-                    entry[l] += coordinate[l] * x;
+                    sums[l] += coordinate[l] * x;
                 }
             }
+            *entry = sums;
         }
     }
     tables

@@ -28,8 +28,9 @@ const OP: &str = "score";
 /// f32, table entries and then subspaces summed in ascending order, without fused multiply-add.
 pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tensor> {
     let (query, codes) = (with_unit_rows(query)?, with_unit_rows(codes)?);
-    let plan = Plan::new(&query, &codes, centroids)?;
-    query.apply_op3_no_bwd(&codes, centroids, &Score { plan })
+    let centroids = with_unit_rows(centroids)?;
+    let plan = Plan::new(&query, &codes, &centroids)?;
+    query.apply_op3_no_bwd(&codes, &centroids, &Score { plan })
 }
 
 /// A checked call of [`score`].
