@@ -119,7 +119,8 @@ impl PqConfig {
         if self.is_dense(n) {
             return n;
         }
-        (self.sink + self.heavy.count(n).min(self.candidates(n).len()) + self.window).min(n)
+        let heavy = self.heavy.count(n).min(self.candidates(n).len());
+        self.sink.saturating_add(heavy).saturating_add(self.window).min(n)
     }
 }
 

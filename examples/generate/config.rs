@@ -1,0 +1,377 @@
+//! What a model of the Llama family is made of, read from a checkpoint.
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::quantized::gguf_file::{Content, Value};
+use serde::Deserialize;
+
+/// Dimensions and options of a decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub rope_scaling: RopeScaling,
+    /// Positions that the model was made for.
+    pub context: usize,
+    /// The embedding is the last layer's weight too.
+    pub tied_embeddings: bool,
+    /// Biases in the projections to queries, keys and values: Qwen2.
+    pub qkv_bias: bool,
+    /// RMS norm of each head's queries and keys: Qwen3.
+    pub qk_norm: bool,
+}
+
+/// How the rotary embedding was stretched to a longer context.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    None,
+    /// Positions divided by a factor.
+    Linear(f64),
+    /// Slow frequencies divided by a factor, fast ones kept: Llama 3.1 and later.
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_context: f64,
+    },
+    /// Each frequency divided by its own number, as GGUF files spell out the above.
+    Divisors(Vec<f64>),
+}
+
+/// Differences within the family that only the architecture's name tells: `(qkv_bias, qk_norm)`.
+fn options(architecture: &str) -> Result<(bool, bool)> {
+    match architecture {
+        "llama" | "mistral" => Ok((false, false)),
+        "qwen2" => Ok((true, false)),
+        "qwen3" => Ok((false, true)),
+        other => bail!("architecture {other:?} is not one of llama, mistral, qwen2, qwen3: choose a model of these"),
+    }
+}
+
+impl ModelConfig {
+    /// From the text of a Hugging Face `config.json`.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let json: HfConfig = serde_json::from_str(text)?;
+        let (qkv_bias, qk_norm) = options(&json.model_type)?;
+        ensure!(json.hidden_act == "silu", "hidden_act {:?} is not silu", json.hidden_act);
+        ensure!(!json.attention_bias && !json.mlp_bias, "attention_bias and mlp_bias are not supported");
+        let rope = json.rope_parameters.or(json.rope_scaling).unwrap_or_default();
+        let config = Self {
+            vocab_size: json.vocab_size,
+            hidden_size: json.hidden_size,
+            intermediate_size: json.intermediate_size,
+            layers: json.num_hidden_layers,
+            heads: json.num_attention_heads,
+            kv_heads: json.num_key_value_heads.unwrap_or(json.num_attention_heads),
+            head_dim: json.head_dim.unwrap_or(json.hidden_size / json.num_attention_heads.max(1)),
+            rms_norm_eps: json.rms_norm_eps,
+            rope_theta: rope.rope_theta.or(json.rope_theta).unwrap_or(10_000.),
+            rope_scaling: rope.scaling()?,
+            context: json.max_position_embeddings,
+            tied_embeddings: json.tie_word_embeddings,
+            qkv_bias,
+            qk_norm,
+        };
+        // Qwen states a window that it does not use.
+        let window = json.sliding_window.filter(|_| json.use_sliding_window.unwrap_or(json.model_type == "mistral"));
+        config.checked(window)
+    }
+
+    /// From the metadata of a GGUF file; `rope_divisors` are its tensor `rope_freqs.weight`.
+    pub fn from_gguf(content: &Content, rope_divisors: Option<Vec<f64>>) -> Result<Self> {
+        let architecture =
+            content.metadata.get("general.architecture").context("no general.architecture")?.to_string()?;
+        let (qkv_bias, qk_norm) = options(architecture)?;
+        let metadata = Metadata { content, architecture };
+        let (heads, hidden_size) = (metadata.required("attention.head_count")?, metadata.required("embedding_length")?);
+        let embedding = content.tensor_infos.get("token_embd.weight").context("no tensor token_embd.weight")?;
+        let config = Self {
+            vocab_size: embedding.shape.dims2()?.0,
+            hidden_size,
+            intermediate_size: metadata.required("feed_forward_length")?,
+            layers: metadata.required("block_count")?,
+            heads,
+            kv_heads: metadata.integer("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim: metadata.integer("attention.key_length")?.unwrap_or(hidden_size / heads.max(1)),
+            rms_norm_eps: metadata.float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            rope_theta: metadata.float("rope.freq_base")?.unwrap_or(10_000.),
+            rope_scaling: match rope_divisors {
+                Some(divisors) => RopeScaling::Divisors(divisors),
+                None => metadata.rope_scaling()?,
+            },
+            context: metadata.required("context_length")?,
+            tied_embeddings: !content.tensor_infos.contains_key("output.weight"),
+            qkv_bias,
+            qk_norm,
+        };
+        let rotated = metadata.integer("rope.dimension_count")?.unwrap_or(config.head_dim);
+        ensure!(rotated == config.head_dim, "only {rotated} of a head's {} elements are rotated", config.head_dim);
+        config.checked(metadata.integer("attention.sliding_window")?)
+    }
+
+    /// Refuses what the model would compute wrongly.
+    fn checked(self, sliding_window: Option<usize>) -> Result<Self> {
+        let Self { heads, kv_heads, head_dim, context, .. } = self;
+        ensure!(kv_heads > 0 && heads % kv_heads == 0, "{heads} heads cannot share {kv_heads} key-value heads");
+        ensure!(head_dim > 0 && head_dim % 2 == 0, "head_dim {head_dim} is not even");
+        if let Some(window) = sliding_window.filter(|window| *window < context) {
+            bail!("it attends to a sliding window of {window} tokens, which is not supported: choose another model");
+        }
+        if let RopeScaling::Divisors(divisors) = &self.rope_scaling {
+            ensure!(divisors.len() == head_dim / 2, "{} rope divisors, expected {}", divisors.len(), head_dim / 2);
+        }
+        Ok(self)
+    }
+}
+
+#[derive(Deserialize)]
+struct HfConfig {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<HfRope>,
+    rope_parameters: Option<HfRope>,
+    max_position_embeddings: usize,
+    sliding_window: Option<usize>,
+    use_sliding_window: Option<bool>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default = "silu")]
+    hidden_act: String,
+}
+
+fn silu() -> String {
+    "silu".to_string()
+}
+
+/// `rope_scaling`, or `rope_parameters` in newer files.
+#[derive(Deserialize, Default)]
+struct HfRope {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+}
+
+impl HfRope {
+    fn scaling(&self) -> Result<RopeScaling> {
+        let number = |value: Option<f64>, name| value.with_context(|| format!("rope scaling lacks {name}"));
+        match self.rope_type.as_deref() {
+            None | Some("default") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear(number(self.factor, "factor")?)),
+            Some("llama3") => Ok(RopeScaling::Llama3 {
+                factor: number(self.factor, "factor")?,
+                low_freq_factor: number(self.low_freq_factor, "low_freq_factor")?,
+                high_freq_factor: number(self.high_freq_factor, "high_freq_factor")?,
+                original_context: number(self.original_max_position_embeddings, "original_max_position_embeddings")?,
+            }),
+            Some(other) => bail!("rope scaling {other:?} is not one of linear, llama3"),
+        }
+    }
+}
+
+/// The keys of a GGUF file that begin with its architecture.
+struct Metadata<'a> {
+    content: &'a Content,
+    architecture: &'a str,
+}
+
+impl Metadata<'_> {
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.content.metadata.get(&format!("{}.{name}", self.architecture))
+    }
+
+    fn required(&self, name: &str) -> Result<usize> {
+        self.integer(name)?.with_context(|| format!("no {}.{name}", self.architecture))
+    }
+
+    fn integer(&self, name: &str) -> Result<Option<usize>> {
+        self.get(name).map(|value| integer(value).with_context(|| format!("{}.{name}", self.architecture))).transpose()
+    }
+
+    fn float(&self, name: &str) -> Result<Option<f64>> {
+        let value = self.get(name).map(|value| value.to_f64().or_else(|_| value.to_f32().map(f64::from)));
+        value.transpose().with_context(|| format!("{}.{name}", self.architecture))
+    }
+
+    fn rope_scaling(&self) -> Result<RopeScaling> {
+        let kind = self.get("rope.scaling.type").map(|kind| kind.to_string()).transpose()?;
+        match kind.map(String::as_str) {
+            None | Some("none") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear(self.float("rope.scaling.factor")?.unwrap_or(1.))),
+            Some(other) => bail!("rope scaling {other:?} is not linear"),
+        }
+    }
+}
+
+/// Any integer that is not negative: writers of GGUF differ in its type.
+pub fn integer(value: &Value) -> Result<usize> {
+    let integer = match *value {
+        Value::I8(v) => i64::from(v),
+        Value::I16(v) => i64::from(v),
+        Value::I32(v) => i64::from(v),
+        Value::I64(v) => v,
+        _ => return Ok(usize::try_from(value.to_u64()?)?),
+    };
+    Ok(usize::try_from(integer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{gguf_metadata, tiny_config};
+    use candle_core::quantized::gguf_file::{TensorInfo, VersionedMagic};
+    use candle_core::quantized::GgmlDType;
+    use serde_json::{json, Value as Json};
+
+    /// The fields that every file has, of Llama 3.2 1B.
+    fn llama() -> Json {
+        json!({
+            "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
+            "tie_word_embeddings": true, "hidden_act": "silu", "attention_bias": false, "mlp_bias": false,
+            "rope_scaling": {
+                "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3"
+            }
+        })
+    }
+
+    fn with(changes: Json) -> Result<ModelConfig> {
+        let mut json = llama();
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        ModelConfig::from_json(&json.to_string())
+    }
+
+    #[test]
+    fn llama_is_read() -> Result<()> {
+        let expected = ModelConfig {
+            vocab_size: 128_256,
+            hidden_size: 2048,
+            intermediate_size: 8192,
+            layers: 16,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 500_000.,
+            rope_scaling: RopeScaling::Llama3 {
+                factor: 32.,
+                low_freq_factor: 1.,
+                high_freq_factor: 4.,
+                original_context: 8192.,
+            },
+            context: 131_072,
+            tied_embeddings: true,
+            qkv_bias: false,
+            qk_norm: false,
+        };
+        assert_eq!(with(json!({}))?, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn relatives_are_options() -> Result<()> {
+        let qwen2 = with(json!({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": false}))?;
+        assert!(qwen2.qkv_bias && !qwen2.qk_norm);
+        let qwen3 = with(json!({"model_type": "qwen3", "head_dim": 128, "sliding_window": null}))?;
+        assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 128);
+        let mistral = with(json!({"model_type": "mistral", "sliding_window": null, "head_dim": null}))?;
+        assert_eq!(mistral.head_dim, 64);
+        let scaled = with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))?;
+        assert_eq!(scaled.rope_scaling, RopeScaling::Linear(4.));
+        let newer = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
+        let newer = with(newer)?;
+        assert_eq!((newer.rope_theta, newer.rope_scaling), (1e6, RopeScaling::None));
+        Ok(())
+    }
+
+    #[test]
+    fn what_would_be_computed_wrongly_is_refused() {
+        for (changes, expected) in [
+            (json!({"model_type": "gemma"}), "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3"),
+            (json!({"model_type": "mistral", "sliding_window": 4096}), "a sliding window of 4096 tokens"),
+            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope scaling \"yarn\""),
+            (json!({"rope_scaling": {"rope_type": "linear"}}), "lacks factor"),
+            (json!({"hidden_act": "gelu"}), "hidden_act \"gelu\""),
+            (json!({"attention_bias": true}), "attention_bias"),
+            (json!({"num_key_value_heads": 5}), "32 heads cannot share 5"),
+            (json!({"num_key_value_heads": 0}), "32 heads cannot share 0"),
+            (json!({"head_dim": 63}), "head_dim 63 is not even"),
+            (json!({"vocab_size": "many"}), "vocab_size"),
+        ] {
+            let error = format!("{:#}", with(changes.clone()).unwrap_err());
+            let named = error.contains(expected) || changes["vocab_size"] == "many" && error.contains("invalid type");
+            assert!(named, "{changes}: {error}");
+        }
+    }
+
+    fn gguf(changes: &[(&str, Value)]) -> Result<ModelConfig> {
+        let embedding = TensorInfo { ggml_dtype: GgmlDType::F32, shape: (300, 24).into(), offset: 0 };
+        let mut metadata: std::collections::HashMap<_, _> =
+            gguf_metadata("llama", &tiny_config(), "smollm").into_iter().collect();
+        metadata.extend(changes.iter().map(|(key, value)| (key.to_string(), value.clone())));
+        let content = Content {
+            magic: VersionedMagic::GgufV3,
+            metadata,
+            tensor_infos: [("token_embd.weight".to_string(), embedding)].into(),
+            tensor_data_offset: 0,
+        };
+        ModelConfig::from_gguf(&content, None)
+    }
+
+    #[test]
+    fn gguf_metadata_is_read() -> Result<()> {
+        let config = gguf(&[])?;
+        let rms_norm_eps = f64::from(1e-5f32);
+        assert_eq!(config, ModelConfig { vocab_size: 300, tied_embeddings: true, rms_norm_eps, ..tiny_config() });
+        let linear = [
+            ("llama.rope.scaling.type", Value::String("linear".into())),
+            ("llama.rope.scaling.factor", Value::F32(2.)),
+            ("llama.block_count", Value::I64(5)),
+        ];
+        let config = gguf(&linear)?;
+        assert_eq!((config.rope_scaling, config.layers), (RopeScaling::Linear(2.), 5));
+        Ok(())
+    }
+
+    #[test]
+    fn gguf_metadata_that_cannot_be_used_is_refused() {
+        for (key, value, expected) in [
+            ("general.architecture", Value::String("phi3".into()), "architecture \"phi3\""),
+            ("llama.block_count", Value::I32(-1), "llama.block_count"),
+            ("llama.block_count", Value::String("two".into()), "llama.block_count"),
+            ("llama.rope.dimension_count", Value::U32(8), "only 8 of a head's 16 elements are rotated"),
+            ("llama.rope.scaling.type", Value::String("yarn".into()), "rope scaling \"yarn\""),
+            ("llama.attention.sliding_window", Value::U32(16), "a sliding window of 16 tokens"),
+        ] {
+            let error = format!("{:#}", gguf(&[(key, value)]).unwrap_err());
+            assert!(error.contains(expected), "{key}: {error}");
+        }
+        let divisors = ModelConfig { rope_scaling: RopeScaling::Divisors(vec![1.]), ..tiny_config() };
+        assert_eq!(divisors.checked(None).unwrap_err().to_string(), "1 rope divisors, expected 8");
+    }
+}

@@ -1,0 +1,209 @@
+//! Prefill, decoding, and the comparison of sparse with dense.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::model::Model;
+use crate::report::Comparison;
+use crate::sampling::{argmax, kl, Sampler};
+use crate::tokenizer::Codec;
+
+/// Tokens a step of the prefill: enough for matrix products at full speed, few enough for the bar to move.
+const CHUNK: usize = 512;
+
+/// Runs the prompt through the model, and returns the logits after it.
+pub fn prefill(model: &mut Model, prompt: &[u32]) -> Result<(Vec<f32>, Duration)> {
+    let bar = ProgressBar::new(prompt.len() as u64);
+    bar.set_style(ProgressStyle::with_template("prefill {wide_bar} {pos}/{len} tokens, {eta} left")?);
+    let start = Instant::now();
+    let mut logits = Vec::new();
+    for chunk in prompt.chunks(CHUNK) {
+        logits = model.forward(chunk, true)?;
+        bar.inc(chunk.len() as u64);
+    }
+    let time = start.elapsed();
+    bar.finish_and_clear();
+    Ok((logits, time))
+}
+
+/// Builds the index over the prompt, and returns how long it took.
+fn build_index(model: &mut Model) -> Result<Duration> {
+    let spinner = ProgressBar::new_spinner().with_message("building the index");
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let start = Instant::now();
+    model.build_index()?;
+    let time = start.elapsed();
+    spinner.finish_and_clear();
+    Ok(time)
+}
+
+/// An answer, and the figures of its decode steps.
+#[derive(Debug)]
+pub struct Outcome {
+    pub tokens: usize,
+    pub text: String,
+    /// Those of the sparse model where there are two.
+    pub steps: Steps,
+    pub index_time: Option<Duration>,
+    pub comparison: Option<Comparison>,
+}
+
+/// What to generate, and how.
+pub struct Request<'a> {
+    pub codec: &'a Codec,
+    pub sampler: Sampler,
+    /// Tokens at most.
+    pub limit: usize,
+}
+
+/// Answers with dense or with sparse attention. The answer begins with one of `logits`, those after the prompt; `emit`
+/// sees its text as it comes.
+pub fn answer(
+    model: &mut Model,
+    request: Request,
+    logits: Vec<f32>,
+    dense: bool,
+    emit: impl FnMut(&str) -> Result<()>,
+) -> Result<Outcome> {
+    let index_time = (!dense).then(|| build_index(model)).transpose()?;
+    let decoded = decode(model, request, logits, dense, emit, |_| ())?;
+    let Decoded { tokens, text, steps } = decoded;
+    Ok(Outcome { tokens: tokens.len(), text, steps, index_time, comparison: None })
+}
+
+/// Answers with dense attention, then has the sparse model read the same tokens, and compares the distributions that
+/// the two give for each next one.
+pub fn compare(
+    model: &mut Model,
+    request: Request,
+    logits: Vec<f32>,
+    emit: impl FnMut(&str) -> Result<()>,
+) -> Result<Outcome> {
+    let (prompt, first) = (model.len(), argmax(&logits));
+    warm_up(model, first, true)?;
+    let mut dense_logits = Vec::new();
+    let dense = decode(model, request, logits, true, emit, |logits| dense_logits.push(logits.to_vec()))?;
+    ensure!(dense.steps.count > 0, "the answer has no decode step to compare: give another prompt or --sample-len");
+
+    model.truncate(prompt)?;
+    let index_time = build_index(model)?;
+    warm_up(model, first, false)?;
+    let replay = replay(model, &dense.tokens, &dense_logits)?;
+    let comparison = Comparison {
+        dense_decode_tokens_per_s: dense.steps.tokens_per_s(),
+        speedup: replay.steps.tokens_per_s() / dense.steps.tokens_per_s(),
+        kl: replay.kl,
+        top1_agreement: replay.top1_agreement,
+    };
+    Ok(Outcome {
+        tokens: dense.tokens.len(),
+        text: dense.text,
+        steps: replay.steps,
+        index_time: Some(index_time),
+        comparison: Some(comparison),
+    })
+}
+
+struct Decoded {
+    tokens: Vec<u32>,
+    text: String,
+    steps: Steps,
+}
+
+/// Generates token by token; `observe` sees the logits of each step.
+fn decode(
+    model: &mut Model,
+    mut request: Request,
+    mut logits: Vec<f32>,
+    dense: bool,
+    mut emit: impl FnMut(&str) -> Result<()>,
+    mut observe: impl FnMut(&[f32]),
+) -> Result<Decoded> {
+    let mut stream = request.codec.stream();
+    let mut decoded = Decoded { tokens: Vec::new(), text: String::new(), steps: Steps::default() };
+    loop {
+        let token = request.sampler.sample(&logits)?;
+        if request.codec.is_end(token) {
+            return Ok(decoded);
+        }
+        decoded.tokens.push(token);
+        let piece = stream(token)?;
+        emit(&piece)?;
+        decoded.text.push_str(&piece);
+        if decoded.tokens.len() == request.limit {
+            return Ok(decoded);
+        }
+        logits = decoded.steps.run(model, token, dense)?;
+        observe(&logits);
+    }
+}
+
+struct Replay {
+    steps: Steps,
+    /// Mean over the steps, in nats, from dense to sparse.
+    kl: f64,
+    /// Share of the steps whose likeliest next token is the same.
+    top1_agreement: f64,
+}
+
+/// Feeds `tokens` to the sparse model, and compares each step's logits with the dense ones.
+fn replay(model: &mut Model, tokens: &[u32], dense: &[Vec<f32>]) -> Result<Replay> {
+    let (mut steps, mut kl_sum, mut agreed) = (Steps::default(), 0., 0usize);
+    for (&token, dense) in tokens.iter().zip(dense) {
+        let sparse = steps.run(model, token, false)?;
+        kl_sum += kl(dense, &sparse);
+        agreed += usize::from(argmax(dense) == argmax(&sparse));
+    }
+    let count = steps.count as f64;
+    Ok(Replay { steps, kl: kl_sum / count, top1_agreement: agreed as f64 / count })
+}
+
+/// Takes a step and forgets it, so that the first one measured finds threads and caches warm.
+fn warm_up(model: &mut Model, token: u32, dense: bool) -> Result<()> {
+    let len = model.len();
+    model.forward(&[token], dense)?;
+    model.truncate(len)
+}
+
+/// Decode steps: how many, how long, how many keys they attended to of how many.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Steps {
+    pub count: usize,
+    time: Duration,
+    attended: usize,
+    keys: usize,
+}
+
+impl Steps {
+    fn run(&mut self, model: &mut Model, token: u32, dense: bool) -> Result<Vec<f32>> {
+        let start = Instant::now();
+        let logits = model.forward(&[token], dense)?;
+        self.time += start.elapsed();
+        self.count += 1;
+        self.attended += model.attended(dense);
+        self.keys += model.len();
+        Ok(logits)
+    }
+
+    /// 0 where there was no step.
+    pub fn tokens_per_s(&self) -> f64 {
+        ratio(self.count as f64, self.time.as_secs_f64())
+    }
+
+    /// 1 where there was no step.
+    pub fn attended_fraction(&self) -> f64 {
+        match self.count {
+            0 => 1.,
+            _ => ratio(self.attended as f64, self.keys as f64),
+        }
+    }
+}
+
+fn ratio(part: f64, whole: f64) -> f64 {
+    match whole > 0. {
+        true => part / whole,
+        false => 0.,
+    }
+}

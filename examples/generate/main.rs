@@ -1,0 +1,244 @@
+//! A language model answers from a long document, with sparse attention next to dense.
+//!
+//!     cargo run --release --example generate -- --help
+
+mod chat;
+mod cli;
+mod config;
+mod generate;
+mod linear;
+mod model;
+mod report;
+mod rotary;
+mod sampling;
+mod smollm2;
+mod source;
+#[cfg(test)]
+mod testing;
+mod tokenizer;
+mod weights;
+
+use std::io::{stdout, Write};
+use std::process::ExitCode;
+
+use anyhow::{ensure, Context, Result};
+use clap::Parser;
+
+use cli::{Args, Attention};
+use generate::{answer, compare, prefill, Request};
+use model::Model;
+use report::Report;
+use sampling::Sampler;
+use source::Checkpoint;
+use tokenizer::Codec;
+use weights::Weights;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(help) if !help.use_stderr() => help.exit(),
+        Err(error) => {
+            eprintln!("{}", usage_error(&error.to_string()));
+            return ExitCode::from(2);
+        }
+    };
+    // Within the thread pool: work that one of its threads hands out costs no switch to another thread.
+    match rayon::scope(|_| run(&args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", first_line(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let report = report(args)?;
+    match args.json {
+        true => print(&format!("{}\n", serde_json::to_string(&report)?)),
+        false => print(&format!("\n\n{report}")),
+    }
+}
+
+/// Generates; prints the text on the way unless there is to be JSON.
+fn report(args: &Args) -> Result<Report> {
+    let both = args.attention == Attention::Both;
+    ensure!(!both || args.temperature == 0., "--attention both takes the likeliest tokens: leave out --temperature");
+    let mut checkpoint = Checkpoint::open(&args.model)?;
+    let config = checkpoint.config()?;
+    let pq = args.pq_config(config.head_dim)?;
+    let codec = Codec::new(&mut checkpoint)?;
+    let prompt = codec.encode(&args.prompt()?)?;
+    let limit = room(prompt.len(), args.sample_len, config.context)?;
+    let weights = Weights::new(checkpoint, &config, args.dtype, &args.device)?;
+    let mut model = Model::new(&config, weights, &pq, prompt.len() + limit)?;
+
+    let (logits, prefill_time) = prefill(&mut model, &prompt)?;
+    let request = Request { codec: &codec, sampler: Sampler::new(args.seed, args.temperature, args.top_p), limit };
+    let emit = |text: &str| if args.json { Ok(()) } else { print(text) };
+    let outcome = match args.attention {
+        Attention::Both => compare(&mut model, request, logits, emit)?,
+        attention => answer(&mut model, request, logits, attention == Attention::Dense, emit)?,
+    };
+    let memory = model.memory();
+    Ok(Report {
+        model: args.model.clone(),
+        prompt_tokens: prompt.len(),
+        generated_tokens: outcome.tokens,
+        text: outcome.text,
+        prefill_s: prefill_time.as_secs_f64(),
+        decode_tokens_per_s: outcome.steps.tokens_per_s(),
+        attended_fraction: outcome.steps.attended_fraction(),
+        kv_bytes: memory.kv_bytes,
+        index_bytes: memory.index_bytes,
+        comparison: outcome.comparison,
+        index_time: outcome.index_time,
+    })
+}
+
+/// How many tokens to generate: as many as were asked for, or as fit into the context behind the prompt.
+fn room(prompt: usize, wanted: usize, context: usize) -> Result<usize> {
+    ensure!(prompt > 0, "the prompt has no tokens: give some text");
+    ensure!(prompt <= context, "the prompt has {prompt} tokens, the model's context {context}: shorten the prompt");
+    // The last token generated is not fed back: it needs no position.
+    let room = context - prompt + 1;
+    if wanted > room {
+        eprintln!("note: the context has room for {room} tokens after the prompt, not {wanted}");
+    }
+    Ok(wanted.min(room))
+}
+
+/// To standard output, at once; a closed pipe is an error like any other.
+fn print(text: &str) -> Result<()> {
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to standard output")
+}
+
+/// An error without the backtrace that Candle puts below it where `RUST_BACKTRACE` is set.
+fn first_line(error: &str) -> &str {
+    error.lines().next().unwrap_or_default()
+}
+
+/// clap's report of a bad command line in one line, without the usage.
+fn usage_error(report: &str) -> String {
+    let usage = |line: &str| line.starts_with("Usage:") || line.starts_with("For more information");
+    let lines = report.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.take_while(|line| !usage(line)).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    /// A tiny model, and the report of a run on it.
+    fn tiny(args: &[&str]) -> Result<Report> {
+        let (config, directory) = (tiny_config(), tempfile::tempdir()?);
+        write_directory(directory.path(), "llama", &config, &tiny_tensors(&config)?, 1)?;
+        let model = ["generate", "--json", "--model", directory.path().to_str().unwrap()];
+        let index = ["--pq-dim", "4", "--pq-bits", "4", "--sink", "2", "--window", "8"];
+        report(&Args::try_parse_from([&model[..], &index, args].concat())?)
+    }
+
+    /// 96 tokens, as many bytes: more than a sparse step attends to.
+    fn prompt() -> String {
+        "a long story ".repeat(8)[..96].to_string()
+    }
+
+    #[test]
+    fn sparse_attends_to_few_and_dense_to_all() -> Result<()> {
+        let sparse = tiny(&["--prompt", &prompt(), "--heavy", "8", "--sample-len", "5"])?;
+        assert_eq!((sparse.prompt_tokens, sparse.generated_tokens), (96, 5));
+        // 2 + 8 + 8 of 97 to 100 keys.
+        assert!((sparse.attended_fraction - 4. * 18. / (97. + 98. + 99. + 100.)).abs() < 1e-9);
+        assert!(sparse.index_bytes > 0 && sparse.prefill_s > 0. && sparse.decode_tokens_per_s > 0.);
+        let dense = tiny(&["--prompt", &prompt(), "--attention", "dense", "--sample-len", "5"])?;
+        assert_eq!((dense.attended_fraction, dense.index_bytes), (1., 0));
+        assert_eq!(dense.kv_bytes, 2 * 2 * 2 * 16 * 4 * 100);
+        Ok(())
+    }
+
+    #[test]
+    fn both_compares() -> Result<()> {
+        let few = tiny(&["--prompt", &prompt(), "--attention", "both", "--heavy", "8", "--sample-len", "20"])?;
+        let comparison = few.comparison.unwrap();
+        assert!(comparison.kl > 1e-6 && comparison.kl < 2., "{comparison:?}");
+        assert!((few.decode_tokens_per_s / comparison.dense_decode_tokens_per_s - comparison.speedup).abs() < 1e-9);
+        let all = tiny(&["--prompt", &prompt(), "--attention", "both", "--heavy", "100%", "--sample-len", "20"])?;
+        let comparison = all.comparison.unwrap();
+        assert!(comparison.kl < 1e-9 && comparison.top1_agreement == 1. && all.attended_fraction == 1.);
+        Ok(())
+    }
+
+    #[test]
+    fn selection_and_types_are_options() -> Result<()> {
+        for option in [["--selection", "kv-head"], ["--dtype", "bf16"], ["--dtype", "f16"], ["--temperature", "0.8"]] {
+            let report = tiny(&[&["--prompt", &prompt(), "--heavy", "8", "--sample-len", "3"], &option[..]].concat())?;
+            assert!(report.generated_tokens <= 3 && report.attended_fraction < 0.25, "{option:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_context_limits_the_answer() -> Result<()> {
+        assert_eq!(room(10, 5, 64)?, 5);
+        assert_eq!(room(60, 128, 64)?, 5);
+        assert_eq!(room(64, 128, 64)?, 1);
+        let full = tiny(&["--prompt", &"x".repeat(256), "--sample-len", "9"])?;
+        assert!(full.generated_tokens <= 1);
+        Ok(())
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        let long = "x".repeat(257);
+        for (args, expected) in [
+            (&["--prompt", &long][..], "the prompt has 257 tokens, the model's context 256: shorten the prompt"),
+            (&["--prompt", " "], "the prompt is empty: give some text"),
+            (&["--prompt-file", "none.txt"], "cannot read none.txt"),
+            (&["--pq-bits", "9"], "pq_bits: expected 1 to 8, got 9"),
+            (&["--pq-dim", "5"], "pq_dim: expected a divisor of head_dim 16, got 5"),
+            (&["--attention", "both", "--temperature", "1"], "leave out --temperature"),
+            (&["--attention", "both", "--prompt", "x", "--sample-len", "1"], "no decode step to compare"),
+        ] {
+            let error = format!("{:#}", tiny(args).unwrap_err());
+            assert!(first_line(&error).contains(expected), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn bad_flags_are_one_line() {
+        for (args, expected) in [
+            (&["--heavy", "0%"][..], "'0%' for '--heavy <N|P%>'"),
+            (&["--heavy", "0"], "at least 1 key"),
+            (&["--heavy", "101%"], "at most 100%"),
+            (&["--heavy", "some"], "a number of keys such as 512 or a share such as 2%"),
+            (&["--attention", "fast"], "[possible values: sparse, dense, both]"),
+            (&["--selection", "all"], "[possible values: query-head, kv-head]"),
+            (&["--dtype", "f64"], "[possible values: f32, bf16, f16]"),
+            (&["--device", "tpu"], "expected cpu"),
+            (&["--sample-len", "0"], "expected a number from 1 up"),
+            (&["--temperature", "-1"], "error: "),
+            (&["--temperature=-1"], "expected 0 or a positive number"),
+            (&["--temperature", "NaN"], "expected 0 or a positive number"),
+            (&["--top-p", "0"], "expected a number above 0, at most 1"),
+            (&["--seed", "x"], "invalid digit"),
+            (&["--prompt", "x", "--prompt-file", "y"], "cannot be used with"),
+            (&["--bogus"], "unexpected argument '--bogus' found"),
+            (&["stray"], "unexpected argument 'stray' found"),
+        ] {
+            let error = Args::try_parse_from([&["generate"], args].concat()).unwrap_err();
+            let line = usage_error(&error.to_string());
+            assert!(line.starts_with("error: ") && line.contains(expected) && !line.contains('\n'), "{args:?}: {line}");
+        }
+    }
+
+    #[test]
+    fn help_and_defaults_agree_with_the_library() -> Result<()> {
+        let args = Args::try_parse_from(["generate"])?;
+        assert_eq!(args.pq_config(64)?, candle_pq_attn::PqConfig::default());
+        let help = <Args as clap::CommandFactory>::command().render_help().to_string();
+        assert!(help.contains("--heavy <N|P%>") && help.contains("[default: 2%]"), "{help}");
+        Ok(())
+    }
+}

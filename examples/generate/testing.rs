@@ -1,0 +1,269 @@
+//! Models small enough to be written by a test, and an independent f64 forward pass to hold them against.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use serde_json::json;
+use tokenizers::models::bpe::{Vocab, BPE};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer};
+
+use crate::config::{ModelConfig, RopeScaling};
+
+/// Named as Hugging Face does.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+pub const SPECIALS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+pub const MERGES: [(&str, &str); 2] = [("h", "e"), ("1", "2")];
+
+/// The special tokens, the 256 bytes, the merges.
+pub fn vocabulary() -> Vec<String> {
+    let mut bytes: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
+    bytes.sort();
+    let merged = MERGES.map(|(a, b)| format!("{a}{b}"));
+    SPECIALS.map(String::from).into_iter().chain(bytes).chain(merged).collect()
+}
+
+pub fn tiny_config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: vocabulary().len(),
+        hidden_size: 24,
+        intermediate_size: 40,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.,
+        rope_scaling: RopeScaling::None,
+        context: 256,
+        tied_embeddings: false,
+        qkv_bias: false,
+        qk_norm: false,
+    }
+}
+
+/// Random weights for `config`, large enough for attention to prefer some keys over others.
+pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
+    let &ModelConfig { vocab_size, hidden_size, intermediate_size, head_dim, .. } = config;
+    let (q_size, kv_size) = (config.heads * head_dim, config.kv_heads * head_dim);
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocab_size, hidden_size]),
+        ("model.norm.weight".to_string(), vec![hidden_size]),
+    ];
+    if !config.tied_embeddings {
+        shapes.push(("lm_head.weight".to_string(), vec![vocab_size, hidden_size]));
+    }
+    for layer in 0..config.layers {
+        let mut add =
+            |part: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{part}"), shape.to_vec()));
+        add("input_layernorm.weight", &[hidden_size]);
+        add("post_attention_layernorm.weight", &[hidden_size]);
+        for (part, size) in [("q", q_size), ("k", kv_size), ("v", kv_size)] {
+            add(&format!("self_attn.{part}_proj.weight"), &[size, hidden_size]);
+            if config.qkv_bias {
+                add(&format!("self_attn.{part}_proj.bias"), &[size]);
+            }
+        }
+        if config.qk_norm {
+            add("self_attn.q_norm.weight", &[head_dim]);
+            add("self_attn.k_norm.weight", &[head_dim]);
+        }
+        add("self_attn.o_proj.weight", &[hidden_size, q_size]);
+        add("mlp.gate_proj.weight", &[intermediate_size, hidden_size]);
+        add("mlp.up_proj.weight", &[intermediate_size, hidden_size]);
+        add("mlp.down_proj.weight", &[hidden_size, intermediate_size]);
+    }
+    let random = |(name, shape): (String, Vec<usize>)| Ok((name, Tensor::randn(0f32, 0.3, shape, &Device::Cpu)?));
+    shapes.into_iter().map(random).collect()
+}
+
+/// Writes a model in the layout of Hugging Face, its weights cut into `shards`.
+pub fn write_directory(
+    directory: &Path,
+    model_type: &str,
+    config: &ModelConfig,
+    tensors: &Tensors,
+    shards: usize,
+) -> Result<()> {
+    let json = json!({
+        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
+    });
+    std::fs::write(directory.join("config.json"), json.to_string())?;
+    tokenizer()?.save(directory.join("tokenizer.json"), false).map_err(anyhow::Error::msg)?;
+    if shards == 1 {
+        let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
+        return Ok(candle_core::safetensors::save(&tensors, directory.join("model.safetensors"))?);
+    }
+    let mut weight_map = HashMap::new();
+    for shard in 0..shards {
+        let file = format!("model-{}-of-{shards}.safetensors", shard + 1);
+        let part = tensors.clone().into_iter().enumerate().filter(|(index, _)| index % shards == shard);
+        let part: HashMap<String, Tensor> = part.map(|(_, named)| named).collect();
+        candle_core::safetensors::save(&part, directory.join(&file))?;
+        weight_map.extend(part.into_keys().map(|name| (name, file.clone())));
+    }
+    let index = json!({ "weight_map": weight_map }).to_string();
+    Ok(std::fs::write(directory.join("model.safetensors.index.json"), index)?)
+}
+
+fn tokenizer() -> Result<Tokenizer> {
+    let vocab: Vocab = vocabulary().into_iter().zip(0..).collect();
+    let merges = MERGES.map(|(a, b)| (a.to_string(), b.to_string())).to_vec();
+    let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(anyhow::Error::msg)?;
+    let mut tokenizer = Tokenizer::new(bpe);
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    let specials = SPECIALS.map(|token| AddedToken::from(token, true));
+    tokenizer.add_special_tokens(specials).map_err(anyhow::Error::msg)?;
+    Ok(tokenizer)
+}
+
+/// The metadata of a GGUF file; `pre` names its pre-tokenizer.
+pub fn gguf_metadata(architecture: &str, config: &ModelConfig, pre: &str) -> Vec<(String, Value)> {
+    let integer = |n: usize| Value::U32(n as u32);
+    let texts = |texts: Vec<String>| Value::Array(texts.into_iter().map(Value::String).collect());
+    let token_type = |index| Value::I32(if index < SPECIALS.len() { 3 } else { 1 });
+    let own = |name: &str, value| (format!("{architecture}.{name}"), value);
+    let tokenizer = |name: &str, value| (format!("tokenizer.ggml.{name}"), value);
+    vec![
+        ("general.architecture".into(), Value::String(architecture.into())),
+        own("block_count", integer(config.layers)),
+        own("context_length", integer(config.context)),
+        own("embedding_length", integer(config.hidden_size)),
+        own("feed_forward_length", integer(config.intermediate_size)),
+        own("attention.head_count", integer(config.heads)),
+        own("attention.head_count_kv", integer(config.kv_heads)),
+        own("attention.key_length", integer(config.head_dim)),
+        own("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
+        own("rope.freq_base", Value::F32(config.rope_theta as f32)),
+        tokenizer("model", Value::String("gpt2".into())),
+        tokenizer("pre", Value::String(pre.into())),
+        tokenizer("tokens", texts(vocabulary())),
+        tokenizer("merges", texts(MERGES.map(|(a, b)| format!("{a} {b}")).to_vec())),
+        tokenizer("token_type", Value::Array((0..config.vocab_size).map(token_type).collect())),
+        tokenizer("bos_token_id", Value::U32(1)),
+        tokenizer("eos_token_id", Value::U32(0)),
+    ]
+}
+
+/// Writes a GGUF file of f32 tensors, those of the architecture `llama` interleaved as is the custom there.
+pub fn write_gguf(
+    path: &Path,
+    architecture: &str,
+    config: &ModelConfig,
+    tensors: &Tensors,
+    metadata: &[(String, Value)],
+) -> Result<()> {
+    let renamed = tensors.iter().map(|(name, tensor)| {
+        let projection = name.contains("q_proj") || name.contains("k_proj");
+        let tensor = match projection && architecture == "llama" {
+            true => tensor
+                .reshape((tensor.dim(0)? / config.head_dim, 2, config.head_dim / 2, ()))?
+                .transpose(1, 2)?
+                .reshape(tensor.shape())?,
+            false => tensor.clone(),
+        };
+        Ok((gguf_name(name), QTensor::quantize(&tensor, GgmlDType::F32)?))
+    });
+    let renamed = renamed.collect::<Result<Vec<_>>>()?;
+    let renamed: Vec<_> = renamed.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let metadata: Vec<_> = metadata.iter().map(|(name, value)| (name.as_str(), value)).collect();
+    Ok(gguf_file::write(&mut File::create(path)?, &metadata, &renamed)?)
+}
+
+fn gguf_name(name: &str) -> String {
+    [
+        ("model.layers", "blk"),
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.", "attn_"),
+        ("mlp.", "ffn_"),
+        ("_proj", ""),
+    ]
+    .iter()
+    .fold(name.to_string(), |name, (hf, gguf)| name.replace(hf, gguf))
+}
+
+/// The logits after `tokens`, by the book: one position, head and number at a time.
+pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> Result<Vec<f64>> {
+    let vector = |name: &str| -> Result<Vec<f64>> {
+        Ok(tensors[name].flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+    };
+    let linear = |name: &str, x: &[f64]| -> Result<Vec<f64>> {
+        let weight = vector(&format!("{name}.weight"))?;
+        let mut y: Vec<f64> = weight.chunks(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect();
+        if tensors.contains_key(&format!("{name}.bias")) {
+            y.iter_mut().zip(vector(&format!("{name}.bias"))?).for_each(|(y, bias)| *y += bias);
+        }
+        Ok(y)
+    };
+    let norm = |name: &str, x: &[f64]| -> Result<Vec<f64>> {
+        let mean_square = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+        let scale = 1. / (mean_square + config.rms_norm_eps).sqrt();
+        Ok(x.iter().zip(vector(&format!("{name}.weight"))?).map(|(x, weight)| x * scale * weight).collect())
+    };
+    let d = config.head_dim;
+    let rotate = |head: &mut [f64], position: usize| {
+        for i in 0..d / 2 {
+            let angle = position as f64 * config.rope_theta.powf(-2. * i as f64 / d as f64);
+            let (a, b) = (head[i], head[i + d / 2]);
+            head[i] = a * angle.cos() - b * angle.sin();
+            head[i + d / 2] = b * angle.cos() + a * angle.sin();
+        }
+    };
+    let embeddings = vector("model.embed_tokens.weight")?;
+    let mut xs: Vec<Vec<f64>> =
+        tokens.iter().map(|&t| embeddings.chunks(config.hidden_size).nth(t as usize).unwrap().to_vec()).collect();
+    for layer in 0..config.layers {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let (mut qs, mut ks, mut vs) = (Vec::new(), Vec::new(), Vec::new());
+        for (position, x) in xs.iter().enumerate() {
+            let x = norm(&name("input_layernorm"), x)?;
+            let project = |part: &str, rotated: bool| -> Result<Vec<f64>> {
+                let mut all = linear(&name(&format!("self_attn.{part}_proj")), &x)?;
+                for head in all.chunks_mut(d).filter(|_| rotated) {
+                    if config.qk_norm {
+                        head.copy_from_slice(&norm(&name(&format!("self_attn.{part}_norm")), head)?);
+                    }
+                    rotate(head, position);
+                }
+                Ok(all)
+            };
+            qs.push(project("q", true)?);
+            ks.push(project("k", true)?);
+            vs.push(project("v", false)?);
+        }
+        for (position, x) in xs.iter_mut().enumerate() {
+            let mut attended = Vec::new();
+            for head in 0..config.heads {
+                let kv = head / (config.heads / config.kv_heads) * d;
+                let q = &qs[position][head * d..][..d];
+                let score = |k: &Vec<f64>| q.iter().zip(&k[kv..]).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
+                let exps: Vec<f64> = ks[..=position].iter().map(|k| score(k).exp()).collect();
+                let sum: f64 = exps.iter().sum();
+                attended.extend((0..d).map(|i| exps.iter().zip(&vs).map(|(e, v)| e * v[kv + i]).sum::<f64>() / sum));
+            }
+            x.iter_mut().zip(linear(&name("self_attn.o_proj"), &attended)?).for_each(|(x, y)| *x += y);
+            let normed = norm(&name("post_attention_layernorm"), x)?;
+            let gate = linear(&name("mlp.gate_proj"), &normed)?.into_iter().map(|g| g / (1. + (-g).exp()));
+            let gated: Vec<f64> = gate.zip(linear(&name("mlp.up_proj"), &normed)?).map(|(g, u)| g * u).collect();
+            x.iter_mut().zip(linear(&name("mlp.down_proj"), &gated)?).for_each(|(x, y)| *x += y);
+        }
+    }
+    let last = norm("model.norm", &xs[xs.len() - 1])?;
+    linear(if config.tied_embeddings { "model.embed_tokens" } else { "lm_head" }, &last)
+}

@@ -1,0 +1,158 @@
+//! The tensors of a checkpoint under one naming and layout, that of Hugging Face.
+
+use std::collections::HashMap;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+
+use crate::config::ModelConfig;
+use crate::source::{weight_files, Checkpoint, Gguf};
+
+/// Where the numbers of a model are rounded.
+#[derive(Debug, Clone, Copy)]
+pub struct Precision {
+    /// The type that was asked for: weights are rounded to it, K and V stored in it.
+    pub stored: DType,
+    /// The type that layers compute in.
+    pub compute: DType,
+}
+
+impl Precision {
+    /// On a CPU, layers compute in f32 whatever is stored: Candle's matrix product has no bf16 there, and would widen
+    /// all weights at every call.
+    fn new(stored: DType, device: &Device) -> Self {
+        Self { stored, compute: if device.is_cpu() { DType::F32 } else { stored } }
+    }
+}
+
+/// Hands out each tensor once, checked and converted.
+pub struct Weights {
+    store: Store,
+    precision: Precision,
+    device: Device,
+}
+
+enum Store {
+    Gguf { gguf: Gguf, interleaved_head_dim: Option<usize> },
+    Safetensors(HashMap<String, Tensor>),
+}
+
+impl Weights {
+    /// Opens a checkpoint, whose numbers are to be rounded to `dtype`.
+    pub fn new(checkpoint: Checkpoint, config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self> {
+        let store = match checkpoint {
+            Checkpoint::Gguf(gguf) => Store::gguf(gguf, config),
+            Checkpoint::Directory(directory) => {
+                let mut tensors = HashMap::new();
+                for file in weight_files(&directory)? {
+                    let shard = candle_core::safetensors::load(&file, device);
+                    tensors.extend(shard.with_context(|| format!("cannot read {}", file.display()))?);
+                }
+                Store::Safetensors(tensors)
+            }
+        };
+        Ok(Self { store, precision: Precision::new(dtype, device), device: device.clone() })
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The tensor of that name and shape, rounded to the stored type, in the computing one.
+    pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.store.take(name, &self.device)?;
+        ensure!(tensor.dims() == shape, "the model's tensor {name} has shape {:?}, expected {shape:?}", tensor.dims());
+        Ok(tensor.to_dtype(self.precision.stored)?.to_dtype(self.precision.compute)?)
+    }
+}
+
+impl Store {
+    fn gguf(gguf: Gguf, config: &ModelConfig) -> Self {
+        let architecture = gguf.content.metadata.get("general.architecture").and_then(|name| name.to_string().ok());
+        let interleaved = architecture.is_some_and(|name| name == "llama");
+        Self::Gguf { gguf, interleaved_head_dim: interleaved.then_some(config.head_dim) }
+    }
+
+    fn take(&mut self, name: &str, device: &Device) -> Result<Tensor> {
+        let missing = || format!("the model lacks the tensor {name}");
+        match self {
+            Self::Safetensors(tensors) => tensors.remove(name).with_context(missing),
+            Self::Gguf { gguf, interleaved_head_dim } => {
+                let gguf_name = gguf_name(name).with_context(missing)?;
+                ensure!(gguf.content.tensor_infos.contains_key(&gguf_name), "{} ({gguf_name})", missing());
+                let tensor = gguf.content.tensor(&mut gguf.file, &gguf_name, device)?.dequantize(device)?;
+                match interleaved_head_dim {
+                    Some(head_dim) if name.contains(".q_proj.") || name.contains(".k_proj.") => {
+                        deinterleave(&tensor, *head_dim)
+                    }
+                    _ => Ok(tensor),
+                }
+            }
+        }
+    }
+}
+
+/// Undoes what GGUF does to the projections to queries and keys of the architecture `llama`: there the two elements
+/// that a rotation mixes lie side by side, where Hugging Face has them half a head apart.
+fn deinterleave(projection: &Tensor, head_dim: usize) -> Result<Tensor> {
+    let rows = projection.dim(0)?;
+    let pairs = projection.reshape((rows / head_dim, head_dim / 2, 2, ()))?;
+    Ok(pairs.transpose(1, 2)?.reshape(projection.shape())?)
+}
+
+/// Names in a Hugging Face checkpoint and in GGUF, less the layer before and `.weight` or `.bias` after.
+const NAMES: [(&str, &str); 14] = [
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+fn gguf_name(name: &str) -> Option<String> {
+    let translate = |part: &str| NAMES.iter().find(|(hf, _)| *hf == part).map(|(_, gguf)| *gguf);
+    let (stem, kind) = name.rsplit_once('.')?;
+    match stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+        Some((layer, part)) => Some(format!("blk.{layer}.{}.{kind}", translate(part)?)),
+        None => Some(format!("{}.{kind}", translate(stem)?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_translate() {
+        for (hf, gguf) in [
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("lm_head.weight", "output.weight"),
+            ("model.layers.12.self_attn.q_proj.bias", "blk.12.attn_q.bias"),
+            ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+        ] {
+            assert_eq!(gguf_name(hf).as_deref(), Some(gguf));
+        }
+        assert_eq!(gguf_name("model.layers.0.mystery.weight"), None);
+    }
+
+    #[test]
+    fn deinterleaving_brings_pairs_half_a_head_apart() -> Result<()> {
+        // Two heads of four elements: 0 and 1 rotate together, as do 2 and 3.
+        let bias = Tensor::new(&[0f32, 1., 2., 3., 10., 11., 12., 13.], &Device::Cpu)?;
+        assert_eq!(deinterleave(&bias, 4)?.to_vec1::<f32>()?, [0., 2., 1., 3., 10., 12., 11., 13.]);
+        Ok(())
+    }
+}
