@@ -124,7 +124,9 @@ fn download(id: &str) -> Result<PathBuf> {
     };
     // The error's own text says all that the chain below it does.
     fetch().map_err(|error| {
-        anyhow!("cannot fetch {id} from its hub: check the name and the network, or give a directory or GGUF file: {error}")
+        anyhow!(
+            "cannot fetch {id} from its hub: check the name and the network, or give a directory or GGUF file: {error}"
+        )
     })
 }
 
