@@ -37,10 +37,10 @@ impl PqAttention {
     /// Attention with `softmax(scale · q kᵀ)`; `scale` is `1 / sqrt(head_dim)` in most models.
     ///
     /// # Errors
-    /// A `scale` that is not finite.
+    /// A `scale` that is not positive and finite: the keys of the largest scores would not be those of the largest weights.
     pub fn new(config: PqConfig, scale: f32) -> Result<Self> {
-        if !scale.is_finite() {
-            bail!("PqAttention: scale: expected a finite number, got {scale}");
+        if !(scale.is_finite() && scale > 0.0) {
+            bail!("PqAttention: scale: expected a positive finite number, got {scale}");
         }
         Ok(Self { config, scale })
     }
@@ -99,7 +99,9 @@ impl PqAttention {
     ) -> Result<Tensor> {
         self.check(query, keys, cache)?;
         let before = cache.len();
-        cache.append(keys, values)?;
+        // Inference only: the ops in place and the cache are invisible to Candle's backward pass.
+        let query = &query.detach();
+        cache.append(&keys.detach(), &values.detach())?;
         let out = match query.dims()[2] {
             1 => decode(self, query, cache).map(|attended| attended.out),
             _ => self.prefill(query, cache),
@@ -142,16 +144,14 @@ impl PqAttention {
         if self.config.is_dense(cache.len()) {
             return self.dense_decode(query, cache);
         }
-        match self.select(query, cache)? {
-            Some(selected) => ops::sparse_attend(query, &cache.keys()?, &cache.values()?, &selected, self.scale),
-            None => self.dense_decode(query, cache),
-        }
+        let selected = self.select(query, cache)?;
+        ops::sparse_attend(query, &cache.keys()?, &cache.values()?, &selected, self.scale)
     }
 
-    /// Scores the candidates and lists what to attend to; None while there is no codebook.
-    fn select(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Option<Selected>> {
+    /// Scores the candidates and lists what to attend to.
+    fn select(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Selected> {
         let ([_, h_kv, _], n) = (cache.dims(), cache.len());
-        let Some((codebook, codes)) = cache.index()? else { return Ok(None) };
+        let (codebook, codes) = cache.index()?;
         let scores = ops::score(query, &codes, &codebook.centroids()?)?;
         let scores = match self.config.selection {
             Selection::PerQueryHead => scores,
@@ -164,11 +164,12 @@ impl PqAttention {
             window: self.config.window,
             init_offset: self.config.candidates(n).start,
         };
-        ops::indices_and_weights(&heavy, geometry).map(Some)
+        ops::indices_and_weights(&heavy, geometry)
     }
 
     /// Dense causal attention of the last `s` positions, by matmuls over blocks of queries of one KV head at a time,
-    /// so that memory stays bounded for any length and K and V are read once for all query heads of the group.
+    /// so that the scores of a few queries are all that is held at a time, and K and V are read once for all query heads of
+    /// the group.
     fn prefill(&self, query: &Tensor, cache: &PqKvCache) -> Result<Tensor> {
         let ([b, h_kv, head_dim], n) = (cache.dims(), cache.len());
         let (_, h, s, _) = query.dims4()?;

@@ -10,14 +10,14 @@ use crate::config::PqConfig;
 /// - **Growth.** [`append`](Self::append) writes the new keys and values behind the old ones. Capacity doubles when it
 ///   runs out, so an append costs amortised O(1) a key; give [`new`](Self::new) the final length and nothing is ever
 ///   copied.
-/// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
-///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
+/// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the window (on
+///   some of the window where that would be fewer than centroids), and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
 ///   does not have to serve a long answer. Keys are encoded in blocks, just before the first of them leaves the window.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
-///   is forgotten too.
+///   is forgotten too, so an index never remembers keys that are gone.
 ///
 /// What [`keys`](Self::keys), [`values`](Self::values) and [`codes`](Self::codes) return are views: valid until the
-/// positions they show are truncated and written again.
+/// positions they show are truncated and written again or, for codes, the codebook is trained again.
 #[derive(Debug)]
 pub struct PqKvCache {
     config: PqConfig,
@@ -65,6 +65,7 @@ impl PqKvCache {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             bail!("PqKvCache: dtype: expected f32, f16 or bf16, got {}", dtype.as_str());
         }
+        check_capacity([batch, kv_heads, head_dim], capacity, dtype)?;
         let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
@@ -113,14 +114,15 @@ impl PqKvCache {
     /// Makes room for `additional` more keys; doubles the capacity at least when it grows.
     ///
     /// # Errors
-    /// Memory that the device does not have; the cache is then as before.
+    /// More memory than can be addressed, or than the device has (a CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
-        let (needed, capacity) = (self.len + additional, self.keys.dims()[2]);
+        let (needed, capacity) = (self.len.saturating_add(additional), self.keys.dims()[2]);
         if needed <= capacity {
             return Ok(());
         }
         let capacity = needed.max(2 * capacity).max(SMALLEST);
+        check_capacity(self.dims(), capacity, self.dtype())?;
         let grown = |old: &Tensor| {
             let mut dims = old.dims().to_vec();
             dims[2] = capacity;
@@ -144,34 +146,39 @@ impl PqKvCache {
         self.encode_up_to(self.len)
     }
 
-    /// Codebook and codes of all candidates; None while there is no codebook.
-    pub(crate) fn index(&mut self) -> Result<Option<(&Codebook, Tensor)>> {
+    /// Codebook and codes of all candidates.
+    pub(crate) fn index(&mut self) -> Result<(&Codebook, Tensor)> {
         self.train_if_due()?;
         let candidates = self.config.candidates(self.len);
         self.encode_up_to(candidates.end)?;
         match &self.index {
-            None => Ok(None),
-            Some(index) => {
-                let codes = self.codes.narrow(2, candidates.start, candidates.len())?;
-                Ok(Some((&index.codebook, codes)))
-            }
+            None => bail!(
+                "PqKvCache: index: expected at least n_centroids {} keys from init_offset {} on, got {} keys",
+                self.config.n_centroids(),
+                self.config.init_offset(),
+                self.len
+            ),
+            Some(index) => Ok((&index.codebook, self.codes.narrow(2, candidates.start, candidates.len())?)),
         }
     }
 
     fn train_if_due(&mut self) -> Result<()> {
         let start = self.config.init_offset();
-        let trainable = self.len.saturating_sub(start);
-        let due = match &self.index {
-            None => trainable >= self.config.n_centroids(),
-            Some(Index { trained: None, .. }) => false,
-            Some(Index { trained: Some(end), .. }) => {
-                let trained = end - start;
-                trained < self.config.max_train_keys && trainable >= 2 * trained
-            }
-        };
+        // Not on the window, where there are keys enough without it: the last keys are those that are taken back.
+        let end = self.config.candidates(self.len).end.max(start.saturating_add(self.config.n_centroids()));
+        let trainable = end.saturating_sub(start);
+        let due = end <= self.len
+            && match &self.index {
+                None => true,
+                Some(Index { trained: None, .. }) => false,
+                Some(Index { trained: Some(end), .. }) => {
+                    let trained = end - start;
+                    trained < self.config.max_train_keys && trainable >= 2 * trained
+                }
+            };
         if due {
             let codebook = Codebook::train(&self.keys.narrow(2, start, trainable)?, &self.config)?;
-            self.index = Some(Index { codebook, trained: Some(self.len) });
+            self.index = Some(Index { codebook, trained: Some(end) });
             self.encoded = start;
         }
         Ok(())
@@ -309,5 +316,14 @@ impl PqKvCache {
         let encoded = if self.index.is_some() { self.encoded - self.config.init_offset() } else { 0 };
         let codebook = self.codebook().map_or(0, Codebook::bytes);
         Memory { kv_bytes, index_bytes: b * h_kv * encoded * self.config.pq_dim + codebook }
+    }
+}
+
+/// Fails where the bytes of the keys cannot be counted.
+fn check_capacity(dims: [usize; 3], capacity: usize, dtype: DType) -> Result<()> {
+    let bytes = dims.iter().try_fold(capacity, |product, dim| product.checked_mul(*dim));
+    match bytes.and_then(|elements| elements.checked_mul(dtype.size_in_bytes())) {
+        Some(bytes) if isize::try_from(bytes).is_ok() => Ok(()),
+        _ => bail!("PqKvCache: capacity: expected keys of less than {} bytes, got {capacity} of {dims:?}", isize::MAX),
     }
 }

@@ -58,6 +58,9 @@ impl Codebook {
                 bail!("Codebook: phi: expected [{b}, {h_kv}, {pq_dim}] f32, got {dims:?} {dtype}");
             }
         }
+        if pq_dim == 0 {
+            bail!("Codebook: centroids: expected a pq_dim of at least 1, got {:?}", centroids.dims());
+        }
         if columns <= usize::from(phi.is_some()) {
             bail!("Codebook: centroids: expected a pq_len of at least 1, got {:?}", centroids.dims());
         }

@@ -139,7 +139,8 @@ impl Heavy {
     pub fn count(self, n: usize) -> usize {
         match self {
             Self::Keys(keys) => keys,
-            Self::Fraction(fraction) => (fraction * n as f64).ceil() as usize,
+            // A share such as 7% is no binary fraction: what is above a whole number by rounding alone is that number.
+            Self::Fraction(fraction) => (fraction * n as f64 * (1.0 - 4.0 * f64::EPSILON)).ceil() as usize,
         }
     }
 
@@ -174,7 +175,7 @@ impl fmt::Display for Heavy {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
             Self::Keys(keys) => write!(f, "{keys}"),
-            Self::Fraction(fraction) => write!(f, "{}%", fraction * 100.0),
+            Self::Fraction(fraction) => write!(f, "{}%", (fraction * 1e12).round() / 1e10),
         }
     }
 }

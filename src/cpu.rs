@@ -77,7 +77,7 @@ pub(crate) fn slice<T: WithDType>(storage: &CpuStorage) -> Result<&[T]> {
     storage.as_slice::<T>()
 }
 
-/// `e^x` to about 2 ulp; 0 below -87.3 and NaN for NaN.
+/// `e^x` to about 2 ulp; 0 below -87.3, no more than `e^88.3`, and NaN for NaN.
 ///
 /// Splits `x = n ln 2 + r` with `|r| <= ln 2 / 2` and takes a degree-6 polynomial for `e^r` (coefficients of the
 /// Cephes library's `expf`). Unlike `f32::exp` it has no call and no branch, so loops over it vectorise.

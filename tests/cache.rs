@@ -195,7 +195,7 @@ fn decode_attends_to_what_scores_best() -> Result<()> {
 }
 
 fn naive_selection(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32) -> Result<Vec<Vec<(usize, f64)>>> {
-    let ([b, h_kv, d], n) = (cache.dims(), cache.len());
+    let ([b, h_kv, _], n) = (cache.dims(), cache.len());
     let (h, range) = (query.dim(1)?, config.candidates(n));
     let codebook = cache.codebook().expect("a codebook");
     let start = config.init_offset();
@@ -203,38 +203,20 @@ fn naive_selection(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: 
     let keys = cache.keys()?.narrow(2, start, codes.dim(2)?)?;
     assert_same_bits(&codes, &codebook.encode(&keys)?, "codes");
     assert!(start + codes.dim(2)? >= range.end, "every candidate has codes");
-    let (codes, centroids, q) = (integers(&codes), numbers(&codebook.centroids()?), numbers(query));
-    let (pq_dim, c, len, encoded) = (config.pq_dim, config.n_centroids(), codebook.pq_len(), keys.dim(2)?);
-    let score = |bh: usize, t: usize| -> f64 {
-        let kv = bh / (h / h_kv);
-        (0..d)
-            .map(|i| {
-                let (m, j) = (i / len, i % len);
-                let code = codes[(kv * encoded + t - start) * pq_dim + m] as usize;
-                q[bh * d + i] * centroids[((kv * pq_dim + m) * c + code) * len + j]
-            })
-            .sum()
+    // Their own scores, which tests/ops.rs compares with a reference: near-ties then fall as they fall there.
+    let candidates = codes.narrow(2, range.start - start, range.len())?;
+    let scores = ops::score(query, &candidates, &codebook.centroids()?)?;
+    let ranking = match config.selection {
+        Selection::PerQueryHead => scores,
+        Selection::PerKvHead => ops::group_mass(&scores, h_kv, scale)?,
     };
-    let scores: Vec<Vec<f64>> = (0..b * h).map(|bh| range.clone().map(|t| score(bh, t)).collect()).collect();
-    let softmax = |scores: &[f64]| -> Vec<f64> {
-        let exp: Vec<f64> = scores.iter().map(|s| (f64::from(scale) * s).exp()).collect();
-        let sum: f64 = exp.iter().sum();
-        exp.into_iter().map(|x| x / sum).collect()
-    };
+    let lists = ranking.dim(1)?;
+    let ranking = numbers(&ranking);
     Ok((0..b * h)
         .map(|bh| {
-            let group = h / h_kv;
-            let ranking = match config.selection {
-                Selection::PerQueryHead => scores[bh].clone(),
-                Selection::PerKvHead => (bh / group * group..(bh / group + 1) * group)
-                    .map(|head| softmax(&scores[head]))
-                    .reduce(|a, b| a.iter().zip(b).map(|(a, b)| a + b).collect())
-                    .expect("a head"),
-            };
+            let ranking = row(&ranking, bh / h * lists + bh % h * lists / h, range.len());
             let mut order: Vec<usize> = (0..range.len()).collect();
-            // Rounded, so that scores that are equal in exact arithmetic tie here as they do in f32.
-            let rank = |i: usize| (ranking[i] * 1e6).round();
-            order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
+            order.sort_by(|&a, &b| ranking[b].total_cmp(&ranking[a]).then(a.cmp(&b)));
             let heavy: Vec<usize> = order.iter().take(config.heavy.count(n)).map(|i| range.start + i).collect();
             let attended = (0..n).filter(|t| *t < config.sink || t + config.window >= n || heavy.contains(t));
             attended.map(|t| (t, 1.0)).collect()
@@ -255,7 +237,13 @@ fn index_follows_the_sequence() -> Result<()> {
     step(&mut cache, 60)?;
     assert!(cache.codebook().is_none(), "prefill builds no index");
     step(&mut cache, 1)?;
-    let encoded = |cache: &PqKvCache| Ok::<_, candle_core::Error>(cache.codes()?.dim(2)? + 3);
+    // Every code is that of its key under the codebook of now.
+    let encoded = |cache: &PqKvCache| {
+        let codes = cache.codes()?;
+        let keys = cache.keys()?.narrow(2, 3, codes.dim(2)?)?;
+        assert_same_bits(&codes, &cache.codebook().expect("a codebook").encode(&keys)?, "codes");
+        Ok::<_, candle_core::Error>(codes.dim(2)? + 3)
+    };
     assert_eq!(encoded(&cache)?, 61);
     for n in 62..=61 + 8 {
         step(&mut cache, 1)?;
@@ -276,8 +264,50 @@ fn index_follows_the_sequence() -> Result<()> {
     assert_same_bits(&third, &cache.codebook().expect("a codebook").centroids()?, "enough keys were seen");
     cache.truncate(2000)?;
     assert!(cache.codebook().is_some(), "all that it was trained on is there");
+    step(&mut cache, 30)?;
+    step(&mut cache, 1)?;
+    assert_eq!(encoded(&cache)?, 2031, "encoded behind what was kept");
     cache.truncate(600)?;
     assert!(cache.codebook().is_none(), "trained on keys that are gone");
+    Ok(())
+}
+
+#[test]
+fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
+    let attn = PqAttention::new(small(), 0.25)?;
+    let mut cache = attn.new_cache([2, 3, 16], 0, DType::BF16, &Device::Cpu)?;
+    let key = Rng(6).tensor(&[2, 3, 1, 16], DType::BF16);
+    let mut capacities = vec![];
+    for _ in 0..2000 {
+        cache.append(&key, &key)?;
+        capacities.push(cache.capacity());
+    }
+    capacities.dedup();
+    assert_eq!(capacities, [256, 512, 1024, 2048]);
+    assert_eq!((cache.memory().kv_bytes, cache.memory().index_bytes), (2 * 2 * 3 * 16 * 2000 * 2, 0));
+    cache.build_index()?;
+    let (codes, codebook) = (2 * 3 * (2000 - 3) * 4, 2 * 3 * 16 * 16 * 4);
+    assert_eq!(cache.memory().index_bytes, codes + codebook);
+    Ok(())
+}
+
+/// Where a sparse decode would differ, `forward_dense` does not; and neither is tracked for a backward pass.
+#[test]
+fn forward_dense_is_dense() -> Result<()> {
+    let mut rng = Rng(7);
+    let attn = PqAttention::new(small(), 0.25)?;
+    let mut cache = attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;
+    let prompt = rng.tensor(&[1, 2, 300, 16], DType::F32);
+    cache.append(&prompt, &prompt)?;
+    let (query, kv) = (rng.tensor(&[1, 4, 1, 16], DType::F32), rng.tensor(&[1, 2, 1, 16], DType::F32));
+    let query = candle_core::Var::from_tensor(&(query * 4.0)?)?;
+    let dense = attn.forward_dense(&query, &kv, &kv, &mut cache)?;
+    let want = ops::dense_attend(&query, &cache.keys()?, &cache.values()?, 0.25)?;
+    assert_same_bits(&dense, &want.out, "dense");
+    cache.truncate(300)?;
+    let sparse = attn.forward(&query, &kv, &kv, &mut cache)?;
+    assert_ne!(numbers(&sparse), numbers(&dense));
+    assert!(!dense.track_op() && !sparse.track_op());
     Ok(())
 }
 
@@ -332,6 +362,11 @@ fn codebook_survives_a_file() -> Result<()> {
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         assert_same_bits(&cache.codebook().expect("kept").centroids()?, &codebook.centroids()?, "centroids");
+        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 297)?)?, "codes");
+        let other = Codebook::train(&keys.narrow(2, 100, 100)?, cache.config())?;
+        cache.set_codebook(other.clone())?;
+        cache.build_index()?;
+        assert_same_bits(&cache.codes()?, &other.encode(&keys.narrow(2, 3, 297)?)?, "codes of the new codebook");
     }
     Ok(())
 }
@@ -362,6 +397,14 @@ fn fallback_follows_the_formula() {
         assert_eq!(config.attended(n), if n <= 32 { n } else { 23 });
         assert!(PqConfig { heavy: Heavy::Fraction(1.0), ..small() }.is_dense(n));
     }
+    let all = PqConfig { sink: usize::MAX, window: usize::MAX, heavy: Heavy::Keys(usize::MAX), ..small() };
+    assert!(all.is_dense(1 << 40) && all.attended(100) == 100);
+    for percent in 1..=100 {
+        let heavy: Heavy = format!("{percent}%").parse().expect("a share");
+        assert_eq!((heavy.count(100), heavy.count(10_000)), (percent, 100 * percent));
+        assert_eq!(heavy.to_string(), format!("{percent}%"));
+    }
+    assert_eq!((Heavy::Fraction(0.001).count(1500), Heavy::Fraction(0.02).count(51)), (2, 2));
     let late = PqConfig { init_offset: Some(40), window: 30, ..small() };
     assert_eq!((late.attended(70), late.candidates(75)), (3 + 30, 40..45));
 }

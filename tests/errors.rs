@@ -90,7 +90,10 @@ fn score() {
     let score = |query: &[usize], codes: &[usize], dtype, centroids: &[usize]| {
         ops::score(&f32s(query), &zeros(codes, dtype), &f32s(centroids)).map(drop)
     };
-    let nine = Tensor::full(9u8, (1, 2, 5, 2), &Device::Cpu).unwrap();
+    // The bad code is the very last one.
+    let mut codes = vec![7u8; 20];
+    codes[19] = 9;
+    let nine = Tensor::from_vec(codes, (1, 2, 5, 2), &Device::Cpu).unwrap();
     assert_errors(vec![
         (
             score(&[1, 4, 2, 8], &[1, 2, 5, 2], DType::U8, &[1, 2, 2, 4, 4]),
@@ -104,6 +107,10 @@ fn score() {
         (
             score(&[1, 4, 1, 8], &[1, 0, 5, 2], DType::U8, &[1, 0, 2, 4, 4]),
             "score: codes: expected an h_kv that divides h 4, got 0",
+        ),
+        (
+            score(&[1, 0, 1, 8], &[1, 2, 5, 2], DType::U8, &[1, 2, 2, 4, 4]),
+            "score: codes: expected an h_kv that divides h 0, got 2",
         ),
         (
             score(&[1, 4, 1, 8], &[2, 2, 5, 2], DType::U8, &[1, 2, 2, 4, 4]),
@@ -145,6 +152,7 @@ fn selection() {
             ops::indices_and_weights(&f32s(&[1, 1, 2]), geometry(10)).map(drop),
             "indices_and_weights: heavy: expected dtype u32, got f32",
         ),
+        (list(&[0], 0), "indices_and_weights: heavy: expected no positions for n 0, got 1 a list"),
         (list(&[], 1 << 33), "indices_and_weights: n: expected at most u32::MAX keys, got 8589934592"),
         (
             ops::dense_weights(&selected(9, 2), 1, 9).map(drop),
@@ -204,6 +212,10 @@ fn attend() {
             ops::dense_attend(&f32s(q), &f32s(k), &f32s(&[2, 5, 8]), 1.0).map(drop),
             "dense_attend: values: expected shape [1, 2, 5, 8], got [2, 5, 8]",
         ),
+        (
+            ops::dense_attend(&f32s(&[1, 0, 1, 8]), &f32s(k), &f32s(k), 1.0).map(drop),
+            "dense_attend: keys: expected an h_kv that divides h 0, got 2",
+        ),
         (softmax(&[1, 1, 6, 9], 6, 4), "causal_softmax: queries: expected a divisor of 6 rows, got 4"),
         (softmax(&[1, 1, 6, 9], 7, 3), "causal_softmax: first: expected at most 9 keys minus 3 queries, got 7"),
     ]);
@@ -216,7 +228,7 @@ fn kmeans() {
         ops::kmeans(&f32s(&[1, 2, n, 8]), &options).map(drop)
     };
     assert_errors(vec![
-        (kmeans(20, 3, 2, 99), "kmeans: keys: expected a pq_dim that divides head_dim 8, got 3"),
+        (kmeans(20, 3, 2, 99), "kmeans: pq_dim: expected a divisor of head_dim 8, got 3"),
         (kmeans(20, 2, 0, 99), "kmeans: pq_bits: expected 1 to 8, got 0"),
         (kmeans(20, 2, 9, 99), "kmeans: pq_bits: expected 1 to 8, got 9"),
         (
@@ -230,6 +242,10 @@ fn kmeans() {
         (
             Codebook::new(f32s(&[1, 2, 4]), None).map(drop),
             "Codebook: centroids: expected [b, h_kv, pq_dim, n_centroids, pq_len], got [1, 2, 4]",
+        ),
+        (
+            Codebook::new(f32s(&[1, 2, 0, 16, 1]), None).map(drop),
+            "Codebook: centroids: expected a pq_dim of at least 1, got [1, 2, 0, 16, 1]",
         ),
         (
             Codebook::new(f32s(&[1, 2, 4, 16, 1]), Some(f32s(&[1, 2, 4]))).map(drop),
@@ -310,6 +326,10 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
     let error = other.forward(&q, &kv, &kv, &mut cache).expect_err("another config").to_string();
     assert!(error.starts_with("PqAttention: cache: expected one made with this attention's config, got PqConfig"));
     assert_errors(vec![
+        (
+            cache.reserve(usize::MAX),
+            "PqKvCache: capacity: expected keys of less than 9223372036854775807 bytes, got 18446744073709551615 of [1, 2, 16]",
+        ),
         (cache.truncate(101), "PqKvCache: truncate: expected at most the 100 keys there are, got 101"),
         (
             cache.set_codebook(Codebook::new(f32s(&[1, 2, 4, 32, 4]), None)?),
@@ -322,7 +342,7 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
         (attn.new_cache([0, 2, 16], 0, DType::F32, &Device::Cpu).map(drop), "PqKvCache: expected at least one sequence and one KV head, got batch 0, h_kv 2"),
         (attn.new_cache([1, 2, 18], 0, DType::F32, &Device::Cpu).map(drop), "PqConfig: pq_dim: expected a divisor of head_dim 18, got 4"),
         (attn.new_cache([1, 2, 16], 0, DType::F64, &Device::Cpu).map(drop), "PqKvCache: dtype: expected f32, f16 or bf16, got f64"),
-        (PqAttention::new(config, f32::NAN).map(drop), "PqAttention: scale: expected a finite number, got NaN"),
+        (PqAttention::new(config, f32::NAN).map(drop), "PqAttention: scale: expected a positive finite number, got NaN"),
     ]);
     assert_eq!(state(&cache)?, before);
     Ok(())

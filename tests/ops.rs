@@ -222,6 +222,13 @@ fn indices_are_the_union_of_sink_heavy_and_window() -> Result<()> {
         let (indices, lens) = (integers(&selected.indices), integers(&selected.lens));
         let weights = numbers(&selected.weights);
         let dense = numbers(&ops::dense_weights(&selected, 2 * lists, n)?);
+        let twice = Selected {
+            indices: Tensor::cat(&[&selected.indices, &selected.indices], 2)?,
+            weights: Tensor::cat(&[&selected.weights, &selected.weights], 2)?,
+            lens: Tensor::full(2 * list_len as u32, (b, lists), &Device::Cpu)?,
+        };
+        let doubled: Vec<f64> = dense.iter().map(|weight| 2.0 * weight).collect();
+        assert_eq!(numbers(&ops::dense_weights(&twice, 2 * lists, n)?), doubled, "listed twice");
         for list in 0..b * lists {
             let heavy: Vec<usize> = heavy[list * k..][..k].iter().map(|&t| init_offset + t as usize).collect();
             let want: Vec<usize> = (0..n).filter(|t| *t < sink || t + window >= n || heavy.contains(t)).collect();
@@ -396,6 +403,46 @@ fn kmeans_finds_clusters_and_survives_odd_data() -> Result<()> {
     let half = all.reshape((1, 1, 32, 4))?.narrow(3, 0, 2)?;
     let sampled = ops::kmeans(&all, &KmeansOptions { max_keys: 32, ..options })?.0;
     assert_same_bits(&sampled, &ops::kmeans(&half, &options)?.0, "sampled keys");
+    Ok(())
+}
+
+/// One round by hand: each centroid becomes the mean of the keys it was nearest to.
+#[test]
+fn kmeans_moves_centroids_to_means() -> Result<()> {
+    let keys = Rng(11).tensor(&[1, 1, 37, 6], DType::F32); // not a multiple of the kernel's tiles
+    let keys = Tensor::cat(&[&keys.narrow(3, 0, 3)?, &keys.narrow(3, 0, 3)?], 3)?;
+    let train = |iters| {
+        let options =
+            KmeansOptions { pq_dim: 2, pq_bits: 2, iters, metric: Metric::Euclidean, max_keys: 4096, seed: 0 };
+        ops::kmeans(&keys, &options).map(|(centroids, _)| centroids)
+    };
+    let start = train(0)?;
+    let (codes, got) = (integers(&ops::encode(&keys, &start, None)?), numbers(&train(1)?));
+    let (start, keys) = (numbers(&start), numbers(&keys));
+    assert_ne!(start[..12], start[12..], "equal subspaces draw differently");
+    for m in 0..2 {
+        for c in 0..4u32 {
+            let members: Vec<usize> = (0..37).filter(|t| codes[t * 2 + m] == c).collect();
+            let mean = |j| members.iter().map(|t| keys[t * 6 + m * 3 + j]).sum::<f64>() / members.len() as f64;
+            let want: Vec<f64> = (0..3).map(mean).collect();
+            assert!(!members.is_empty(), "a centroid starts on a key");
+            assert_close(row(&got, m * 4 + c as usize, 3), &want, 1e-6, "mean");
+        }
+    }
+    Ok(())
+}
+
+/// Scores of negative infinity weigh nothing, also where a whole block of keys has no other.
+#[test]
+fn infinitely_unlikely_keys_weigh_nothing() -> Result<()> {
+    let keys = [vec![f32::NEG_INFINITY; 300], vec![0.5f32; 300]].concat();
+    let keys = Tensor::from_vec(keys, (1, 1, 600, 1), &Device::Cpu)?;
+    let query = Tensor::ones((1, 1, 1, 1), DType::F32, &Device::Cpu)?;
+    let attended = ops::dense_attend(&query, &keys, &keys.ones_like()?, 1.0)?;
+    assert_close(&numbers(&attended.out), &[1.0], 1e-6, "output");
+    assert_close(&numbers(&attended.lse), &[0.5 + 300f64.ln()], 1e-6, "lse");
+    let none = ops::dense_attend(&query, &keys.narrow(2, 0, 300)?, &keys.narrow(2, 0, 300)?.ones_like()?, 1.0)?;
+    assert_eq!((numbers(&none.out)[0], numbers(&none.lse)[0]), (0.0, f64::NEG_INFINITY));
     Ok(())
 }
 

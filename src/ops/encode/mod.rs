@@ -30,7 +30,8 @@ const OP: &str = "encode";
 ///
 /// # Numerics
 /// Distances are sums of squared differences in f32, in the order of the coordinates and without fused multiply-add.
-/// Ties go to the lower index. A sub-vector that holds NaN gets code 0.
+/// Ties go to the lower index. A sub-vector that is no finite
+/// distance from any centroid, such as one that holds NaN, gets code 0.
 pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result<Tensor> {
     let (keys, centroids) = (with_unit_rows(keys)?, with_unit_rows(centroids)?);
     let plan = Plan::new(&keys, &centroids, phi)?;

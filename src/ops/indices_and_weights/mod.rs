@@ -77,6 +77,9 @@ impl Plan {
         if u32::try_from(n).is_err() {
             bail!("{OP}: n: expected at most u32::MAX keys, got {n}");
         }
+        if n == 0 && heavy.dims[2] > 0 {
+            return arg.fail("no positions for n 0", format_args!("{} a list", heavy.dims[2]));
+        }
         let list_len = sink.saturating_add(window).saturating_add(heavy.dims[2]).min(n);
         Ok(Self { heavy, geometry, list_len })
     }

@@ -35,7 +35,8 @@ fn train<T: Elem>(plan: &Plan, keys: &[T], [b, h, m]: [usize; 3], centroids: &mu
         Metric::InnerProduct => augment(&mut tiles, plan),
     };
     let subspace = (b * plan.keys.dims[1] + h) * plan.options.pq_dim + m;
-    let random = Random(plan.options.seed ^ (subspace as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    // Mixed first: a multiple of the generator's own increment would only shift the numbers of another subspace.
+    let random = Random(plan.options.seed ^ Random(subspace as u64).next());
     Lloyd { plan, tiles: &tiles, random }.train(centroids);
     phi
 }

@@ -5,7 +5,6 @@ mod cpu;
 use candle_core::{bail, CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
-use super::encode::check_centroids;
 use super::side_output::SideOutput;
 use super::MAX_HEAD_DIM;
 use crate::config::Metric;
@@ -77,11 +76,13 @@ impl Plan {
         if head_dim == 0 || head_dim > MAX_HEAD_DIM {
             return arg.fail("a head_dim of 1 to 256", format_args!("{head_dim}"));
         }
+        if pq_dim == 0 || !head_dim.is_multiple_of(pq_dim) {
+            bail!("{OP}: pq_dim: expected a divisor of head_dim {head_dim}, got {pq_dim}");
+        }
         if !(1..=8).contains(&pq_bits) {
             bail!("{OP}: pq_bits: expected 1 to 8, got {pq_bits}");
         }
         let n_centroids = 1 << pq_bits;
-        check_centroids(&arg, pq_dim, n_centroids, head_dim)?;
         let samples = n.min(options.max_keys);
         if samples < n_centroids {
             return arg.fail(

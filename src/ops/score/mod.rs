@@ -58,7 +58,7 @@ impl Plan {
             return query_arg.fail("a head_dim of 1 to 256", format_args!("{head_dim}"));
         }
         codes_arg.has_dims(&[b, h_kv, n, pq_dim])?;
-        if h_kv == 0 || !h.is_multiple_of(h_kv) {
+        if h == 0 || h_kv == 0 || !h.is_multiple_of(h_kv) {
             return codes_arg.fail(&format!("an h_kv that divides h {h}"), format_args!("{h_kv}"));
         }
         check_centroids(&centroids_arg, pq_dim, centroids.dims[3], head_dim)?;

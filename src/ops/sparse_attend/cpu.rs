@@ -170,7 +170,7 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
         // Scaled before the maximum is taken: the scale may be negative.
         scores.iter_mut().for_each(|score| *score *= inputs.plan.scale);
         partial.shift[head] = max(scores);
-        partial.sum[head] = exp_and_sum(scores, 1.0, partial.shift[head]);
+        partial.sum[head] = exp_and_sum(scores, 1.0, finite(partial.shift[head]));
         if let Positions::Listed { weights, .. } = &block.positions {
             scores.iter_mut().zip(weights).for_each(|(score, weight)| *score *= weight);
             partial.sum[head] = scores.iter().sum();
@@ -240,26 +240,30 @@ fn add_weighted(rows: &[f32], weights: &[f32], sums: &mut [f32]) {
 /// Merges the partials of one head into `out`; returns the LSE.
 fn merge<'a, T: Elem>(partials: impl Iterator<Item = &'a Partial> + Clone, head: usize, out: &mut [T]) -> f32 {
     let shift = partials.clone().map(|partial| partial.shift[head]).fold(f32::NEG_INFINITY, f32::max);
-    if shift == f32::NEG_INFINITY {
-        // Every score is negative infinity or NaN; in the first case nothing is attended.
-        let sum: f32 = partials.map(|partial| partial.sum[head]).sum();
-        if !sum.is_nan() {
-            return f32::NEG_INFINITY;
-        }
-        out.fill(T::narrow(f32::NAN));
-        return f32::NAN;
-    }
     let mut sum = 0f32;
     let mut values = vec![0f32; out.len()];
     for partial in partials {
-        let factor = exp(partial.shift[head] - shift);
+        let factor = exp(partial.shift[head] - finite(shift));
         sum += factor * partial.sum[head];
         for (value, x) in values.iter_mut().zip(&partial.values[head * out.len()..]) {
             *value += factor * x;
         }
     }
+    if sum == 0.0 {
+        return f32::NEG_INFINITY; // nothing attended, or only scores of negative infinity: zeros
+    }
     for (out, value) in out.iter_mut().zip(&values) {
         *out = T::narrow(value / sum);
     }
-    shift + sum.ln()
+    finite(shift) + sum.ln()
+}
+
+/// A shift to subtract: scores that are all negative infinity must not become NaN.
+#[inline(always)]
+fn finite(shift: f32) -> f32 {
+    if shift == f32::NEG_INFINITY {
+        0.0
+    } else {
+        shift
+    }
 }

@@ -110,7 +110,7 @@ impl Plan {
         }
         keys_arg.has_dims(&[b, h_kv, n, head_dim])?;
         values_arg.has_dims(&keys.dims)?;
-        if h_kv == 0 || !h.is_multiple_of(h_kv) {
+        if h == 0 || h_kv == 0 || !h.is_multiple_of(h_kv) {
             return keys_arg.fail(&format!("an h_kv that divides h {h}"), format_args!("{h_kv}"));
         }
         let lists = match selected {

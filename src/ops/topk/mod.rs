@@ -4,7 +4,7 @@ mod cpu;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 
-use super::arg::{with_unit_rows, Arg};
+use super::arg::Arg;
 
 const OP: &str = "topk";
 
@@ -20,9 +20,8 @@ const OP: &str = "topk";
 /// # Errors
 /// A dtype other than f32, a tensor without dimensions, or rows of more than `u32::MAX` scores.
 pub fn topk(scores: &Tensor, k: usize) -> Result<Tensor> {
-    // The kernel wants rows at one distance: what is not so already is copied.
     let plan = Plan::new(scores, k)?;
-    let rows = with_unit_rows(scores)?.reshape((plan.rows, plan.n))?;
+    let rows = scores.reshape((plan.rows, plan.n))?; // a copy of what is not contiguous
     let positions = rows.apply_op1_no_bwd(&TopK { plan })?;
     let dims = scores.dims();
     let shape: Vec<usize> = dims[..dims.len() - 1].iter().copied().chain([positions.dim(1)?]).collect();
