@@ -65,6 +65,10 @@ impl PqKvCache {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             bail!("PqKvCache: dtype: expected f32, f16 or bf16, got {}", dtype.as_str());
         }
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            crate::cuda::prepare(device)?;
+        }
         let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
