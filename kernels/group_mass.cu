@@ -7,8 +7,11 @@
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * 32;
 
-// Scores of a run, and keys of a block in the second launch.
-constexpr int RUN = 8192;
+// Scores of a run.
+constexpr int RUN = 4096;
+
+// Keys of a block in the second launch.
+constexpr int TILE = 1024;
 
 struct GroupMass {
   View<3> scores;
@@ -46,7 +49,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void group_mass_stats(const flo
 // Heads whose statistics a block holds at a time.
 constexpr int HEADS = 16;
 
-// Grid: (runs, b * h_kv).
+// Grid: (tiles of keys, b * h_kv).
 extern "C" __global__ __launch_bounds__(THREADS) void group_mass(const float* scores,  // [b, h, n]
                                                                  const Stats* stats,   // [b, h, runs]
                                                                  float* mass,          // [b, h_kv, n]
@@ -54,7 +57,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void group_mass(const float* sc
   __shared__ float largest[HEADS], inverse[HEADS];
   const u32 first_row = blockIdx.y * p.group, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   mass += blockIdx.y * p.n;
-  const u64 begin = static_cast<u64>(blockIdx.x) * RUN, end = min(begin + RUN, p.n);
+  const u64 begin = static_cast<u64>(blockIdx.x) * TILE, end = min(begin + TILE, p.n);
   for (u32 first = 0; first < p.group; first += HEADS) {
     const u32 heads = min(static_cast<u32>(HEADS), p.group - first);
     __syncthreads();

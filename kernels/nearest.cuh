@@ -136,6 +136,7 @@ __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& c
   u32 index = UINT32_MAX;
   for (u32 c = lane; c < centroids.count; c += 32) {
     float distance = 0;
+#pragma unroll 16
     for (u32 j = 0; j < vectors.columns(); j++) distance = add_square(distance, x[j] - centroids.at(c, j));
     if (distance < best) {
       best = distance;

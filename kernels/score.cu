@@ -37,6 +37,7 @@ __device__ void lut(const T* query, const float* centroids, Entry<LANES>* tables
   const u32 first = blockIdx.z % p.parts * LANES;
   const float* centroid = centroids + p.centroids.at(b, kv, m, c);
   Entry<LANES> entry = {};
+#pragma unroll 8
   for (u32 j = 0; j < p.pq_len; j++) {
     const float x = centroid[j * p.centroids.strides[4]];
 #pragma unroll

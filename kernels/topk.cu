@@ -74,43 +74,87 @@ __device__ u32 scan(u32 x, u32* total) {
   return sum - x + (warp ? sums[warp - 1] : 0);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void topk(
-    const float* scores,    // [rows, n], rows `stride` apart
-    Workspace* workspace,   // [rows], null where parts is 1
-    u32* positions,         // [rows, k]
-    const u64 offset, const u64 stride, const u32 n, const u32 k, const u32 parts) {
+// Ranks that a thread keeps in registers, where the row is cut into runs that short: the row is then read once.
+constexpr int KEPT = 32;
+
+// A warp's run of a row.
+template <bool KEEP>
+struct Run {
+  const float* scores;
+  u64 begin;
+  u64 end;
+  u32 lane;
+  u32 kept[KEEP ? KEPT : 1];
+
+  __device__ __forceinline__ Run(const float* scores, u64 begin, u64 end)
+      : scores(scores), begin(begin), end(end), lane(threadIdx.x % 32) {
+    if constexpr (KEEP) {
+#pragma unroll
+      for (int step = 0; step < KEPT; step++) {
+        kept[step] = step * 32 < left() ? rank_of(first()[step * 32]) : 0;
+      }
+    }
+  }
+
+  // Where this lane's scores start, 32 apart, and how many positions are left from there.
+  __device__ __forceinline__ const float* first() const { return scores + begin + lane; }
+  __device__ __forceinline__ int left() const { return static_cast<int>(end - begin) - static_cast<int>(lane); }
+
+  // Calls `f(position, rank, inside)` for all lanes of the warp at once, in ascending order of positions.
+  template <class F>
+  __device__ __forceinline__ void each(F f) const {
+    if constexpr (KEEP) {
+#pragma unroll
+      for (int step = 0; step < KEPT; step++) {
+        f(static_cast<u32>(begin) + lane + step * 32, kept[step], step * 32 < left());
+      }
+    } else {
+      constexpr int AHEAD = 8;  // loads on their way
+      for (u64 base = begin; base < end; base += AHEAD * 32) {
+        u32 ranks[AHEAD];
+#pragma unroll
+        for (int step = 0; step < AHEAD; step++) {
+          const u64 i = base + step * 32 + lane;
+          ranks[step] = i < end ? rank_of(scores[i]) : 0;
+        }
+#pragma unroll
+        for (int step = 0; step < AHEAD; step++) {
+          const u64 i = base + step * 32 + lane;
+          f(static_cast<u32>(i), ranks[step], i < end);
+        }
+      }
+    }
+  }
+};
+
+template <bool KEEP>
+__device__ __forceinline__ void topk(const float* scores, Workspace* workspace, u32* positions, u32 n, u32 k, u32 parts) {
   __shared__ u32 histogram[BINS];
   __shared__ u32 digit_found, wanted_left;
-  const u32 row = blockIdx.x / parts, part = blockIdx.x % parts;
-  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  scores += offset + row * stride;
-  positions += static_cast<u64>(row) * k;
-  Workspace* shared_row = workspace + row;
-
-  // This warp's run of scores.
-  const u64 run = (static_cast<u64>(n) + parts * WARPS - 1) / (parts * WARPS);
-  const u64 begin = min((part * WARPS + warp) * run, static_cast<u64>(n)), end = min(begin + run, static_cast<u64>(n));
+  const u32 part = blockIdx.x % parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u64 run_len = (static_cast<u64>(n) + parts * WARPS - 1) / (parts * WARPS);
+  const u64 begin = min((part * WARPS + warp) * run_len, static_cast<u64>(n));
+  const Run<KEEP> run(scores, begin, min(begin + run_len, static_cast<u64>(n)));
 
   u32 threshold = 0, wanted = k, round = 0;
+#pragma unroll
   for (int digit = 0; digit < DIGITS; digit++) {
     // 11 bits, 11 bits, 10 bits.
     const u32 shift = digit == 0 ? 21 : digit == 1 ? 10 : 0, bins = digit == 2 ? 1024 : 2048;
     const u32 known = digit == 0 ? 0 : ALL_LANES << (digit == 1 ? 21 : 10);
     for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) histogram[bin] = 0;
     __syncthreads();
-#pragma unroll 8
-    for (u64 i = begin + lane; i < end; i += 32) {
-      const u32 rank = rank_of(scores[i]);
-      if ((rank & known) == threshold) atomicAdd(&histogram[rank >> shift & (bins - 1)], 1);
-    }
+    run.each([&](u32, u32 rank, bool inside) {
+      if (inside && (rank & known) == threshold) atomicAdd(&histogram[rank >> shift & (bins - 1)], 1);
+    });
     __syncthreads();
     if (parts > 1) {
       for (u32 bin = threadIdx.x; bin < bins; bin += THREADS) {
-        if (histogram[bin]) atomicAdd(&shared_row->histograms[digit][bin], histogram[bin]);
+        if (histogram[bin]) atomicAdd(&workspace->histograms[digit][bin], histogram[bin]);
       }
-      wait_for_row(shared_row, parts, ++round);
+      wait_for_row(workspace, parts, ++round);
       for (u32 bin = threadIdx.x; bin < bins; bin += THREADS) {
-        histogram[bin] = __ldcg(&shared_row->histograms[digit][bin]);
+        histogram[bin] = __ldcg(&workspace->histograms[digit][bin]);
       }
       __syncthreads();
     }
@@ -135,12 +179,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void topk(
 
   // `wanted` of the scores equal to the threshold are taken: those of the lowest positions.
   u32 above = 0, equal = 0;
-#pragma unroll 8
-  for (u64 i = begin + lane; i < end; i += 32) {
-    const u32 rank = rank_of(scores[i]);
-    above += rank > threshold;
-    equal += rank == threshold;
-  }
+  run.each([&](u32, u32 rank, bool inside) {
+    above += inside && rank > threshold;
+    equal += inside && rank == threshold;
+  });
   u32 above_here, equal_here;
   above = scan(above, &above_here);
   equal = scan(equal, &equal_here);
@@ -148,28 +190,38 @@ extern "C" __global__ __launch_bounds__(THREADS) void topk(
   equal = __shfl_sync(ALL_LANES, equal, 0);
   if (parts > 1) {
     if (threadIdx.x == 0) {
-      shared_row->above[part] = above_here;
-      shared_row->equal[part] = equal_here;
+      workspace->above[part] = above_here;
+      workspace->equal[part] = equal_here;
     }
-    wait_for_row(shared_row, parts, ++round);
+    wait_for_row(workspace, parts, ++round);
     for (u32 other = 0; other < part; other++) {
-      above += __ldcg(&shared_row->above[other]);
-      equal += __ldcg(&shared_row->equal[other]);
+      above += __ldcg(&workspace->above[other]);
+      equal += __ldcg(&workspace->equal[other]);
     }
   }
   const u32 before_lane = (1u << lane) - 1;
-  for (u64 base = begin; base < end; base += 32) {
-    const u64 i = base + lane;
-    const u32 rank = i < end ? rank_of(scores[i]) : 0;
-    const u32 all_above = __ballot_sync(ALL_LANES, i < end && rank > threshold);
-    const u32 all_equal = __ballot_sync(ALL_LANES, i < end && rank == threshold);
+  run.each([&](u32 i, u32 rank, bool inside) {
+    const u32 all_above = __ballot_sync(ALL_LANES, inside && rank > threshold);
+    const u32 all_equal = __ballot_sync(ALL_LANES, inside && rank == threshold);
+    if ((all_above | all_equal) == 0) return;
     const u32 equal_before = equal + __popc(all_equal & before_lane);
-    const bool is_above = all_above >> lane & 1;
     const bool is_taken = (all_equal >> lane & 1) && equal_before < wanted;
-    if (is_above || is_taken) {
-      positions[above + __popc(all_above & before_lane) + min(equal_before, wanted)] = static_cast<u32>(i);
+    if ((all_above >> lane & 1) || is_taken) {
+      positions[above + __popc(all_above & before_lane) + min(equal_before, wanted)] = i;
     }
     above += __popc(all_above);
     equal += __popc(all_equal);
-  }
+  });
 }
+
+#define KERNEL(name, KEEP)                                                            \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void name(                      \
+      const float* scores,   /* [rows, n], rows `stride` apart */                     \
+      Workspace* workspace,  /* [rows], null where parts is 1 */                      \
+      u32* positions,        /* [rows, k] */                                          \
+      const u64 offset, const u64 stride, const u32 n, const u32 k, const u32 parts) { \
+    const u64 row = blockIdx.x / parts;                                               \
+    topk<KEEP>(scores + offset + row * stride, workspace + row, positions + row * k, n, k, parts); \
+  }
+KERNEL(topk, false)
+KERNEL(topk_kept, true)

@@ -167,8 +167,7 @@ fn score_of_many_keys_and_of_none() -> Result<()> {
     for n in [0, 2047, 2048, 2049, 50_001] {
         let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 128], DType::BF16, Strides::Contiguous)?;
         let [codes, cpu_codes] = codes(&mut rng, &gpu, &[1, 2, n, 16], 256, Strides::Contiguous)?;
-        let [centroids, cpu_centroids] =
-            pair(&mut rng, &gpu, &[1, 2, 16, 256, 8], DType::F32, Strides::Contiguous)?;
+        let [centroids, cpu_centroids] = pair(&mut rng, &gpu, &[1, 2, 16, 256, 8], DType::F32, Strides::Contiguous)?;
         let got = ops::score(&query, &codes, &centroids)?;
         assert_same_bits(&format!("{n}"), &got, &ops::score(&cpu_query, &cpu_codes, &cpu_centroids)?)?;
     }
@@ -230,9 +229,14 @@ fn group_mass() -> Result<()> {
 fn indices_and_weights() -> Result<()> {
     let gpu = gpu_or_skip!();
     let mut rng = Rng(8);
-    for (n, sink, window, init_offset) in
-        [(1usize, 4, 64, 4usize), (100, 4, 10, 4), (1000, 0, 0, 0), (1000, 16, 100, 3), (1000, 3, 100, 50), (9000, 4, 9000, 4)]
-    {
+    for (n, sink, window, init_offset) in [
+        (1usize, 4, 64, 4usize),
+        (100, 4, 10, 4),
+        (1000, 0, 0, 0),
+        (1000, 16, 100, 3),
+        (1000, 3, 100, 50),
+        (9000, 4, 9000, 4),
+    ] {
         for k in [0, 1, 30, 400] {
             let rows: Vec<Vec<u32>> = (0..6)
                 .map(|_| {
@@ -273,7 +277,9 @@ fn lists(rng: &mut Rng, b: usize, count: usize, n: usize, len: usize) -> Result<
         positions.sort_unstable();
         lens.push(attended as u32);
         indices.extend(positions.iter().copied().chain(std::iter::repeat_n(PADDING, len - attended)));
-        weights.extend((0..attended).map(|_| 0.5 + rng.below(4) as f32).chain(std::iter::repeat_n(f32::NAN, len - attended)));
+        weights.extend(
+            (0..attended).map(|_| 0.5 + rng.below(4) as f32).chain(std::iter::repeat_n(f32::NAN, len - attended)),
+        );
     }
     Ok(Selected {
         indices: Tensor::from_vec(indices, (b, count, len), &Device::Cpu)?,
@@ -397,8 +403,7 @@ fn kmeans_with_empty_clusters() -> Result<()> {
     let mut rng = Rng(13);
     let distinct = rng.tensor(&[1, 1, 10, 64], DType::F32);
     let cpu = Tensor::cat(&vec![distinct; 60], 2)?;
-    let options =
-        KmeansOptions { pq_dim: 8, pq_bits: 6, iters: 4, metric: Metric::Euclidean, max_keys: 600, seed: 9 };
+    let options = KmeansOptions { pq_dim: 8, pq_bits: 6, iters: 4, metric: Metric::Euclidean, max_keys: 600, seed: 9 };
     let (got, _) = ops::kmeans(&cpu.to_device(&gpu)?, &options)?;
     assert_same_bits("empty clusters", &got, &ops::kmeans(&cpu, &options)?.0)
 }
@@ -444,7 +449,8 @@ fn forward() -> Result<()> {
         (DType::F16, Selection::PerKvHead, 2e-2),
     ] {
         let mut rng = Rng(15);
-        let config = PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, selection, ..PqConfig::default() };
+        let config =
+            PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, selection, ..PqConfig::default() };
         let attn = PqAttention::new(config, 0.125)?;
         let mut caches =
             [attn.new_cache([2, 2, 64], 0, dtype, &gpu)?, attn.new_cache([2, 2, 64], 0, dtype, &Device::Cpu)?];
@@ -499,7 +505,9 @@ fn four_million_keys() -> Result<()> {
 #[test]
 fn golden_cases() -> Result<()> {
     let gpu = gpu_or_skip!();
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    // Asked for when the test runs: the program may have been built on another machine.
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("the variable that cargo sets");
+    let folder = Path::new(&root).join("tests/golden");
     let mut cases = 0;
     for entry in std::fs::read_dir(folder).expect("a folder of golden cases") {
         let path = entry.expect("a folder entry").path();
@@ -526,8 +534,10 @@ fn golden_case(path: &Path, gpu: &Device) -> Result<()> {
     let codes = tensors["codes_after"].transpose(1, 2)?.contiguous()?;
     let old = tensors["codes_before"].dim(1)?;
     let new = codes.dim(2)? - old;
-    let keys = tensors["key"].narrow(2, number("init_offset") + old, new)?;
-    assert_same_integers(&name, &codebook.encode(&keys)?, &codes.narrow(2, old, new)?);
+    if new > 0 {
+        let keys = tensors["key"].narrow(2, number("init_offset") + old, new)?;
+        assert_same_integers(&name, &codebook.encode(&keys)?, &codes.narrow(2, old, new)?);
+    }
 
     let scores = ops::score(&tensors["query"], &codes, &codebook.centroids()?)?;
     assert_close(&name, &scores, &tensors["scores"].narrow(2, 0, codes.dim(2)?)?, 1e-4);

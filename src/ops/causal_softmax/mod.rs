@@ -4,9 +4,9 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{bail, CpuStorage, DType, InplaceOp1, Layout, Result, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::{bail, CpuStorage, DType, InplaceOp1, Layout, Result, Tensor};
 
 use super::arg::{Arg, View};
 

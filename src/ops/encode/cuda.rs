@@ -32,12 +32,7 @@ pub(crate) fn nearest_kernel(pq_len: usize, n: usize) -> (usize, usize) {
     }
 }
 
-pub(super) fn run(
-    plan: &Plan,
-    keys: &CudaStorage,
-    centroids: &CudaStorage,
-    phi: &CudaStorage,
-) -> Result<CudaStorage> {
+pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi: &CudaStorage) -> Result<CudaStorage> {
     let (dtype, device) = cuda::kind(keys);
     cuda::prepare(device)?;
     let [b, h_kv, n, _] = plan.keys.dims;
@@ -56,13 +51,10 @@ pub(super) fn run(
     let (len, tile) = nearest_kernel(plan.pq_len, n);
     let kernel = Kernel::new(device, &cuda::ENCODE, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
     let mut codes = cuda::output(device, (b, h_kv, n, pq_dim), DType::U8)?;
-    kernel
-        .launch()
-        .input(keys)?
-        .input(centroids)?
-        .input(phi)?
-        .output(&mut codes)?
-        .value(&params)
-        .run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)?;
+    kernel.launch().input(keys)?.input(centroids)?.input(phi)?.output(&mut codes)?.value(&params).run(
+        [n.div_ceil(tile), pq_dim, b * h_kv],
+        THREADS,
+        0,
+    )?;
     Ok(codes)
 }

@@ -7,9 +7,9 @@ pub(crate) use cpu::{augmentation, nearest, Tile, TILE};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{nearest_kernel, THREADS};
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
 use super::MAX_HEAD_DIM;

@@ -17,8 +17,9 @@ struct GroupMass {
 
 const THREADS: u32 = 256;
 
-/// Scores of a block.
-const RUN: usize = 8192;
+/// Scores of a block of the first launch, keys of one of the second.
+const RUN: usize = 4096;
+const TILE: usize = 1024;
 
 pub(super) fn run(plan: &Plan, scores: &CudaStorage) -> Result<CudaStorage> {
     let (_, device) = cuda::kind(scores);
@@ -39,6 +40,6 @@ pub(super) fn run(plan: &Plan, scores: &CudaStorage) -> Result<CudaStorage> {
     let mut mass = cuda::output(device, (b, plan.h_kv, n), DType::F32)?;
     let add_up = Kernel::new(device, &cuda::GROUP_MASS, "group_mass")?;
     let launch = add_up.launch().input(scores)?.input(&stats)?.output(&mut mass)?.value(&params);
-    launch.run([runs, b * plan.h_kv, 1], THREADS, 0)?;
+    launch.run([n.div_ceil(TILE), b * plan.h_kv, 1], THREADS, 0)?;
     Ok(mass)
 }

@@ -63,14 +63,11 @@ pub(super) fn run(plan: &Plan, heavy: &CudaStorage) -> Result<Output> {
     let mut weights = cuda::output(device, (b, lists, list_len), DType::F32)?;
     let mut lens = cuda::output(device, (b, lists), DType::U32)?;
     let kernel = Kernel::new(device, &cuda::INDICES_AND_WEIGHTS, "indices_and_weights")?;
-    kernel
-        .launch()
-        .input(heavy)?
-        .output(&mut indices)?
-        .output(&mut weights)?
-        .output(&mut lens)?
-        .value(&params)
-        .run([list_len.div_ceil(THREADS).max(1), b * lists, 1], THREADS as u32, 0)?;
+    kernel.launch().input(heavy)?.output(&mut indices)?.output(&mut weights)?.output(&mut lens)?.value(&params).run(
+        [list_len.div_ceil(THREADS).max(1), b * lists, 1],
+        THREADS as u32,
+        0,
+    )?;
     Ok(Output { indices, lens, weights })
 }
 

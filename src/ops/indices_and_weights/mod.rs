@@ -5,9 +5,9 @@ mod cpu;
 mod cuda;
 pub(crate) use cpu::ListStorages;
 
-use candle_core::{bail, CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::{bail, CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
 use super::side_output::SideOutput;

@@ -48,27 +48,22 @@ pub(super) fn run(plan: &Plan, keys: &CudaStorage) -> Result<(CudaStorage, CudaS
     let mut centroids = cuda::output(device, (subspaces, plan.n_centroids, plan.columns), DType::F32)?;
     let mut random = cuda::output(device, subspaces, DType::I64)?;
     let draw = kernel("kmeans_draw_{}")?;
-    draw.launch()
-        .input(keys)?
-        .input(&phi)?
-        .output(&mut centroids)?
-        .output(&mut random)?
-        .value(&params)
-        .run([subspaces, 1, 1], 32, 0)?;
+    draw.launch().input(keys)?.input(&phi)?.output(&mut centroids)?.output(&mut random)?.value(&params).run(
+        [subspaces, 1, 1],
+        32,
+        0,
+    )?;
 
     let (len, tile) = nearest_kernel(plan.pq_len, plan.samples);
     let (assign, update) = (kernel(&format!("kmeans_assign_{{}}_len{len}"))?, kernel("kmeans_update_{}")?);
     let mut codes = cuda::output(device, (subspaces, plan.samples), DType::U8)?;
     let mut sorted = cuda::output(device, (subspaces, plan.samples), DType::U32)?;
     for _ in 0..options.iters {
-        assign
-            .launch()
-            .input(keys)?
-            .input(&centroids)?
-            .input(&phi)?
-            .output(&mut codes)?
-            .value(&params)
-            .run([plan.samples.div_ceil(tile), subspaces, 1], THREADS, 0)?;
+        assign.launch().input(keys)?.input(&centroids)?.input(&phi)?.output(&mut codes)?.value(&params).run(
+            [plan.samples.div_ceil(tile), subspaces, 1],
+            THREADS,
+            0,
+        )?;
         update
             .launch()
             .input(keys)?

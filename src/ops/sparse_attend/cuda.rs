@@ -47,12 +47,12 @@ pub(super) fn run(
     let ([b, h, _, head_dim], [_, h_kv, n, _]) = (plan.query.dims, plan.keys.dims);
     let heads_per_list = plan.heads_per_list();
     let lists = h / heads_per_list;
-    let (shape, heads, blocks) = variant(plan);
+    let (name, heads, blocks) = variant(plan, dtype);
     let bundles = heads_per_list.div_ceil(heads);
     // As many blocks as run at once, so that all end together.
     let list_len = plan.lists.map_or(n, |lists| lists.indices.dims[2]);
     let wanted = (blocks * gpu.multiprocessors / (b * lists * bundles).max(1)).max(1);
-    let run = list_len.div_ceil(wanted).max(MIN_RUN);
+    let run = list_len.div_ceil(wanted).next_multiple_of(MIN_RUN).max(MIN_RUN);
     let runs = list_len.div_ceil(run).max(1);
     let params = Params(Attend {
         query: plan.query.device(),
@@ -74,8 +74,7 @@ pub(super) fn run(
     });
     let mut partials = cuda::output(device, (b, h, runs, head_dim), DType::F32)?;
     let mut stats = cuda::output(device, (b, h, runs, 2), DType::F32)?;
-    let suffix = cuda::suffix(dtype);
-    let attend = Kernel::new(device, &cuda::SPARSE_ATTEND, format!("attend_{suffix}_{shape}_h{heads}"))?;
+    let attend = Kernel::new(device, &cuda::SPARSE_ATTEND, name)?;
     let grid = [runs, lists * bundles, b];
     let launch = attend.launch().input(query)?.input(keys)?.input(values)?;
     match selected {
@@ -97,26 +96,35 @@ pub(super) fn run(
 
     let mut out = cuda::output(device, (b, h, 1, head_dim), dtype)?;
     let mut lse = cuda::output(device, (b, h), DType::F32)?;
-    let merge = Kernel::new(device, &cuda::SPARSE_ATTEND, format!("attend_merge_{suffix}"))?;
+    let merge = Kernel::new(device, &cuda::SPARSE_ATTEND, format!("attend_merge_{}", cuda::suffix(dtype)))?;
     let (runs, head_dim) = (u32_of(op, "runs", runs)?, u32_of(op, "head_dim", head_dim)?);
     let launch = merge.launch().input(&partials)?.input(&stats)?.output(&mut out)?.output(&mut lse)?;
     launch.value(&runs).value(&head_dim).run([b * h, 1, 1], THREADS as u32, 0)?;
     Ok((out, lse))
 }
 
-/// Which kernel to take: the name of its shape, the heads it serves at once, and the blocks of it that a multiprocessor
-/// has registers for.
-fn variant(plan: &Plan) -> (&'static str, usize, usize) {
-    let heads = plan.heads_per_list().next_power_of_two().min(8);
-    let blocks = [4, 4, 3, 2][heads.trailing_zeros() as usize];
-    let head_dim = plan.query.dims[3];
+/// Which kernel to take, the heads it serves at once, and the blocks of it that a multiprocessor has registers for.
+fn variant(plan: &Plan, dtype: DType) -> (String, usize, usize) {
+    const MMA_HEADS: usize = 8;
+    let (suffix, head_dim) = (cuda::suffix(dtype), plan.query.dims[3]);
     let aligned = [&plan.query, &plan.keys, &plan.values].into_iter().all(aligned_rows);
-    match head_dim {
-        _ if !aligned => ("any", if heads == 1 { 1 } else { 4 }, 3),
-        ..=64 => ("d64", heads, blocks),
-        ..=128 => ("d128", heads, blocks),
-        _ => ("d256", heads, blocks),
+    if !aligned {
+        let heads = if plan.heads_per_list() == 1 { 1 } else { 4 };
+        return (format!("attend_{suffix}_any_h{heads}"), heads, 3);
     }
+    if dtype == DType::F32 {
+        let heads = plan.heads_per_list().next_power_of_two().min(8);
+        let lanes = (head_dim / CHUNK).next_power_of_two().max(8);
+        let blocks = [4, 4, 3, 2][heads.trailing_zeros() as usize];
+        return (format!("attend_f32_d{}_h{heads}", lanes * CHUNK), heads, blocks);
+    }
+    let (shape, blocks) = match head_dim {
+        ..=64 => (64, 4),
+        ..=96 => (96, 3),
+        ..=128 => (128, 3),
+        _ => (256, 2),
+    };
+    (format!("attend_{suffix}_mma_d{shape}"), MMA_HEADS, blocks)
 }
 
 /// Whether every row starts at a multiple of a chunk, and ends at one.

@@ -5,8 +5,11 @@ use crate::cuda::{self, u32_of, Kernel};
 
 const THREADS: u32 = 1024;
 
+/// Scores of a block whose threads keep them in registers.
+const KEPT_SCORES: usize = 32 * THREADS as usize;
+
 /// Scores of a block, at least: fewer would not pay for the blocks of a row to wait for each other.
-const MIN_SCORES: usize = 8192;
+const MIN_SCORES: usize = KEPT_SCORES;
 
 /// The most blocks a row.
 const MAX_PARTS: usize = 64;
@@ -26,7 +29,7 @@ pub(super) fn run(plan: &Plan, scores: &CudaStorage, layout: &Layout) -> Result<
     let (offset, stride) = (layout.start_offset() as u64, layout.stride()[0] as u64);
     let (n, k) = (u32_of(OP, "n", plan.n)?, u32_of(OP, "k", plan.k)?);
     let blocks = u32_of(OP, "parts", parts)?;
-    let topk = Kernel::new(device, &cuda::TOPK, "topk")?;
+    let topk = Kernel::new(device, &cuda::TOPK, if plan.n <= parts * KEPT_SCORES { "topk_kept" } else { "topk" })?;
     let launch = topk.launch().input(scores)?;
     if parts == 1 {
         let launch = launch.null().output(&mut positions)?;
