@@ -172,12 +172,12 @@ __device__ void update(const T* keys, const float* phi, const u8* codes, u32* so
     const auto value = [&](u32 s) { return vectors.coordinate(vectors[members[s]], j); };
     double sum = 0;
     u32 s = 0;
-    for (; s + 8 <= count; s += 8) {
-      float x[8];  // in flight together; added one after the other
+    for (; s + 4 <= count; s += 4) {
+      float x[4];  // in flight together; added one after the other
 #pragma unroll
-      for (int e = 0; e < 8; e++) x[e] = value(s + e);
+      for (int e = 0; e < 4; e++) x[e] = value(s + e);
 #pragma unroll
-      for (int e = 0; e < 8; e++) sum += static_cast<double>(x[e]);
+      for (int e = 0; e < 4; e++) sum += static_cast<double>(x[e]);
     }
     for (; s < count; s++) sum += static_cast<double>(value(s));
     centroids[i] = static_cast<float>(sum / static_cast<double>(count));

@@ -9,6 +9,9 @@
 //! Kernels are asynchronous; nothing here waits for the device or copies from it.
 #![allow(unsafe_code)]
 
+mod matmul;
+pub(crate) use matmul::matmul_to_f32;
+
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -127,9 +130,13 @@ pub(crate) fn u32_of(op: &str, name: &str, x: usize) -> Result<u32> {
 
 /// Memory for an output that the next launch writes in full.
 pub(crate) fn output(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<CudaStorage> {
-    let count = shape.into().elem_count().max(1);
+    let shape = shape.into();
+    if shape.elem_count() == 0 {
+        // Candle copies storages whole: one that is empty would be an error, and this element must hold something.
+        return zeros(device, 1, dtype);
+    }
     // SAFETY: every kernel writes each element of its outputs before anything reads it (initcheck of `just sanitize`).
-    unsafe { device.alloc_uninit(&count.into(), dtype) }
+    unsafe { device.alloc_uninit(&shape, dtype) }
 }
 
 /// Zeroed memory, for a kernel to count in.
