@@ -18,3 +18,24 @@ doc:
 # Fidelity and speed of sparse decoding against dense on the bundled text
 compare *args:
     cargo run --release --example generate -- --attention both {{args}}
+
+# The tests on this machine's GPU
+test-cuda *args:
+    REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda {{args}}
+
+# The same under compute-sanitizer; racecheck takes many minutes
+sanitize:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for tool in memcheck initcheck synccheck racecheck; do
+        CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="compute-sanitizer --tool $tool --error-exitcode 1" \
+            REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda -- --skip four_million
+    done
+
+# Every kernel assembled by ptxas: no spills, no local memory; needs no GPU
+assemble:
+    scripts/assemble-kernels.sh
+
+# A decode step and its parts, on the GPU if there is one
+bench *args:
+    cargo bench --features cuda --bench decode -- {{args}}

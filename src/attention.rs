@@ -171,6 +171,10 @@ impl PqAttention {
     /// so that the scores of a few queries are all that is held at a time, and K and V are read once for all query heads of
     /// the group.
     fn prefill(&self, query: &Tensor, cache: &PqKvCache) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if query.device().is_cuda() {
+            return self.prefill_on_gpu(query, cache);
+        }
         let ([b, h_kv, head_dim], n) = (cache.dims(), cache.len());
         let (_, h, s, _) = query.dims4()?;
         let group = h / h_kv;
@@ -196,6 +200,27 @@ impl PqAttention {
             })
             .collect();
         Tensor::cat(&outs?, 1)?.to_dtype(query.dtype())
+    }
+
+    /// As [`prefill`](Self::prefill), by matmuls over all KV heads at once in the dtype of the cache; only the scores are
+    /// f32, and no more than `query_blocks` allows.
+    #[cfg(feature = "cuda")]
+    fn prefill_on_gpu(&self, query: &Tensor, cache: &PqKvCache) -> Result<Tensor> {
+        let ([b, h_kv, head_dim], n) = (cache.dims(), cache.len());
+        let (_, h, s, _) = query.dims4()?;
+        let (keys, values) = (cache.keys()?, cache.values()?);
+        let blocks: Result<Vec<_>> = query_blocks(s, b * h * n / 16)
+            .map(|block| {
+                let (visible, queries) = (n - s + block.end, block.len());
+                let query = query.narrow(2, block.start, queries)?.contiguous()?;
+                let query = query.reshape((b, h_kv, h / h_kv * queries, head_dim))?;
+                let scores = crate::cuda::matmul_to_f32(&query, &keys.narrow(2, 0, visible)?)?;
+                ops::causal_softmax(&scores, visible - queries, queries, self.scale)?;
+                let out = scores.to_dtype(values.dtype())?.matmul(&values.narrow(2, 0, visible)?)?;
+                out.reshape((b, h, queries, head_dim))
+            })
+            .collect();
+        Tensor::cat(&blocks?, 2)
     }
 }
 

@@ -66,6 +66,10 @@ impl PqKvCache {
             bail!("PqKvCache: dtype: expected f32, f16 or bf16, got {}", dtype.as_str());
         }
         check_capacity([batch, kv_heads, head_dim], capacity, dtype)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            crate::cuda::prepare(device)?;
+        }
         let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;

@@ -45,6 +45,8 @@ mod cache;
 mod codebook;
 mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod ops;
 
 pub use attention::PqAttention;

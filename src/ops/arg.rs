@@ -70,6 +70,12 @@ impl<const N: usize> View<N> {
     pub(crate) fn at(&self, index: &[usize]) -> usize {
         index.iter().zip(&self.strides).fold(self.offset, |at, (i, stride)| at + i * stride)
     }
+
+    /// Offset and strides as a kernel takes them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(&self) -> crate::cuda::DeviceView<N> {
+        crate::cuda::DeviceView { offset: self.offset as u64, strides: self.strides.map(|stride| stride as u64) }
+    }
 }
 
 /// `tensor` with adjacent elements along its last dimension: itself, or a copy where it is strided there.

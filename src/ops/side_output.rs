@@ -16,6 +16,12 @@ impl SideOutput {
         let _ = self.0.set((Storage::Cpu(storage), shape.into()));
     }
 
+    /// Leaves a GPU output; the first one stays.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn put_cuda(&self, storage: candle_core::CudaStorage, shape: impl Into<Shape>) {
+        let _ = self.0.set((Storage::Cuda(storage), shape.into()));
+    }
+
     /// The output as a tensor.
     pub(crate) fn take(self, op: &str) -> Result<Tensor> {
         match self.0.into_inner() {

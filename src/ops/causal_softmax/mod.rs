@@ -1,7 +1,11 @@
 //! The softmax of dense causal attention, in place.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp1, Layout, Result, Tensor};
 
 use super::arg::{Arg, View};
@@ -66,5 +70,10 @@ impl InplaceOp1 for CausalSoftmax {
 
     fn cpu_fwd(&self, scores: &mut CpuStorage, _: &Layout) -> Result<()> {
         cpu::run(&self.plan, scores)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, scores: &mut CudaStorage, _: &Layout) -> Result<()> {
+        cuda::run(&self.plan, scores)
     }
 }

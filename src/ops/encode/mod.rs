@@ -1,8 +1,14 @@
 //! Product quantization of keys: the nearest centroid of each sub-vector.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(crate) use cpu::{augmentation, nearest, Tile, TILE};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{nearest_kernel, THREADS};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -108,5 +114,20 @@ impl CustomOp3 for Encode {
         let [b, h_kv, n, _] = self.plan.keys.dims;
         let codes = cpu::run(&self.plan, keys, centroids, phi)?;
         Ok((CpuStorage::U8(codes), (b, h_kv, n, self.plan.centroids.dims[2]).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        keys: &CudaStorage,
+        _: &Layout,
+        centroids: &CudaStorage,
+        _: &Layout,
+        phi: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let [b, h_kv, n, _] = self.plan.keys.dims;
+        let codes = cuda::run(&self.plan, keys, centroids, phi)?;
+        Ok((codes, (b, h_kv, n, self.plan.centroids.dims[2]).into()))
     }
 }

@@ -1,7 +1,11 @@
 //! Pools the scores of a group's query heads, for one selection a KV head.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -63,5 +67,12 @@ impl CustomOp1 for GroupMass {
         let [b, _, n] = self.plan.scores.dims;
         let mass = cpu::run(&self.plan, scores)?;
         Ok((CpuStorage::F32(mass), (b, self.plan.h_kv, n).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, scores: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let [b, _, n] = self.plan.scores.dims;
+        let mass = cuda::run(&self.plan, scores)?;
+        Ok((mass, (b, self.plan.h_kv, n).into()))
     }
 }

@@ -1,8 +1,12 @@
 //! From heavy keys to the list of attended positions and their weights.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(crate) use cpu::ListStorages;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -104,6 +108,16 @@ impl CustomOp1 for IndicesAndWeights {
         self.weights.put_cpu(CpuStorage::F32(out.weights), shape);
         Ok((CpuStorage::U32(out.indices), shape.into()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, heavy: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let [b, lists, _] = self.plan.heavy.dims;
+        let shape = (b, lists, self.plan.list_len);
+        let out = cuda::run(&self.plan, heavy)?;
+        self.lens.put_cuda(out.lens, (b, lists));
+        self.weights.put_cuda(out.weights, shape);
+        Ok((out.indices, shape.into()))
+    }
 }
 
 /// The weights by position: `[b, h, n]` f32, 0 where a key is not attended.
@@ -147,14 +161,28 @@ impl CustomOp3 for DenseWeights {
         let dense = cpu::scatter(&self.lists, self.h, self.n, indices, lens, weights)?;
         Ok((CpuStorage::F32(dense), (self.lists.indices.dims[0], self.h, self.n).into()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        indices: &CudaStorage,
+        _: &Layout,
+        lens: &CudaStorage,
+        _: &Layout,
+        weights: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dense = cuda::scatter(&self.lists, self.h, self.n, indices, lens, weights)?;
+        Ok((dense, (self.lists.indices.dims[0], self.h, self.n).into()))
+    }
 }
 
 /// The checked layout of a [`Selected`].
 #[derive(Clone, Copy)]
 pub(crate) struct Lists {
     pub(crate) indices: View<3>,
-    lens: View<2>,
-    weights: View<3>,
+    pub(crate) lens: View<2>,
+    pub(crate) weights: View<3>,
 }
 
 impl Lists {

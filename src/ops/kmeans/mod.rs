@@ -1,7 +1,11 @@
 //! Codebook training: Lloyd's k-means in every subspace.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -113,5 +117,14 @@ impl CustomOp1 for Kmeans {
         self.phi.put_cpu(CpuStorage::F32(phi), (b, h_kv, pq_dim));
         let shape = (b, h_kv, pq_dim, self.plan.n_centroids, self.plan.columns);
         Ok((CpuStorage::F32(centroids), shape.into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, keys: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let [b, h_kv, ..] = self.plan.keys.dims;
+        let (centroids, phi) = cuda::run(&self.plan, keys)?;
+        let pq_dim = self.plan.options.pq_dim;
+        self.phi.put_cuda(phi, (b, h_kv, pq_dim));
+        Ok((centroids, (b, h_kv, pq_dim, self.plan.n_centroids, self.plan.columns).into()))
     }
 }

@@ -1,7 +1,11 @@
 //! PQ scores: query-key inner products estimated from the codes alone.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -88,5 +92,20 @@ impl CustomOp3 for Score {
         let [b, h, ..] = self.plan.query.dims;
         let scores = cpu::run(&self.plan, query, codes, centroids)?;
         Ok((CpuStorage::F32(scores), (b, h, self.plan.codes.dims[2]).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        query: &CudaStorage,
+        _: &Layout,
+        codes: &CudaStorage,
+        _: &Layout,
+        centroids: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let [b, h, ..] = self.plan.query.dims;
+        let scores = cuda::run(&self.plan, query, codes, centroids)?;
+        Ok((scores, (b, h, self.plan.codes.dims[2]).into()))
     }
 }

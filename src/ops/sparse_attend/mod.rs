@@ -1,7 +1,11 @@
 //! Exact attention of one query a head over listed positions, or over all of them.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -161,6 +165,22 @@ impl CustomOp3 for Attend {
         let [b, h, ..] = self.plan.query.dims;
         let (out, lse) = cpu::run(&self.plan, self.selected.as_ref(), query, keys, values)?;
         self.lse.put_cpu(CpuStorage::F32(lse), (b, h));
+        Ok((out, self.plan.query.dims.as_slice().into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        query: &CudaStorage,
+        _: &Layout,
+        keys: &CudaStorage,
+        _: &Layout,
+        values: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let [b, h, ..] = self.plan.query.dims;
+        let (out, lse) = cuda::run(&self.plan, self.selected.as_ref(), query, keys, values)?;
+        self.lse.put_cuda(lse, (b, h));
         Ok((out, self.plan.query.dims.as_slice().into()))
     }
 }

@@ -1,7 +1,11 @@
 //! Exact top-k: the positions of the k largest scores of each row.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::Arg;
@@ -61,5 +65,11 @@ impl CustomOp1 for TopK {
     fn cpu_fwd(&self, scores: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let positions = cpu::run(&self.plan, scores, layout)?;
         Ok((CpuStorage::U32(positions), (self.plan.rows, self.plan.k).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, scores: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let positions = cuda::run(&self.plan, scores, layout)?;
+        Ok((positions, (self.plan.rows, self.plan.k).into()))
     }
 }

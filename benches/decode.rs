@@ -1,0 +1,379 @@
+//! A decode step and its parts, on the GPU or else on the CPU.
+//!
+//! `cargo bench --bench decode --features cuda -- [--json] [--case NAME]`; a case runs if its name starts with NAME.
+//!
+//! Results are checked against the CPU first. Inputs rotate over more memory than the GPU's second-level cache holds,
+//! as the layers of a model do. `graph` is the time of a call within a replayed CUDA graph of 20 calls; `eager` the wall
+//! time of one call and a synchronization. `bytes` is the least that a call must read, and the percentage is of the
+//! bandwidth of a large copy on the same device.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected};
+use candle_pq_attn::{Metric, Selection};
+use serde_json::json;
+
+struct Case {
+    name: &'static str,
+    b: usize,
+    h: usize,
+    h_kv: usize,
+    n: usize,
+    d: usize,
+    dtype: DType,
+    pq_dim: usize,
+    pq_bits: usize,
+    sink: usize,
+    window: usize,
+    heavy: usize,
+    selection: Selection,
+    /// Encodes a key and writes the weights by position in each step, as the published indexer does.
+    as_seed: bool,
+}
+
+const GQA: Case = Case {
+    name: "",
+    b: 1,
+    h: 32,
+    h_kv: 8,
+    n: 32_768,
+    d: 128,
+    dtype: DType::BF16,
+    pq_dim: 16,
+    pq_bits: 8,
+    sink: 4,
+    window: 64,
+    heavy: 328,
+    selection: Selection::PerKvHead,
+    as_seed: false,
+};
+
+const CASES: [Case; 6] = [
+    Case {
+        name: "seed-w0",
+        h_kv: 32,
+        n: 32_000,
+        dtype: DType::F32,
+        pq_dim: 2,
+        pq_bits: 6,
+        sink: 128,
+        window: 128,
+        heavy: 128,
+        selection: Selection::PerQueryHead,
+        as_seed: true,
+        ..GQA
+    },
+    Case { name: "gqa-32k", ..GQA },
+    Case { name: "gqa-32k-by-query", selection: Selection::PerQueryHead, ..GQA },
+    Case { name: "gqa-128k", n: 131_072, heavy: 1311, ..GQA },
+    Case { name: "gqa-128k-by-query", n: 131_072, heavy: 1311, selection: Selection::PerQueryHead, ..GQA },
+    Case { name: "batch8-32k", b: 8, ..GQA },
+];
+
+/// One layer of a model.
+struct Layer {
+    keys: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    centroids: Tensor,
+    query: Tensor,
+}
+
+impl Case {
+    fn geometry(&self) -> Geometry {
+        Geometry { n: self.n, sink: self.sink, window: self.window, init_offset: self.sink }
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.d as f32).sqrt()
+    }
+
+    fn candidates(&self) -> usize {
+        self.n - self.sink - self.window
+    }
+
+    fn options(&self) -> KmeansOptions {
+        let (pq_dim, pq_bits) = (self.pq_dim, self.pq_bits);
+        KmeansOptions { pq_dim, pq_bits, iters: 10, metric: Metric::Euclidean, max_keys: 65_536, seed: 0 }
+    }
+
+    /// Layers whose codes are more than the second-level cache holds; their keys and values, which are more already,
+    /// alternate between two.
+    fn layers(&self, device: &Device) -> Result<Vec<Layer>> {
+        const ENOUGH: usize = 128 << 20;
+        let random = |heads, n| Tensor::randn(0f32, 1.0, (self.b, heads, n, self.d), device)?.to_dtype(self.dtype);
+        let first = (random(self.h_kv, self.n)?, random(self.h_kv, self.n)?);
+        let second = if device.is_cuda() { (first.0.copy()?, first.1.copy()?) } else { first.clone() };
+        let (centroids, _) = ops::kmeans(&first.0.narrow(2, 0, self.n.min(8192))?, &self.options())?;
+        let candidates = first.0.narrow(2, self.sink, self.candidates())?;
+        let codes = ops::encode(&candidates, &centroids, None)?;
+        let count = if device.is_cuda() { ENOUGH.div_ceil(codes.elem_count()).clamp(2, 64) } else { 1 };
+        (0..count)
+            .map(|i| {
+                let (keys, values) = if i % 2 == 0 { first.clone() } else { second.clone() };
+                let (codes, centroids) = (codes.copy()?, centroids.copy()?);
+                Ok(Layer { keys, values, codes, centroids, query: random(self.h, 1)? })
+            })
+            .collect()
+    }
+
+    fn score(&self, layer: &Layer) -> Result<Tensor> {
+        ops::score(&layer.query, &layer.codes, &layer.centroids)
+    }
+
+    fn select(&self, scores: &Tensor) -> Result<Tensor> {
+        match self.selection {
+            Selection::PerQueryHead => ops::topk(scores, self.heavy),
+            Selection::PerKvHead => ops::topk(&ops::group_mass(scores, self.h_kv, self.scale())?, self.heavy),
+        }
+    }
+
+    fn index(&self, layer: &Layer) -> Result<Selected> {
+        if self.as_seed {
+            ops::encode(&layer.keys.narrow(2, self.n - 1, 1)?, &layer.centroids, None)?;
+        }
+        let selected = ops::indices_and_weights(&self.select(&self.score(layer)?)?, self.geometry())?;
+        if self.as_seed {
+            ops::dense_weights(&selected, self.h, self.n)?;
+        }
+        Ok(selected)
+    }
+
+    fn attend(&self, layer: &Layer, selected: &Selected) -> Result<Tensor> {
+        Ok(ops::sparse_attend(&layer.query, &layer.keys, &layer.values, selected, self.scale())?.out)
+    }
+
+    fn dense(&self, layer: &Layer) -> Result<Tensor> {
+        Ok(ops::dense_attend(&layer.query, &layer.keys, &layer.values, self.scale())?.out)
+    }
+
+    /// The device's results against the CPU's.
+    fn check(&self, layer: &Layer) -> Result<()> {
+        let cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
+        let on_cpu = Layer {
+            keys: cpu(&layer.keys)?,
+            values: cpu(&layer.values)?,
+            codes: cpu(&layer.codes)?,
+            centroids: cpu(&layer.centroids)?,
+            query: cpu(&layer.query)?,
+        };
+        let selected = self.index(layer)?;
+        let (out, dense) = (self.attend(layer, &selected)?, self.dense(layer)?);
+        let selected =
+            Selected { indices: cpu(&selected.indices)?, lens: cpu(&selected.lens)?, weights: cpu(&selected.weights)? };
+        let want = self.index(&on_cpu)?;
+        let positions = |selected: &Selected| selected.indices.flatten_all()?.to_vec1::<u32>();
+        let (got, want) = (positions(&selected)?, positions(&want)?);
+        let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+        // The softmax of group_mass rounds differently: a key at the edge of the budget may give way to its equal.
+        let allowed = if self.selection == Selection::PerKvHead { got.len() / 100 } else { 0 };
+        assert!(differ <= allowed, "{}: {differ} of {} positions differ from the CPU's", self.name, got.len());
+        for (what, got, want) in
+            [("attend", out, self.attend(&on_cpu, &selected)?), ("dense", dense, self.dense(&on_cpu)?)]
+        {
+            let difference = (cpu(&got)?.to_dtype(DType::F32)? - want.to_dtype(DType::F32)?)?;
+            let norm = |tensor: &Tensor| -> Result<f32> { tensor.sqr()?.sum_all()?.sqrt()?.to_scalar() };
+            let error = norm(&difference)? / norm(&want.to_dtype(DType::F32)?)?;
+            assert!(error < 1e-2, "{}: {what} is off by {error}", self.name);
+        }
+        Ok(())
+    }
+
+    fn run(&self, device: &Device, copy_gb_per_s: f64, json: bool) -> Result<()> {
+        let layers = self.layers(device)?;
+        self.check(&layers[0])?;
+        let scores: Vec<Tensor> = layers.iter().take(8).map(|layer| self.score(layer)).collect::<Result<_>>()?;
+        let selected = self.index(&layers[0])?;
+        let element = self.dtype.size_in_bytes();
+        let kv_bytes = self.b * self.h_kv * self.n * self.d * element;
+        let codes_bytes = layers[0].codes.elem_count();
+        let centroids_bytes = layers[0].centroids.elem_count() * 4;
+        let attended_bytes = 2 * selected.indices.elem_count() * self.d * element;
+        let block = if self.as_seed { 1 } else { self.window };
+        let new_keys = layers[0].keys.narrow(2, self.n - block, block)?;
+        let train_keys = layers[0].keys.narrow(2, 0, self.n.min(32_768))?;
+        let at = |i: usize| &layers[i % layers.len()];
+
+        let report = |what: &str, bytes: usize, call: &dyn Fn(usize) -> Result<()>| -> Result<()> {
+            for times in measure(device, call)? {
+                let gb_per_s = bytes as f64 / times.us[1] / 1e3;
+                let row = json!({
+                    "case": self.name, "what": what, "mode": times.mode, "us_p20": round(times.us[0]),
+                    "us_p50": round(times.us[1]), "us_p80": round(times.us[2]), "launches": times.launches,
+                    "bytes": bytes, "gb_per_s": round(gb_per_s),
+                    "pct_of_copy_bandwidth": round(100.0 * gb_per_s / copy_gb_per_s),
+                });
+                match json {
+                    true => println!("{row}"),
+                    false => println!(
+                        "{:18} {what:7} {:6} {:>10.1} {:>10.1} {:>10.1} {:>4} {gb_per_s:>8.0}",
+                        self.name, times.mode, times.us[0], times.us[1], times.us[2], times.launches
+                    ),
+                }
+            }
+            Ok(())
+        };
+        report("lut", centroids_bytes, &|i| {
+            let codes = at(i).codes.narrow(2, 0, 1)?;
+            ops::score(&at(i).query, &codes, &at(i).centroids).map(drop)
+        })?;
+        report("score", codes_bytes + centroids_bytes, &|i| self.score(at(i)).map(drop))?;
+        report("topk", scores[0].elem_count() * 4, &|i| {
+            ops::topk(&scores[i % scores.len()], if self.n > 100_000 { 2048 } else { self.heavy }).map(drop)
+        })?;
+        report("select", scores[0].elem_count() * 4, &|i| self.select(&scores[i % scores.len()]).map(drop))?;
+        report("index", codes_bytes + centroids_bytes, &|i| self.index(at(i)).map(drop))?;
+        report("attend", attended_bytes, &|i| self.attend(at(i), &selected).map(drop))?;
+        report("step", codes_bytes + centroids_bytes + attended_bytes, &|i| {
+            self.attend(at(i), &self.index(at(i))?).map(drop)
+        })?;
+        report("dense", 2 * kv_bytes, &|i| self.dense(at(i)).map(drop))?;
+        report("encode", new_keys.elem_count() * element, &|i| {
+            ops::encode(&new_keys, &at(i).centroids, None).map(drop)
+        })?;
+        report("train", train_keys.elem_count() * element, &|_| ops::kmeans(&train_keys, &self.options()).map(drop))
+    }
+}
+
+fn round(x: f64) -> f64 {
+    (x * 100.0).round() / 100.0
+}
+
+struct Times {
+    mode: &'static str,
+    /// The 20th, 50th and 80th percentile, in µs.
+    us: [f64; 3],
+    launches: usize,
+}
+
+fn percentiles(mut us: Vec<f64>) -> [f64; 3] {
+    us.sort_by(f64::total_cmp);
+    [20, 50, 80].map(|percent| us[us.len() * percent / 100])
+}
+
+/// The wall time of single calls: 50 of them, fewer of long ones.
+fn eager(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<f64>> {
+    let time = |i| -> Result<f64> {
+        let start = Instant::now();
+        call(i)?;
+        device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() * 1e6)
+    };
+    for i in 0..2 {
+        time(i)?;
+    }
+    let count = (500_000.0 / time(2)?) as usize;
+    (0..count.clamp(5, 50)).map(time).collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn measure(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<Times>> {
+    Ok(vec![Times { mode: "eager", us: percentiles(eager(device, call)?), launches: 0 }])
+}
+
+#[cfg(feature = "cuda")]
+fn measure(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<Times>> {
+    let eager = percentiles(eager(device, call)?);
+    match device {
+        Device::Cuda(cuda) => {
+            let (graph, launches) = graph::measure(cuda, call)?;
+            Ok(vec![
+                Times { mode: "eager", us: eager, launches },
+                Times { mode: "graph", us: percentiles(graph), launches },
+            ])
+        }
+        _ => Ok(vec![Times { mode: "eager", us: eager, launches: 0 }]),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod graph {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::{bail, CudaDevice, Result};
+
+    const CALLS: usize = 20;
+
+    /// The time of a call in a replayed graph, in µs, and the launches of one call: kernels, fills and copies.
+    pub fn measure(device: &CudaDevice, call: &dyn Fn(usize) -> Result<()>) -> Result<(Vec<f64>, usize)> {
+        let stream = device.cuda_stream();
+        stream.synchronize().w()?;
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+        let calls: Result<()> = (0..CALLS).try_for_each(call);
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags).w()?;
+        calls?;
+        let Some(graph) = graph else { bail!("decode: the captured graph is empty") };
+        let launches = launches(graph.cu_graph())? / CALLS;
+        let replay = || -> Result<f64> {
+            let timing = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+            let start = stream.record_event(timing).w()?;
+            graph.launch().w()?;
+            let end = stream.record_event(timing).w()?;
+            Ok(f64::from(start.elapsed_ms(&end).w()?) * 1e3 / CALLS as f64)
+        };
+        for _ in 0..2 {
+            replay()?;
+        }
+        let count = ((200_000.0 / (replay()? * CALLS as f64)) as usize).clamp(3, 50);
+        Ok(((0..count).map(|_| replay()).collect::<Result<_>>()?, launches))
+    }
+
+    fn launches(graph: sys::CUgraph) -> Result<usize> {
+        use sys::CUgraphNodeType::{CU_GRAPH_NODE_TYPE_KERNEL, CU_GRAPH_NODE_TYPE_MEMCPY, CU_GRAPH_NODE_TYPE_MEMSET};
+        let mut count = 0;
+        // SAFETY: the graph lives in the caller; without a place for the nodes only their number is written.
+        unsafe { sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut count) }.result().w()?;
+        let mut nodes = vec![std::ptr::null_mut(); count];
+        // SAFETY: there is room for `count` nodes.
+        unsafe { sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count) }.result().w()?;
+        let mut launches = 0;
+        for node in nodes {
+            let mut kind = CU_GRAPH_NODE_TYPE_KERNEL;
+            // SAFETY: a node of the graph.
+            unsafe { sys::cuGraphNodeGetType(node, &mut kind) }.result().w()?;
+            let counts = [CU_GRAPH_NODE_TYPE_KERNEL, CU_GRAPH_NODE_TYPE_MEMCPY, CU_GRAPH_NODE_TYPE_MEMSET];
+            launches += usize::from(counts.contains(&kind));
+        }
+        Ok(launches)
+    }
+}
+
+/// Bytes read and written by a large copy, in GB/s.
+fn copy_bandwidth(device: &Device) -> Result<f64> {
+    let count: usize = if device.is_cuda() { 1 << 30 } else { 1 << 26 };
+    let times = match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => {
+            let src = cuda.alloc_zeros::<u8>(count)?;
+            let dst = std::cell::RefCell::new(cuda.alloc_zeros::<u8>(count)?);
+            measure(device, &|_| cuda.memcpy_dtod(&src, &mut *dst.borrow_mut()))?
+        }
+        _ => {
+            let (src, dst) = (Tensor::zeros(count, DType::U8, device)?, Tensor::zeros(count, DType::U8, device)?);
+            measure(device, &|_| dst.slice_set(&src, 0, 0))?
+        }
+    };
+    let best = times.iter().map(|times| times.us[1]).fold(f64::INFINITY, f64::min);
+    Ok(2.0 * count as f64 / best / 1e3)
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let json = args.iter().any(|arg| arg == "--json");
+    let wanted = args.iter().skip_while(|arg| *arg != "--case").nth(1);
+    let device = Device::cuda_if_available(0)?;
+    let copy_gb_per_s = copy_bandwidth(&device)?;
+    if !json {
+        println!("{:?}, a copy moves {copy_gb_per_s:.0} GB/s", device.location());
+        println!(
+            "{:18} {:7} {:6} {:>10} {:>10} {:>10} {:>4} {:>8}",
+            "case", "what", "mode", "p20 us", "p50 us", "p80 us", "#", "GB/s"
+        );
+    }
+    for case in CASES.iter().filter(|case| wanted.is_none_or(|wanted| case.name.starts_with(wanted.as_str()))) {
+        case.run(&device, copy_gb_per_s, json)?;
+    }
+    Ok(())
+}

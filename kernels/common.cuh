@@ -1,0 +1,95 @@
+// What the kernels share: element types, strided views, reductions.
+//
+// Kernels trust their arguments: the op's Plan has checked them. Every pointer's comment is the shape behind it; sizes
+// and offsets are 64-bit wherever they count elements of a tensor.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+using u8 = uint8_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+
+constexpr u32 ALL_LANES = 0xffffffff;
+
+// Instantiates X(suffix, type) for every element type of queries, keys and values.
+#define FOR_EACH_FLOAT(X) X(f32, float) X(f16, __half) X(bf16, __nv_bfloat16)
+
+// Offset and strides of a tensor, in elements. DeviceView in src/cuda has the same layout.
+template <int N>
+struct View {
+  u64 offset;
+  u64 strides[N];
+
+  template <class... Index>
+  __device__ u64 at(Index... index) const {
+    const u64 indices[] = {static_cast<u64>(index)...};
+    u64 position = offset;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof...(Index)); i++) position += indices[i] * strides[i];
+    return position;
+  }
+};
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T narrow(float x);
+template <>
+__device__ inline float narrow<float>(float x) { return x; }
+template <>
+__device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Eight adjacent elements, loaded 16 bytes at a time; `src` is aligned to 16 bytes.
+template <class T>
+struct alignas(16) Chunk {
+  T x[8];
+};
+
+template <class T>
+__device__ inline Chunk<T> load_chunk(const T* src) {
+  Chunk<T> chunk;
+  const uint4* from = reinterpret_cast<const uint4*>(src);
+  uint4* to = reinterpret_cast<uint4*>(&chunk);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(chunk) / sizeof(uint4)); i++) to[i] = __ldg(from + i);
+  return chunk;
+}
+
+// The CPU's arithmetic to the bit: no fused multiply-add.
+__device__ inline float add_product(float sum, float x, float y) { return __fadd_rn(sum, __fmul_rn(x, y)); }
+
+__device__ inline float add_square(float sum, float diff) { return add_product(sum, diff, diff); }
+
+// Reductions over a block of `WARPS` full warps; every thread gets the result. The order is fixed.
+template <int WARPS, class Combine>
+__device__ float block_reduce(float x, Combine combine) {
+  __shared__ float partial[WARPS];
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = combine(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+  __syncthreads();  // the last call's partials have been read
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = partial[0];
+#pragma unroll
+  for (int warp = 1; warp < WARPS; warp++) x = combine(x, partial[warp]);
+  return x;
+}
+
+template <int WARPS>
+__device__ float block_sum(float x) {
+  return block_reduce<WARPS>(x, [](float a, float b) { return a + b; });
+}
+
+// The largest, ignoring NaN.
+template <int WARPS>
+__device__ float block_max(float x) {
+  return block_reduce<WARPS>(x, [](float a, float b) { return fmaxf(a, b); });
+}

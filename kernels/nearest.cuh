@@ -1,0 +1,172 @@
+// The nearest centroid of a sub-vector, for encode.cu and kmeans.cu: the CPU's bits.
+//
+// Squared distances are summed coordinate by coordinate without fused multiply-add, and ties go to the lower index.
+// Two ways through the same sums:
+// - `nearest_by_thread`: a thread holds sub-vectors of a length known at compile time in registers and meets the
+//   centroids in shared memory, all threads of a block the same one at a time.
+// - `nearest_by_warp`: a warp's lanes share the centroids of one sub-vector of any length. For other lengths, and for
+//   the few keys of a decode step, where a thread's walk through all centroids would be all the time there is.
+#pragma once
+
+#include "common.cuh"
+
+// Sub-vectors of one (batch, KV head, subspace).
+template <class T>
+struct SubVectors {
+  const T* first;  // [n, len], `stride` elements apart
+  u64 stride;
+  u64 n;
+  u64 count;  // sub-vector i is that of key i * n / count
+  u32 len;
+  bool augmented;
+  float phi;
+
+  __device__ const T* operator[](u64 i) const { return first + (count == n ? i : i * n / count) * stride; }
+
+  __device__ float norm(const T* x) const {
+    float sum = 0;
+    for (u32 j = 0; j < len; j++) sum = add_square(sum, widen(x[j]));
+    return sum;
+  }
+
+  // The coordinate that the inner-product metric adds.
+  __device__ float augmentation(float norm) const { return __fsqrt_rn(fmaxf(phi - norm, 0.0f)); }
+
+  // Coordinate `j` of the sub-vector at `x`, the augmentation being the last one.
+  __device__ float coordinate(const T* x, u32 j) const { return j < len ? widen(x[j]) : augmentation(norm(x)); }
+
+  __device__ u32 columns() const { return len + augmented; }
+};
+
+// Centroids of one (batch, KV head, subspace).
+struct Centroids {
+  const float* data;  // [count, columns]
+  u64 row_stride;
+  u64 column_stride;
+  u32 count;
+
+  __device__ float at(u32 c, u32 j) const { return data[c * row_stride + j * column_stride]; }
+};
+
+constexpr int NEAREST_THREADS = 128;
+
+// Floats of shared memory in which centroids pass by.
+constexpr int NEAREST_SHARED = 8192;
+
+// Sub-vectors a thread compares at a time: two hide the latency of the sums, where registers allow.
+template <int LEN>
+constexpr int NEAREST_EACH = LEN <= 16 ? 2 : 1;
+
+// Sub-vectors a block of `nearest_by_thread` covers.
+template <int LEN>
+constexpr int NEAREST_TILE = NEAREST_THREADS * NEAREST_EACH<LEN>;
+
+// Calls `write(i, code)` for the block's sub-vectors, those from `block * NEAREST_TILE` on; `LEN` is their length.
+template <int LEN, class T, class Write>
+__device__ void nearest_by_thread(const SubVectors<T>& vectors, const Centroids& centroids, u64 block, Write write) {
+  constexpr int EACH = NEAREST_EACH<LEN>;
+  constexpr int STRIDE = LEN + 4;  // room for the augmentation; rows stay aligned to 16 bytes
+  constexpr int ROWS = NEAREST_SHARED / STRIDE;
+  __shared__ alignas(16) float table[ROWS * STRIDE];
+
+  float x[EACH][LEN], augmentation[EACH], best[EACH];
+  u32 index[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const u64 i = block * NEAREST_TILE<LEN> + e * NEAREST_THREADS + threadIdx.x;
+    const T* from = vectors[min(i, vectors.count - 1)];
+    float norm = 0;
+#pragma unroll
+    for (int j = 0; j < LEN; j++) {
+      x[e][j] = widen(from[j]);
+      norm = add_square(norm, x[e][j]);
+    }
+    augmentation[e] = vectors.augmentation(norm);
+    best[e] = INFINITY;
+    index[e] = 0;
+  }
+
+  for (u32 first = 0; first < centroids.count; first += ROWS) {
+    const u32 rows = min(static_cast<u32>(ROWS), centroids.count - first);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < rows * vectors.columns(); i += NEAREST_THREADS) {
+      const u32 c = i / vectors.columns(), j = i % vectors.columns();
+      table[c * STRIDE + j] = centroids.at(first + c, j);
+    }
+    __syncthreads();
+    for (u32 c = 0; c < rows; c++) {
+      const float* y = table + c * STRIDE;
+#pragma unroll
+      for (int e = 0; e < EACH; e++) {
+        float distance = 0;
+#pragma unroll
+        for (int j = 0; j < LEN; j++) distance = add_square(distance, x[e][j] - y[j]);
+        if (vectors.augmented) distance = add_square(distance, augmentation[e] - y[LEN]);
+        if (distance < best[e]) {
+          best[e] = distance;
+          index[e] = first + c;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const u64 i = block * NEAREST_TILE<LEN> + e * NEAREST_THREADS + threadIdx.x;
+    if (i < vectors.count) write(i, static_cast<u8>(index[e]));
+  }
+}
+
+constexpr int MAX_COLUMNS = 257;
+
+// As `nearest_by_thread`, for any length; a block covers one sub-vector a warp.
+template <class T, class Write>
+__device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& centroids, u64 block, Write write) {
+  constexpr int WARPS = NEAREST_THREADS / 32;
+  __shared__ float coordinates[WARPS][MAX_COLUMNS];
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u64 i = block * WARPS + warp;
+  if (i >= vectors.count) return;
+
+  float* x = coordinates[warp];
+  const T* from = vectors[i];
+  for (u32 j = lane; j < vectors.columns(); j += 32) x[j] = vectors.coordinate(from, j);
+  __syncwarp();
+
+  float best = INFINITY;
+  u32 index = UINT32_MAX;
+  for (u32 c = lane; c < centroids.count; c += 32) {
+    float distance = 0;
+#pragma unroll 16
+    for (u32 j = 0; j < vectors.columns(); j++) distance = add_square(distance, x[j] - centroids.at(c, j));
+    if (distance < best) {
+      best = distance;
+      index = c;
+    }
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other = __shfl_xor_sync(ALL_LANES, best, lanes);
+    const u32 other_index = __shfl_xor_sync(ALL_LANES, index, lanes);
+    if (other < best || (other == best && other_index < index)) {
+      best = other;
+      index = other_index;
+    }
+  }
+  // No centroid is nearest to NaN: code 0.
+  if (lane == 0) write(i, static_cast<u8>(index == UINT32_MAX ? 0 : index));
+}
+
+// Either way: by warp where LEN is 0.
+template <int LEN, class T, class Write>
+__device__ void nearest(const SubVectors<T>& vectors, const Centroids& centroids, u64 block, Write write) {
+  if constexpr (LEN == 0) {
+    nearest_by_warp(vectors, centroids, block, write);
+  } else {
+    nearest_by_thread<LEN>(vectors, centroids, block, write);
+  }
+}
+
+// Instantiates X(suffix, type, LEN) for every element type and length; `len0` is the one for any length.
+#define FOR_EACH_LENGTH(X, suffix, type) \
+  X(suffix, type, 0) X(suffix, type, 2) X(suffix, type, 4) X(suffix, type, 8) X(suffix, type, 16) X(suffix, type, 32) \
+  X(suffix, type, 64)

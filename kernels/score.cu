@@ -1,0 +1,122 @@
+// PQ scores: LUT[m][c] = query_m . centroid[m][c], then score[t] = sum over m of LUT[m][codes[t][m]]; the CPU's bits.
+//
+// One look-up serves several query heads of a group: an entry holds a lane for each. Two launches:
+// 1. The tables, a thread an entry.
+// 2. The scores, a thread a key; a block copies its tables to shared memory first, where they fit.
+#include "common.cuh"
+
+struct Score {
+  View<4> query;
+  View<4> codes;
+  View<5> centroids;
+  u64 n;
+  u64 keys_per_block;
+  u32 h_kv;
+  u32 group;
+  u32 parts;  // tables of a group: its heads in bundles of LANES
+  u32 pq_dim;
+  u32 pq_len;
+  u32 n_centroids;
+};
+
+constexpr int LUT_THREADS = 128;
+constexpr int SCORE_THREADS = 512;
+
+// An entry: one f32 a query head.
+template <int LANES>
+struct alignas(4 * LANES) Entry {
+  float x[LANES];
+};
+
+// Grid: (tiles of centroids, pq_dim, b * h_kv * parts).
+template <int LANES, class T>
+__device__ void lut(const T* query, const float* centroids, Entry<LANES>* tables, const Score& p) {
+  const u32 m = blockIdx.y, pair = blockIdx.z / p.parts, b = pair / p.h_kv, kv = pair % p.h_kv;
+  const u32 c = blockIdx.x * LUT_THREADS + threadIdx.x;
+  if (c >= p.n_centroids) return;
+  const u32 first = blockIdx.z % p.parts * LANES;
+  const float* centroid = centroids + p.centroids.at(b, kv, m, c);
+  Entry<LANES> entry = {};
+#pragma unroll 8
+  for (u32 j = 0; j < p.pq_len; j++) {
+    const float x = centroid[j * p.centroids.strides[4]];
+#pragma unroll
+    for (int l = 0; l < LANES; l++) {
+      if (first + l >= p.group) continue;
+      const float q = widen(query[p.query.at(b, kv * p.group + first + l) + m * p.pq_len + j]);
+      entry.x[l] = add_product(entry.x[l], q, x);
+    }
+  }
+  tables[(static_cast<u64>(blockIdx.z) * p.pq_dim + m) * p.n_centroids + c] = entry;
+}
+
+// `BYTES` code bytes, loaded at once.
+template <int BYTES>
+struct alignas(BYTES) CodeBytes {
+  u8 x[BYTES];
+};
+
+// Grid: (runs of keys, b * h_kv * parts).
+template <int LANES, int BYTES, bool SHARED>
+__device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores, const Score& p) {
+  extern __shared__ __align__(16) u8 shared[];
+  const u32 pair = blockIdx.y / p.parts, b = pair / p.h_kv, kv = pair % p.h_kv;
+  const u32 entries = p.pq_dim * p.n_centroids, mask = p.n_centroids - 1;
+  const Entry<LANES>* table = tables + static_cast<u64>(blockIdx.y) * entries;
+  if (SHARED) {
+    Entry<LANES>* copy = reinterpret_cast<Entry<LANES>*>(shared);
+    for (u32 i = threadIdx.x; i < entries; i += SCORE_THREADS) copy[i] = table[i];
+    __syncthreads();
+    table = copy;
+  }
+  const u32 first = blockIdx.y % p.parts * LANES, heads = min(static_cast<u32>(LANES), p.group - first);
+  float* rows = scores + (static_cast<u64>(pair) * p.group + first) * p.n;
+  const u8* head_codes = codes + p.codes.at(b, kv);
+  const u64 begin = blockIdx.x * p.keys_per_block, end = min(begin + p.keys_per_block, p.n);
+  for (u64 t = begin + threadIdx.x; t < end; t += SCORE_THREADS) {
+    const u8* key = head_codes + t * p.codes.strides[2];
+    float sums[LANES] = {};
+    const Entry<LANES>* subspace = table;
+    for (u32 m = 0; m < p.pq_dim; m += BYTES) {
+      const CodeBytes<BYTES> bytes = *reinterpret_cast<const CodeBytes<BYTES>*>(key + m);
+#pragma unroll
+      for (int i = 0; i < BYTES; i++) {
+        // The mask keeps a byte that is no code inside the table.
+        const Entry<LANES> entry = subspace[bytes.x[i] & mask];
+#pragma unroll
+        for (int l = 0; l < LANES; l++) sums[l] += entry.x[l];
+        subspace += p.n_centroids;
+      }
+    }
+#pragma unroll
+    for (int l = 0; l < LANES; l++) {
+      if (l < heads) rows[l * p.n + t] = sums[l];
+    }
+  }
+}
+
+#define LUT(suffix, type, LANES)                                                             \
+  extern "C" __global__ __launch_bounds__(LUT_THREADS) void score_lut_##suffix##_h##LANES(   \
+      const type* query,        /* [b, h, 1, head_dim] */                                    \
+      const float* centroids,   /* [b, h_kv, pq_dim, n_centroids, pq_len] */                 \
+      float* tables,            /* [b, h_kv, parts, pq_dim, n_centroids, LANES] */           \
+      const Score p) {                                                                       \
+    lut<LANES>(query, centroids, reinterpret_cast<Entry<LANES>*>(tables), p);                \
+  }
+#define LUTS(suffix, type) LUT(suffix, type, 1) LUT(suffix, type, 2) LUT(suffix, type, 4)
+FOR_EACH_FLOAT(LUTS)
+
+#define SCORE(LANES, BYTES, name, SHARED)                                                      \
+  extern "C" __global__ __launch_bounds__(SCORE_THREADS) void score_h##LANES##_x##BYTES##name( \
+      const u8* codes,      /* [b, h_kv, n, pq_dim] */                                         \
+      const float* tables,  /* [b, h_kv, parts, pq_dim, n_centroids, LANES] */                 \
+      float* scores,        /* [b, h, n] */                                                    \
+      const Score p) {                                                                         \
+    score<LANES, BYTES, SHARED>(codes, reinterpret_cast<const Entry<LANES>*>(tables), scores, p); \
+  }
+#define SCORES(LANES)                                                                      \
+  SCORE(LANES, 1, , true) SCORE(LANES, 2, , true) SCORE(LANES, 4, , true) SCORE(LANES, 8, , true) \
+  SCORE(LANES, 16, , true)
+SCORES(1) SCORES(2) SCORES(4)
+// Tables too large for shared memory.
+SCORE(1, 1, _global, false)

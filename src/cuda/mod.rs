@@ -1,0 +1,263 @@
+//! The GPU: kernels loaded once a device, checked launches, memory for outputs. The crate's unsafe code is all here.
+//!
+//! What a launch relies on, and who sees to it:
+//! 1. Arguments are those of the kernel, in order: each op pushes them in one place, next to the kernel of its name in
+//!    `kernels/`, and every kernel runs under compute-sanitizer in `just sanitize`.
+//! 2. Shapes and strides stay inside the tensors: the op's `Plan` was made from their layouts.
+//! 3. Memory outlives the launch: storages are borrowed until it is in the stream, and freed in stream order.
+//!
+//! Kernels are asynchronous; nothing here waits for the device or copies from it.
+#![allow(unsafe_code)]
+
+mod matmul;
+pub(crate) use matmul::matmul_to_f32;
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cuda_backend::cudarc::driver::{
+    sys::{CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute},
+    CudaFunction, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape};
+
+mod ptx {
+    include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+}
+
+/// The kernels of one source file.
+pub(crate) struct Module {
+    name: &'static str,
+    ptx: &'static str,
+    /// One of them: Candle loads a module by a kernel in it.
+    first: &'static str,
+}
+
+macro_rules! modules {
+    ($($name:ident, $file:literal, $first:literal;)*) => {
+        $(pub(crate) const $name: Module = Module {
+            // Candle keeps the modules of all crates under their names.
+            name: concat!(env!("CARGO_PKG_NAME"), "-", env!("CARGO_PKG_VERSION"), "-", $file),
+            ptx: ptx::$name,
+            first: $first,
+        };)*
+        const MODULES: &[Module] = &[$($name),*];
+    };
+}
+
+modules! {
+    CAUSAL_SOFTMAX, "causal_softmax", "causal_softmax";
+    ENCODE, "encode", "encode_f32_len0";
+    GROUP_MASS, "group_mass", "group_mass";
+    INDICES_AND_WEIGHTS, "indices_and_weights", "indices_and_weights";
+    KMEANS, "kmeans", "kmeans_draw_f32";
+    SCORE, "score", "score_h1_x1";
+    SPARSE_ATTEND, "sparse_attend", "attend_merge_f32";
+    TOPK, "topk", "topk";
+}
+
+/// What the ops ask of a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gpu {
+    pub(crate) multiprocessors: usize,
+    /// Bytes of shared memory that a block may have.
+    pub(crate) shared_bytes: usize,
+}
+
+static GPUS: RwLock<Vec<(DeviceId, Gpu)>> = RwLock::new(Vec::new());
+
+/// Loads all kernels, which compiles their PTX, when a device is met for the first time: with its first cache, or else
+/// its first op, so never within a later token.
+///
+/// Fails on a device below compute capability 8.0, or on a driver older than the toolkit that made the PTX.
+pub(crate) fn prepare(device: &CudaDevice) -> Result<Gpu> {
+    let known = |gpus: &[(DeviceId, Gpu)]| gpus.iter().find(|(id, _)| *id == device.id()).map(|(_, gpu)| *gpu);
+    if let Some(gpu) = known(&GPUS.read().unwrap_or_else(PoisonError::into_inner)) {
+        return Ok(gpu);
+    }
+    let mut gpus = GPUS.write().unwrap_or_else(PoisonError::into_inner);
+    if let Some(gpu) = known(&gpus) {
+        return Ok(gpu);
+    }
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let (major, minor) = context.compute_capability().w()?;
+    if major < 8 {
+        bail!("cuda: expected a device of compute capability 8.0 (Ampere) or later, got {major}.{minor}");
+    }
+    for module in MODULES {
+        device.get_or_load_custom_func(module.first, module.name, module.ptx).map_err(|error| {
+            error.context(format!(
+                "{}: the driver does not take the embedded PTX: install a driver as new as the CUDA toolkit that \
+                 built this crate, or build it with an older toolkit",
+                module.name
+            ))
+        })?;
+    }
+    let attribute = |attribute| Ok::<_, Error>(usize::try_from(context.attribute(attribute).w()?).unwrap_or(0));
+    let gpu = Gpu {
+        multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+    };
+    gpus.push((device.id(), gpu));
+    Ok(gpu)
+}
+
+/// Offset and strides of a tensor, in elements: `View` in `kernels/common.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceView<const N: usize> {
+    pub(crate) offset: u64,
+    pub(crate) strides: [u64; N],
+}
+
+/// A kernel's parameter struct, passed by value: `repr(C)`, of the fields of its namesake in the kernel's source.
+#[repr(transparent)]
+pub(crate) struct Params<P>(pub(crate) P);
+
+// SAFETY: the bytes are copied to the kernel, which reads them as the struct of the same fields; parameters are integers,
+// floats and DeviceViews, for which any bits are valid, and hold no pointer.
+unsafe impl<P: Copy> DeviceRepr for Params<P> {}
+
+/// A number of a device's memory as a kernel's size; an error where it does not fit.
+pub(crate) fn u32_of(op: &str, name: &str, x: usize) -> Result<u32> {
+    match u32::try_from(x) {
+        Ok(x) => Ok(x),
+        Err(_) => bail!("{op}: {name}: expected at most {} on a GPU, got {x}", u32::MAX),
+    }
+}
+
+/// Memory for an output that the next launch writes in full.
+pub(crate) fn output(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<CudaStorage> {
+    let shape = shape.into();
+    if shape.elem_count() == 0 {
+        // Candle copies storages whole: one that is empty would be an error, and this element must hold something.
+        return zeros(device, 1, dtype);
+    }
+    // SAFETY: every kernel writes each element of its outputs before anything reads it (initcheck of `just sanitize`).
+    unsafe { device.alloc_uninit(&shape, dtype) }
+}
+
+/// Zeroed memory, for a kernel to count in.
+pub(crate) fn zeros(device: &CudaDevice, count: usize, dtype: DType) -> Result<CudaStorage> {
+    device.zeros_impl(&count.into(), dtype)
+}
+
+/// The suffix of the kernels for an element type.
+pub(crate) fn suffix(dtype: DType) -> &'static str {
+    dtype.as_str()
+}
+
+/// A loaded kernel.
+pub(crate) struct Kernel {
+    name: String,
+    func: CudaFunction,
+    stream: Arc<CudaStream>,
+}
+
+impl Kernel {
+    pub(crate) fn new(device: &CudaDevice, module: &Module, name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        let func = device.get_or_load_custom_func(&name, module.name, module.ptx)?.into_cuda_function();
+        Ok(Self { name, func, stream: device.cuda_stream() })
+    }
+
+    /// A launch to push arguments to, in the order of the kernel's parameters.
+    pub(crate) fn launch(&self) -> Launch<'_> {
+        Launch { kernel: self, args: self.stream.launch_builder(&self.func) }
+    }
+}
+
+/// A null pointer, for a tensor that a kernel is not given.
+static NULL: u64 = 0;
+
+/// Arguments on their way to a kernel.
+pub(crate) struct Launch<'a> {
+    kernel: &'a Kernel,
+    args: LaunchArgs<'a>,
+}
+
+macro_rules! push_slice {
+    ($args:expr, $slice:expr) => {
+        match $slice {
+            CudaStorageSlice::U8(slice) => $args.arg(slice),
+            CudaStorageSlice::U32(slice) => $args.arg(slice),
+            CudaStorageSlice::I64(slice) => $args.arg(slice),
+            CudaStorageSlice::BF16(slice) => $args.arg(slice),
+            CudaStorageSlice::F16(slice) => $args.arg(slice),
+            CudaStorageSlice::F32(slice) => $args.arg(slice),
+            other => bail!("cuda: expected a storage of u8, u32, i64, bf16, f16 or f32, got {other:?}"),
+        }
+    };
+}
+
+impl<'a> Launch<'a> {
+    /// The start of a storage that the kernel reads.
+    pub(crate) fn input(mut self, storage: &'a CudaStorage) -> Result<Self> {
+        push_slice!(self.args, &storage.slice);
+        Ok(self)
+    }
+
+    /// The start of a storage that the kernel writes.
+    pub(crate) fn output(mut self, storage: &'a mut CudaStorage) -> Result<Self> {
+        push_slice!(self.args, &mut storage.slice);
+        Ok(self)
+    }
+
+    /// A null pointer.
+    pub(crate) fn null(mut self) -> Self {
+        self.args.arg(&NULL);
+        self
+    }
+
+    /// A parameter that is passed by value.
+    pub(crate) fn value<P: DeviceRepr>(mut self, value: &'a P) -> Self {
+        self.args.arg(value);
+        self
+    }
+
+    /// Starts the kernel on `grid` blocks of `threads` threads with `shared` bytes of dynamic shared memory; does
+    /// nothing for an empty grid.
+    pub(crate) fn run(self, grid: [usize; 3], threads: u32, shared: usize) -> Result<()> {
+        let Some(config) = self.config(grid, threads, shared)? else { return Ok(()) };
+        let mut args = self.args;
+        // SAFETY: the module's documentation, 1 to 3.
+        unsafe { args.launch(config) }.w()?;
+        Ok(())
+    }
+
+    /// As [`run`](Self::run), with all blocks running at once: they may wait for each other.
+    pub(crate) fn run_cooperatively(self, grid: [usize; 3], threads: u32) -> Result<()> {
+        let Some(config) = self.config(grid, threads, 0)? else { return Ok(()) };
+        let mut args = self.args;
+        // SAFETY: the module's documentation, 1 to 3; the driver refuses a grid that does not fit the device at once.
+        unsafe { args.launch_cooperative(config) }.w()?;
+        Ok(())
+    }
+
+    fn config(&self, grid: [usize; 3], threads: u32, shared: usize) -> Result<Option<LaunchConfig>> {
+        const WITHOUT_ASKING: usize = 48 << 10;
+        const LIMITS: [usize; 3] = [i32::MAX as usize, 65_535, 65_535];
+        if grid.contains(&0) {
+            return Ok(None);
+        }
+        if grid.iter().zip(LIMITS).any(|(blocks, limit)| *blocks > limit) {
+            bail!("{}: expected a grid of at most {LIMITS:?} blocks, got {grid:?}", self.kernel.name);
+        }
+        if shared > WITHOUT_ASKING {
+            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            self.kernel.func.set_attribute(attribute, shared as i32).w()?;
+        }
+        Ok(Some(LaunchConfig {
+            grid_dim: (grid[0] as u32, grid[1] as u32, grid[2] as u32),
+            block_dim: (threads, 1, 1),
+            shared_mem_bytes: shared as u32,
+        }))
+    }
+}
+
+/// The dtype of a storage and the device it lives on.
+pub(crate) fn kind(storage: &CudaStorage) -> (DType, &CudaDevice) {
+    (storage.dtype(), storage.device())
+}

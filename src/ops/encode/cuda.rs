@@ -1,0 +1,60 @@
+use candle_core::{CudaStorage, DType, Result};
+
+use super::{Plan, OP};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Params};
+
+/// `kernels/encode.cu`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Encode {
+    keys: DeviceView<4>,
+    centroids: DeviceView<5>,
+    phi: DeviceView<3>,
+    n: u64,
+    h_kv: u32,
+    pq_dim: u32,
+    pq_len: u32,
+    n_centroids: u32,
+    augmented: u32,
+}
+
+/// Threads of a block of the kernels of `kernels/nearest.cuh`.
+pub(crate) const THREADS: u32 = 128;
+
+/// Which of those kernels to take: the length it is compiled for, 0 for any, and the sub-vectors that a block covers.
+///
+/// With less to do than a block of threads has hands, a warp a sub-vector is sooner done.
+pub(crate) fn nearest_kernel(pq_len: usize, n: usize) -> (usize, usize) {
+    match pq_len {
+        2 | 4 | 8 | 16 if n >= 128 => (pq_len, 256),
+        32 | 64 if n >= 128 => (pq_len, 128),
+        _ => (0, 4),
+    }
+}
+
+pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi: &CudaStorage) -> Result<CudaStorage> {
+    let (dtype, device) = cuda::kind(keys);
+    cuda::prepare(device)?;
+    let [b, h_kv, n, _] = plan.keys.dims;
+    let [_, _, pq_dim, n_centroids, _] = plan.centroids.dims;
+    let params = Params(Encode {
+        keys: plan.keys.device(),
+        centroids: plan.centroids.device(),
+        phi: plan.phi.map_or(DeviceView { offset: 0, strides: [0; 3] }, |phi| phi.device()),
+        n: n as u64,
+        h_kv: u32_of(OP, "h_kv", h_kv)?,
+        pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
+        pq_len: u32_of(OP, "pq_len", plan.pq_len)?,
+        n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
+        augmented: u32::from(plan.phi.is_some()),
+    });
+    let (len, tile) = nearest_kernel(plan.pq_len, n);
+    let kernel = Kernel::new(device, &cuda::ENCODE, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
+    let mut codes = cuda::output(device, (b, h_kv, n, pq_dim), DType::U8)?;
+    kernel.launch().input(keys)?.input(centroids)?.input(phi)?.output(&mut codes)?.value(&params).run(
+        [n.div_ceil(tile), pq_dim, b * h_kv],
+        THREADS,
+        0,
+    )?;
+    Ok(codes)
+}

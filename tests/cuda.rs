@@ -1,0 +1,554 @@
+//! Every op on the GPU against its CPU twin, in awkward shapes and layouts; reruns; the golden cases.
+//!
+//! The kernel runs before the reference, so that nothing of the reference's lies in the memory it is given. Without a
+//! device the tests say SKIP, and fail under `REQUIRE_CUDA=1`.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, IndexOp, Result, Tensor};
+use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected, PADDING};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection};
+use common::{integers, lay_out, numbers, Rng, Strides, DTYPES, STRIDES};
+
+fn gpu() -> Option<Device> {
+    match Device::new_cuda(0) {
+        Ok(device) => Some(device),
+        Err(error) if std::env::var_os("REQUIRE_CUDA").is_some_and(|require| require == "1") => {
+            panic!("REQUIRE_CUDA=1, but there is no CUDA device: {error}")
+        }
+        Err(error) => {
+            eprintln!("SKIP: no CUDA device: {error}");
+            None
+        }
+    }
+}
+
+macro_rules! gpu_or_skip {
+    () => {
+        match gpu() {
+            Some(gpu) => gpu,
+            None => return Ok(()),
+        }
+    };
+}
+
+/// A tensor of `dims` in some layout, on the GPU and on the CPU.
+fn pair(rng: &mut Rng, gpu: &Device, dims: &[usize], dtype: DType, strides: Strides) -> Result<[Tensor; 2]> {
+    let cpu = lay_out(&rng.tensor(dims, dtype), strides)?;
+    Ok([cpu.to_device(gpu)?, cpu])
+}
+
+fn codes(rng: &mut Rng, gpu: &Device, dims: &[usize], n_centroids: usize, strides: Strides) -> Result<[Tensor; 2]> {
+    let count = dims.iter().product();
+    let codes: Vec<u8> = (0..count).map(|_| rng.below(n_centroids) as u8).collect();
+    let cpu = lay_out(&Tensor::from_vec(codes, dims, &Device::Cpu)?, strides)?;
+    Ok([cpu.to_device(gpu)?, cpu])
+}
+
+#[track_caller]
+fn assert_same_integers(what: &str, got: &Tensor, want: &Tensor) {
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let (got, want) = (integers(got), integers(want));
+    let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+    let first = got.iter().zip(&want).position(|(got, want)| got != want);
+    assert!(differ == 0, "{what}: {differ} of {} differ, the first at {first:?}", got.len());
+}
+
+#[track_caller]
+fn assert_same_bits(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let bits = |tensor: &Tensor| -> Result<Vec<u32>> {
+        let numbers: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok(numbers.into_iter().map(f32::to_bits).collect())
+    };
+    let (got, want) = (bits(got)?, bits(want)?);
+    let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+    assert!(differ == 0, "{what}: {differ} of {} differ", got.len());
+    Ok(())
+}
+
+/// Differences of at most `tolerance` of the largest number.
+#[track_caller]
+fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let (got, want) = (numbers(got), numbers(want));
+    let largest = want.iter().filter(|x| x.is_finite()).fold(1e-30f64, |a, b| a.max(b.abs()));
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        let same = got == want || (got.is_nan() && want.is_nan()) || (got - want).abs() <= tolerance * largest;
+        assert!(same, "{what}: {got} instead of {want} at {i}, of a largest {largest}");
+    }
+}
+
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 1e-3,
+        DType::BF16 => 8e-3,
+        _ => 2e-6,
+    }
+}
+
+/// (b, h_kv, n, head_dim, pq_dim, pq_bits)
+const PQ_SHAPES: [[usize; 6]; 10] = [
+    [1, 2, 300, 64, 16, 8],
+    [2, 3, 257, 128, 16, 8],
+    [1, 2, 133, 128, 2, 6],
+    [1, 1, 140, 64, 2, 5],
+    [1, 2, 7, 128, 8, 8],
+    [2, 1, 1, 80, 16, 4],
+    [1, 3, 200, 80, 8, 8],
+    [1, 2, 129, 96, 3, 1],
+    [1, 1, 150, 256, 256, 3],
+    [1, 1, 40, 256, 1, 7],
+];
+
+#[test]
+fn encode() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(1);
+    for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
+        for dtype in DTYPES {
+            for (strides, augmented) in STRIDES.iter().flat_map(|strides| [(*strides, false), (*strides, true)]) {
+                let [keys, cpu_keys] = pair(&mut rng, &gpu, &[b, h_kv, n, d], dtype, strides)?;
+                let dims = [b, h_kv, pq_dim, 1 << bits, d / pq_dim + usize::from(augmented)];
+                let [centroids, cpu_centroids] = pair(&mut rng, &gpu, &dims, DType::F32, strides)?;
+                let [phi, cpu_phi] = pair(&mut rng, &gpu, &[b, h_kv, pq_dim], DType::F32, Strides::Contiguous)?;
+                let got = ops::encode(&keys, &centroids, augmented.then_some(&phi))?;
+                let want = ops::encode(&cpu_keys, &cpu_centroids, augmented.then_some(&cpu_phi))?;
+                let what = format!("{:?} {dtype:?} {strides:?} {augmented}", [b, h_kv, n, d, pq_dim, bits]);
+                assert_same_integers(&what, &got, &want);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn encode_nan() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(2);
+    for n in [3, 200] {
+        let [centroids, _] = pair(&mut rng, &gpu, &[1, 1, 4, 16, 16], DType::F32, Strides::Contiguous)?;
+        let keys = Tensor::full(f32::NAN, (1, 1, n, 64), &gpu)?;
+        assert!(integers(&ops::encode(&keys, &centroids, None)?).iter().all(|&code| code == 0));
+    }
+    Ok(())
+}
+
+#[test]
+fn score() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(3);
+    for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
+        for (dtype, group) in DTYPES.into_iter().zip([1, 4, 3]).chain([(DType::F32, 2), (DType::F32, 7)]) {
+            for strides in STRIDES {
+                let h = h_kv * group;
+                let [query, cpu_query] = pair(&mut rng, &gpu, &[b, h, 1, d], dtype, strides)?;
+                let [codes, cpu_codes] = codes(&mut rng, &gpu, &[b, h_kv, n, pq_dim], 1 << bits, strides)?;
+                let dims = [b, h_kv, pq_dim, 1 << bits, d / pq_dim];
+                let [centroids, cpu_centroids] = pair(&mut rng, &gpu, &dims, DType::F32, strides)?;
+                let got = ops::score(&query, &codes, &centroids)?;
+                let want = ops::score(&cpu_query, &cpu_codes, &cpu_centroids)?;
+                let what = format!("{:?} {dtype:?} {group} {strides:?}", [b, h_kv, n, d, pq_dim, bits]);
+                assert_same_bits(&what, &got, &want)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn score_of_many_keys_and_of_none() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(4);
+    for n in [0, 2047, 2048, 2049, 50_001] {
+        let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 128], DType::BF16, Strides::Contiguous)?;
+        let [codes, cpu_codes] = codes(&mut rng, &gpu, &[1, 2, n, 16], 256, Strides::Contiguous)?;
+        let [centroids, cpu_centroids] = pair(&mut rng, &gpu, &[1, 2, 16, 256, 8], DType::F32, Strides::Contiguous)?;
+        let got = ops::score(&query, &codes, &centroids)?;
+        assert_same_bits(&format!("{n}"), &got, &ops::score(&cpu_query, &cpu_codes, &cpu_centroids)?)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn topk() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(5);
+    for (rows, n) in [(1, 1), (3, 31), (2, 1024), (1, 8193), (5, 20_000), (1, 300_000), (40, 9000), (300, 700)] {
+        for levels in [1, 3, 64, usize::MAX] {
+            let mut scores: Vec<f32> = (0..rows * n)
+                .map(|_| if levels == usize::MAX { rng.normal() } else { rng.below(levels) as f32 - 1.0 })
+                .collect();
+            // Zeros of either sign, infinities, NaN.
+            for special in [-0.0, 0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN] {
+                scores[rng.below(rows * n)] = special;
+            }
+            let cpu = Tensor::from_vec(scores, (rows, n), &Device::Cpu)?;
+            for k in [0, 1, 2, n / 100, n / 3, n - 1, n, n + 5] {
+                let got = ops::topk(&cpu.to_device(&gpu)?, k)?;
+                assert_same_integers(&format!("{rows} {n} {levels} {k}"), &got, &ops::topk(&cpu, k)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn topk_of_strided_scores() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(6);
+    for strides in STRIDES {
+        let [scores, cpu_scores] = pair(&mut rng, &gpu, &[2, 3, 5000], DType::F32, strides)?;
+        assert_same_integers(&format!("{strides:?}"), &ops::topk(&scores, 77)?, &ops::topk(&cpu_scores, 77)?);
+        let (scores, cpu_scores) = (scores.narrow(2, 5, 4001)?, cpu_scores.narrow(2, 5, 4001)?);
+        assert_same_integers(&format!("{strides:?}"), &ops::topk(&scores, 77)?, &ops::topk(&cpu_scores, 77)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn group_mass() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(7);
+    for (h_kv, group, n) in [(1, 1, 1), (2, 4, 300), (1, 3, 8193), (2, 16, 100), (1, 20, 33), (2, 4, 40_000)] {
+        for (strides, scale) in STRIDES.into_iter().zip([0.125, 3.0, -1.0, 0.0]) {
+            let [scores, cpu_scores] = pair(&mut rng, &gpu, &[2, h_kv * group, n], DType::F32, strides)?;
+            let got = ops::group_mass(&scores, h_kv, scale)?;
+            let want = ops::group_mass(&cpu_scores, h_kv, scale)?;
+            assert_close(&format!("{h_kv} {group} {n} {strides:?} {scale}"), &got, &want, 1e-5);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn indices_and_weights() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(8);
+    for (n, sink, window, init_offset) in [
+        (1usize, 4, 64, 4usize),
+        (100, 4, 10, 4),
+        (1000, 0, 0, 0),
+        (1000, 16, 100, 3),
+        (1000, 3, 100, 50),
+        (9000, 4, 9000, 4),
+    ] {
+        for k in [0, 1, 30, 400] {
+            let rows: Vec<Vec<u32>> = (0..6)
+                .map(|_| {
+                    let mut row: Vec<u32> = (0..n.saturating_sub(init_offset) as u32).collect();
+                    while row.len() > k {
+                        let index = rng.below(row.len());
+                        row.remove(index);
+                    }
+                    row
+                })
+                .collect();
+            let k = rows[0].len();
+            let cpu = Tensor::from_vec(rows.concat(), (2, 3, k), &Device::Cpu)?;
+            let geometry = Geometry { n, sink, window, init_offset };
+            let got = ops::indices_and_weights(&cpu.to_device(&gpu)?, geometry)?;
+            let dense = ops::dense_weights(&got, 6, n)?;
+            let want = ops::indices_and_weights(&cpu, geometry)?;
+            let what = format!("{geometry:?} {k}");
+            assert_same_integers(&what, &got.lens, &want.lens);
+            assert_same_integers(&what, &got.indices, &want.indices);
+            assert_same_bits(&what, &got.weights, &want.weights)?;
+            assert_same_bits(&what, &dense, &ops::dense_weights(&want, 6, n)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Random ascending lists of different lengths, padded, with NaN for the weights of padding.
+fn lists(rng: &mut Rng, b: usize, count: usize, n: usize, len: usize) -> Result<Selected> {
+    let (mut indices, mut lens, mut weights) = (vec![], vec![], vec![]);
+    for row in 0..b * count {
+        let attended = [len, 0, 1, len / 2][row % 4].min(n);
+        let mut positions: Vec<u32> = (0..n as u32).collect();
+        while positions.len() > attended {
+            let index = rng.below(positions.len());
+            positions.swap_remove(index);
+        }
+        positions.sort_unstable();
+        lens.push(attended as u32);
+        indices.extend(positions.iter().copied().chain(std::iter::repeat_n(PADDING, len - attended)));
+        weights.extend(
+            (0..attended).map(|_| 0.5 + rng.below(4) as f32).chain(std::iter::repeat_n(f32::NAN, len - attended)),
+        );
+    }
+    Ok(Selected {
+        indices: Tensor::from_vec(indices, (b, count, len), &Device::Cpu)?,
+        lens: Tensor::from_vec(lens, (b, count), &Device::Cpu)?,
+        weights: Tensor::from_vec(weights, (b, count, len), &Device::Cpu)?,
+    })
+}
+
+fn to_device(selected: &Selected, device: &Device) -> Result<Selected> {
+    Ok(Selected {
+        indices: selected.indices.to_device(device)?,
+        lens: selected.lens.to_device(device)?,
+        weights: selected.weights.to_device(device)?,
+    })
+}
+
+#[test]
+fn attend() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(9);
+    for d in [64, 80, 96, 128, 256, 1, 33, 250] {
+        for (h_kv, group) in [(2, 1), (1, 2), (2, 3), (2, 4), (1, 7), (1, 8), (1, 16), (1, 24)] {
+            let n = [1, 2, 31, 64, 65, 500][rng.below(6)];
+            for (dtype, strides) in DTYPES.into_iter().zip([STRIDES[rng.below(4)], STRIDES[rng.below(4)], STRIDES[1]]) {
+                let (b, h) = (2, h_kv * group);
+                let [query, cpu_query] = pair(&mut rng, &gpu, &[b, h, 1, d], dtype, strides)?;
+                let [keys, cpu_keys] = pair(&mut rng, &gpu, &[b, h_kv, n, d], dtype, strides)?;
+                let value_strides = STRIDES[rng.below(4)];
+                let [values, cpu_values] = pair(&mut rng, &gpu, &[b, h_kv, n, d], dtype, value_strides)?;
+                let scale = 1.0 / (d as f32).sqrt();
+                let what = format!("d {d} {h_kv} x {group} n {n} {dtype:?} {strides:?}");
+                let got = ops::dense_attend(&query, &keys, &values, scale)?;
+                let want = ops::dense_attend(&cpu_query, &cpu_keys, &cpu_values, scale)?;
+                assert_close(&what, &got.out, &want.out, tolerance(dtype));
+                assert_close(&what, &got.lse, &want.lse, 1e-5);
+                for count in [h, h_kv] {
+                    let selected = lists(&mut rng, b, count, n, n.min(200))?;
+                    let on_gpu = to_device(&selected, &gpu)?;
+                    let got = ops::sparse_attend(&query, &keys, &values, &on_gpu, scale)?;
+                    let want = ops::sparse_attend(&cpu_query, &cpu_keys, &cpu_values, &selected, scale)?;
+                    assert_close(&what, &got.out, &want.out, tolerance(dtype));
+                    assert_close(&what, &got.lse, &want.lse, 1e-5);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Keys and values that no list names hold NaN.
+#[test]
+fn attend_reads_listed_positions_only() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(10);
+    let (n, d) = (900, 128);
+    let selected = lists(&mut rng, 1, 1, n, 150)?;
+    let mut poisoned = vec![f32::NAN; n * d];
+    for &position in integers(&selected.indices).iter().filter(|position| **position != PADDING) {
+        poisoned[position as usize * d..][..d].fill_with(|| rng.normal());
+    }
+    let keys = Tensor::from_vec(poisoned, (1, 1, n, d), &Device::Cpu)?.to_dtype(DType::BF16)?;
+    let query = rng.tensor(&[1, 4, 1, d], DType::BF16);
+    let on_gpu = keys.to_device(&gpu)?;
+    let got = ops::sparse_attend(&query.to_device(&gpu)?, &on_gpu, &on_gpu, &to_device(&selected, &gpu)?, 0.1)?;
+    let want = ops::sparse_attend(&query, &keys, &keys, &selected, 0.1)?;
+    assert!(numbers(&want.out).iter().all(|x| x.is_finite()));
+    assert_close("poisoned", &got.out, &want.out, tolerance(DType::BF16));
+    Ok(())
+}
+
+#[test]
+fn causal_softmax() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(11);
+    for (rows, queries, n, first) in [(1, 1, 1, 0), (12, 4, 100, 96), (12, 4, 1000, 10), (30, 10, 257, 200)] {
+        let cpu = rng.tensor(&[2, 2, rows, n], DType::F32);
+        let on_gpu = cpu.to_device(&gpu)?;
+        ops::causal_softmax(&on_gpu, first, queries, 0.7)?;
+        ops::causal_softmax(&cpu, first, queries, 0.7)?;
+        assert_close(&format!("{rows} {queries} {n} {first}"), &on_gpu, &cpu, 2e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn kmeans() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(12);
+    for (dims, pq_dim, pq_bits, max_keys) in [
+        ([1, 2, 400, 64], 8, 6, 1000),
+        ([2, 1, 1000, 80], 16, 4, 333),
+        ([1, 1, 700, 128], 2, 6, 1000),
+        ([1, 1, 5000, 128], 16, 8, 5000),
+        ([1, 2, 64, 96], 4, 6, 64),
+        ([1, 1, 300, 256], 1, 3, 300),
+    ] {
+        for (dtype, metric) in
+            DTYPES.into_iter().flat_map(|dtype| [(dtype, Metric::Euclidean), (dtype, Metric::InnerProduct)])
+        {
+            let strides = STRIDES[rng.below(4)];
+            let [keys, cpu_keys] = pair(&mut rng, &gpu, &dims, dtype, strides)?;
+            for iters in [0, 1, 5] {
+                let options = KmeansOptions { pq_dim, pq_bits, iters, metric, max_keys, seed: 3 };
+                let (got, got_phi) = ops::kmeans(&keys, &options)?;
+                let (want, want_phi) = ops::kmeans(&cpu_keys, &options)?;
+                let what = format!("{dims:?} {dtype:?} {options:?}");
+                if let (Some(got), Some(want)) = (got_phi, want_phi) {
+                    assert_same_bits(&what, &got, &want)?;
+                }
+                assert_same_bits(&what, &got, &want)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Fewer distinct keys than centroids: clusters stay empty and are drawn anew.
+#[test]
+fn kmeans_with_empty_clusters() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(13);
+    let distinct = rng.tensor(&[1, 1, 10, 64], DType::F32);
+    let cpu = Tensor::cat(&vec![distinct; 60], 2)?;
+    let options = KmeansOptions { pq_dim: 8, pq_bits: 6, iters: 4, metric: Metric::Euclidean, max_keys: 600, seed: 9 };
+    let (got, _) = ops::kmeans(&cpu.to_device(&gpu)?, &options)?;
+    assert_same_bits("empty clusters", &got, &ops::kmeans(&cpu, &options)?.0)
+}
+
+#[test]
+fn reruns_are_equal_to_the_bit() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(14);
+    let (h, h_kv, n, d) = (8, 2, 20_000, 128);
+    let [query, _] = pair(&mut rng, &gpu, &[1, h, 1, d], DType::BF16, Strides::Contiguous)?;
+    let [keys, _] = pair(&mut rng, &gpu, &[1, h_kv, n, d], DType::BF16, Strides::Contiguous)?;
+    let options =
+        KmeansOptions { pq_dim: 16, pq_bits: 8, iters: 3, metric: Metric::Euclidean, max_keys: 4096, seed: 1 };
+    let run = || -> Result<Vec<Tensor>> {
+        let (centroids, _) = ops::kmeans(&keys, &options)?;
+        let codes = ops::encode(&keys, &centroids, None)?;
+        let scores = ops::score(&query, &codes, &centroids)?;
+        let mass = ops::group_mass(&scores, h_kv, 0.1)?;
+        let heavy = ops::topk(&mass, 500)?;
+        let geometry = Geometry { n, sink: 0, window: 0, init_offset: 0 };
+        let selected = ops::indices_and_weights(&heavy, geometry)?;
+        let sparse = ops::sparse_attend(&query, &keys, &keys, &selected, 0.1)?;
+        let dense = ops::dense_attend(&query, &keys, &keys, 0.1)?;
+        Ok(vec![centroids, codes, scores, mass, heavy, selected.indices, sparse.out, sparse.lse, dense.out, dense.lse])
+    };
+    let first = run()?;
+    for _ in 0..20 {
+        for (i, (got, want)) in run()?.iter().zip(&first).enumerate() {
+            assert_same_bits(&format!("output {i}"), &got.to_dtype(DType::F32)?, &want.to_dtype(DType::F32)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Prefill and a decode across retraining, against the CPU.
+#[test]
+fn forward() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    for (dtype, selection, tolerance) in [
+        (DType::F32, Selection::PerQueryHead, 1e-4),
+        (DType::F32, Selection::PerKvHead, 1e-4),
+        (DType::BF16, Selection::PerQueryHead, 2e-2),
+        (DType::F16, Selection::PerKvHead, 2e-2),
+    ] {
+        let mut rng = Rng(15);
+        let config =
+            PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, selection, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 0.125)?;
+        let mut caches =
+            [attn.new_cache([2, 2, 64], 0, dtype, &gpu)?, attn.new_cache([2, 2, 64], 0, dtype, &Device::Cpu)?];
+        for s in std::iter::once(150).chain(std::iter::repeat_n(1, 200)) {
+            let [query, cpu_query] = pair(&mut rng, &gpu, &[2, 8, s, 64], dtype, Strides::Transposed)?;
+            let [keys, cpu_keys] = pair(&mut rng, &gpu, &[2, 2, s, 64], dtype, Strides::Transposed)?;
+            let [values, cpu_values] = pair(&mut rng, &gpu, &[2, 2, s, 64], dtype, Strides::Transposed)?;
+            let got = attn.forward(&query, &keys, &values, &mut caches[0])?;
+            let want = attn.forward(&cpu_query, &cpu_keys, &cpu_values, &mut caches[1])?;
+            assert_close(&format!("{dtype:?} {selection:?} at {}", caches[0].len()), &got, &want, tolerance);
+        }
+        let [got, want] = [caches[0].codes()?, caches[1].codes()?];
+        assert_same_integers("codes", &got, &want);
+    }
+    Ok(())
+}
+
+/// Offsets beyond 2^31 elements: K and V of 4 M keys, of which a few are not zero.
+#[test]
+fn four_million_keys() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(16);
+    let (h_kv, n, d) = (9, 4 << 20, 64);
+    let keys = Tensor::zeros((1, h_kv, n, d), DType::BF16, &gpu)?;
+    let values = keys.zeros_like()?;
+    let query = rng.tensor(&[1, h_kv, 1, d], DType::BF16).to_device(&gpu)?;
+    let marked = rng.tensor(&[1, h_kv, 1, d], DType::BF16);
+    let indices = Tensor::full((n - 1) as u32, (1, h_kv, 1), &gpu)?;
+    let lens = Tensor::ones((1, h_kv), DType::U32, &gpu)?;
+    let selected = Selected { indices, lens, weights: Tensor::ones((1, h_kv, 1), DType::F32, &gpu)? };
+    values.slice_set(&marked.to_device(&gpu)?, 2, n - 1)?;
+    let got = ops::sparse_attend(&query, &keys, &values, &selected, 0.1)?;
+    assert_close("the last value", &got.out, &marked, 0.0);
+    let got = ops::dense_attend(&query, &keys, &values, 0.1)?;
+    let mean = (marked.to_dtype(DType::F32)? / n as f64)?;
+    assert_close("the mean", &got.out, &mean, tolerance(DType::BF16));
+
+    let [centroids, cpu_centroids] = pair(&mut rng, &gpu, &[1, h_kv, 16, 256, 4], DType::F32, Strides::Contiguous)?;
+    let codes = ops::encode(&keys, &centroids, None)?;
+    let scores = ops::score(&query, &codes, &centroids)?;
+    let cpu_keys = Tensor::zeros((1, h_kv, 1, d), DType::BF16, &Device::Cpu)?;
+    let cpu_codes = ops::encode(&cpu_keys, &cpu_centroids, None)?;
+    let want = ops::score(&query.to_device(&Device::Cpu)?, &cpu_codes, &cpu_centroids)?;
+    assert_same_bits("the last score", &scores.narrow(2, n - 1, 1)?, &want)?;
+    // All scores of a row are equal: the lowest positions win.
+    let heavy = ops::topk(&scores, 1000)?.to_device(&Device::Cpu)?;
+    assert_eq!(integers(&heavy.i((0, h_kv - 1))?), (0..1000).collect::<Vec<_>>());
+    Ok(())
+}
+
+/// The published indexer's decode steps: codes, selection, weights, attention output.
+#[test]
+fn golden_cases() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    // Asked for when the test runs: the program may have been built on another machine.
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("the variable that cargo sets");
+    let folder = Path::new(&root).join("tests/golden");
+    let mut cases = 0;
+    for entry in std::fs::read_dir(folder).expect("a folder of golden cases") {
+        let path = entry.expect("a folder entry").path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            golden_case(&path, &gpu)?;
+            cases += 1;
+        }
+    }
+    assert!(cases >= 12, "only {cases} golden cases found");
+    Ok(())
+}
+
+fn golden_case(path: &Path, gpu: &Device) -> Result<()> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path).expect("a readable golden case");
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).expect("a safetensors header");
+    let numbers: HashMap<_, _> = header.metadata().clone().expect("the case's numbers in the metadata");
+    let number = |name: &str| numbers[name].parse::<usize>().expect("a number");
+    let tensors = candle_core::safetensors::load(path, gpu)?;
+    let scale = 1.0 / (number("d") as f32).sqrt();
+
+    let phi = tensors.get("ip_phi").map(|phi| phi.reshape((number("b"), number("h_kv"), number("m")))).transpose()?;
+    let codebook = Codebook::new(tensors["centroids"].clone(), phi)?;
+    let codes = tensors["codes_after"].transpose(1, 2)?.contiguous()?;
+    let old = tensors["codes_before"].dim(1)?;
+    let new = codes.dim(2)? - old;
+    if new > 0 {
+        let keys = tensors["key"].narrow(2, number("init_offset") + old, new)?;
+        assert_same_integers(&name, &codebook.encode(&keys)?, &codes.narrow(2, old, new)?);
+    }
+
+    let scores = ops::score(&tensors["query"], &codes, &codebook.centroids()?)?;
+    assert_close(&name, &scores, &tensors["scores"].narrow(2, 0, codes.dim(2)?)?, 1e-4);
+
+    let indices = tensors["sparse_list"].to_dtype(DType::U32)?;
+    let lens = tensors["sparse_len"].to_dtype(DType::U32)?;
+    let weights = indices.ones_like()?.to_dtype(DType::F32)?;
+    let selected = Selected { indices, lens, weights };
+    let dense = ops::dense_weights(&selected, number("h"), number("n"))?;
+    assert_same_bits(&name, &dense, &tensors["weight_list"])?;
+    let attended = ops::sparse_attend(&tensors["query"], &tensors["key"], &tensors["value"], &selected, scale)?;
+    assert_close(&name, &attended.out.squeeze(2)?, &tensors["attention_output"], 1e-4);
+    Ok(())
+}
