@@ -126,7 +126,11 @@ fn heavy(text: &str) -> Result<Heavy, String> {
 fn device(name: &str) -> Result<Device, String> {
     match name {
         "cpu" => Ok(Device::Cpu),
-        _ => Err("expected cpu".to_string()),
+        "cuda" => Device::new_cuda(0).map_err(|error| {
+            let error = crate::first_line(&error.to_string()).to_string();
+            format!("no GPU ({error}): build with --features cuda, where there is an NVIDIA GPU and its driver")
+        }),
+        _ => Err("expected cpu or cuda".to_string()),
     }
 }
 

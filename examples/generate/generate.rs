@@ -81,11 +81,13 @@ pub fn compare(
     logits: Vec<f32>,
     emit: impl FnMut(&str) -> Result<()>,
 ) -> Result<Outcome> {
+    const NO_STEP: &str = "the answer has no decode step to compare: give another prompt or --sample-len";
+    ensure!(request.limit > 1, NO_STEP);
     let (prompt, first) = (model.len(), argmax(&logits));
     warm_up(model, first, true)?;
     let mut dense_logits = Vec::new();
     let dense = decode(model, request, logits, true, emit, |logits| dense_logits.push(logits.to_vec()))?;
-    ensure!(dense.steps.count > 0, "the answer has no decode step to compare: give another prompt or --sample-len");
+    ensure!(dense.steps.count > 0, NO_STEP);
 
     model.truncate(prompt)?;
     let index_time = build_index(model)?;

@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn errors_say_what_to_do() {
-        let long = "x".repeat(257);
+        let (full, long) = ("x".repeat(256), "x".repeat(257));
         for (args, expected) in [
             (&["--prompt", &long][..], "the prompt has 257 tokens, the model's context 256: shorten the prompt"),
             (&["--prompt", " "], "the prompt is empty: give some text"),
@@ -200,6 +200,7 @@ mod tests {
             (&["--pq-dim", "5"], "pq_dim: expected a divisor of head_dim 16, got 5"),
             (&["--attention", "both", "--temperature", "1"], "leave out --temperature"),
             (&["--attention", "both", "--prompt", "x", "--sample-len", "1"], "no decode step to compare"),
+            (&["--attention", "both", "--prompt", &full], "no decode step to compare"),
         ] {
             let error = format!("{:#}", tiny(args).unwrap_err());
             assert!(first_line(&error).contains(expected), "{args:?}: {error}");
@@ -216,7 +217,7 @@ mod tests {
             (&["--attention", "fast"], "[possible values: sparse, dense, both]"),
             (&["--selection", "all"], "[possible values: query-head, kv-head]"),
             (&["--dtype", "f64"], "[possible values: f32, bf16, f16]"),
-            (&["--device", "tpu"], "expected cpu"),
+            (&["--device", "tpu"], "expected cpu or cuda"),
             (&["--sample-len", "0"], "expected a number from 1 up"),
             (&["--temperature", "-1"], "error: "),
             (&["--temperature=-1"], "expected 0 or a positive number"),

@@ -9,7 +9,7 @@ use candle_pq_attn::{PqAttention, PqConfig, PqKvCache};
 use crate::config::ModelConfig;
 use crate::linear::Linear;
 use crate::rotary::Rotary;
-use crate::weights::Weights;
+use crate::weights::{Precision, Weights};
 
 /// Weights, and the cache of the one sequence that they work on.
 pub struct Model {
@@ -19,6 +19,7 @@ pub struct Model {
     head: Linear,
     rotary: Rotary,
     attention: PqAttention,
+    precision: Precision,
     device: Device,
 }
 
@@ -52,6 +53,7 @@ impl Model {
             head: Linear::new(head, None),
             rotary: Rotary::new(config, precision.compute, &device)?,
             attention,
+            precision,
             device,
         })
     }
@@ -59,7 +61,8 @@ impl Model {
     /// Appends `tokens` and returns the logits after the last of them, f32 on the host. `dense` attends to every key;
     /// several tokens at once do so in any case.
     pub fn forward(&mut self, tokens: &[u32], dense: bool) -> Result<Vec<f32>> {
-        let mut x = self.embedding.forward(&Tensor::new(tokens, &self.device)?.unsqueeze(0)?)?;
+        let tokens_in = Tensor::new(tokens, &self.device)?.unsqueeze(0)?;
+        let mut x = self.embedding.forward(&tokens_in)?.to_dtype(self.precision.compute)?;
         for layer in &mut self.layers {
             x = layer.forward(&x, &self.rotary, &self.attention, dense)?;
         }
@@ -158,7 +161,7 @@ impl Layer {
             (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
         }
         let start = self.cache.len();
-        let dtype = self.cache.keys()?.dtype();
+        let dtype = self.cache.dtype();
         let q = rotary.apply(&q, start)?.to_dtype(dtype)?;
         let k = rotary.apply(&k, start)?.to_dtype(dtype)?;
         let v = v.to_dtype(dtype)?;
@@ -172,7 +175,8 @@ impl Layer {
 }
 
 fn norm(config: &ModelConfig, weights: &mut Weights, name: &str, size: usize) -> Result<RmsNorm> {
-    Ok(RmsNorm::new(weights.tensor(&format!("{name}.weight"), &[size])?, config.rms_norm_eps))
+    let weight = weights.tensor(&format!("{name}.weight"), &[size])?.to_dtype(weights.precision().compute)?;
+    Ok(RmsNorm::new(weight, config.rms_norm_eps))
 }
 
 /// One layer for projections of the same input: few large products are faster than many small ones.
@@ -186,6 +190,7 @@ fn linear(weights: &mut Weights, parts: &[(String, usize)], inputs: usize, bias:
     };
     let weight = stack("weight", &[inputs])?;
     let bias = bias.then(|| stack("bias", &[])).transpose()?;
+    let bias = bias.map(|bias| bias.to_dtype(weights.precision().compute)).transpose()?;
     Ok(Linear::new(weight, bias))
 }
 

@@ -8,24 +8,22 @@ use candle_core::{DType, Device, Tensor};
 use crate::config::ModelConfig;
 use crate::source::{weight_files, Checkpoint, Gguf};
 
-/// Where the numbers of a model are rounded.
+/// The types of a model's numbers.
 #[derive(Debug, Clone, Copy)]
 pub struct Precision {
-    /// The type that was asked for: weights are rounded to it, K and V stored in it.
+    /// What weights, keys and values are stored in, as was asked for.
     pub stored: DType,
-    /// The type that layers compute in.
+    /// What goes between layers. On a CPU it is f32 always: Candle's operations are slow there in less, and round more.
     pub compute: DType,
 }
 
 impl Precision {
-    /// On a CPU, layers compute in f32 whatever is stored: Candle's matrix product has no bf16 there, and would widen
-    /// all weights at every call.
     fn new(stored: DType, device: &Device) -> Self {
         Self { stored, compute: if device.is_cpu() { DType::F32 } else { stored } }
     }
 }
 
-/// Hands out each tensor once, checked and converted.
+/// Hands out each tensor once, its shape checked.
 pub struct Weights {
     store: Store,
     precision: Precision,
@@ -62,11 +60,11 @@ impl Weights {
         &self.device
     }
 
-    /// The tensor of that name and shape, rounded to the stored type, in the computing one.
+    /// The tensor of that name and shape, in the stored type.
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.store.take(name, &self.device)?;
         ensure!(tensor.dims() == shape, "the model's tensor {name} has shape {:?}, expected {shape:?}", tensor.dims());
-        Ok(tensor.to_dtype(self.precision.stored)?.to_dtype(self.precision.compute)?)
+        Ok(tensor.to_dtype(self.precision.stored)?)
     }
 }
 
