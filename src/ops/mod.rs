@@ -1,4 +1,8 @@
-//! The steps of a decode, one op a folder: the public function and its checks (`mod.rs`) and the kernel (`cpu.rs`).
+//! The steps of a decode, one op a folder: the public function and its checks (`mod.rs`), the CPU's kernel
+//! (`cpu.rs`) and, with the feature `cuda`, the launch of the GPU's (`cuda.rs`; its source is in `kernels/`).
+//!
+//! On a GPU nothing is read back, so codes, positions and lengths that are out of range are no error there: a code counts
+//! modulo the number of centroids, a position beyond the keys is passed over, a length is cut to its list.
 //!
 //! Every op is a Candle custom op without a backward pass. Its `Plan` is the only place where shapes, strides, dtypes
 //! and limits are checked; the kernels trust it. [`PqAttention`](crate::PqAttention) chains them; each also stands on

@@ -119,9 +119,9 @@ fn variant(plan: &Plan, dtype: DType) -> (String, usize, usize) {
         return (format!("attend_f32_d{}_h{heads}", lanes * CHUNK), heads, blocks);
     }
     let (shape, blocks) = match head_dim {
-        ..=64 => (64, 4),
-        ..=96 => (96, 3),
-        ..=128 => (128, 3),
+        0..=64 => (64, 4),
+        65..=96 => (96, 3),
+        97..=128 => (128, 3),
         _ => (256, 2),
     };
     (format!("attend_{suffix}_mma_d{shape}"), MMA_HEADS, blocks)
