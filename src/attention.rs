@@ -1,5 +1,8 @@
 //! Attention as a language model calls it: dense for the prompt, sparse for every token after.
 
+use std::fmt;
+use std::sync::Arc;
+
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::cache::PqKvCache;
@@ -31,6 +34,19 @@ use crate::ops::{self, Attended, Geometry, Selected};
 pub struct PqAttention {
     config: PqConfig,
     scale: f32,
+    prefill: Option<Prefill>,
+}
+
+/// Dense causal attention of the caller's own; see [`PqAttention::with_prefill`].
+#[derive(Clone)]
+struct Prefill(Arc<PrefillFn>);
+
+type PrefillFn = dyn Fn(&Tensor, &Tensor, &Tensor, f32) -> Result<Tensor> + Send + Sync;
+
+impl fmt::Debug for Prefill {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("Prefill(..)")
+    }
 }
 
 impl PqAttention {
@@ -42,7 +58,19 @@ impl PqAttention {
         if !(scale.is_finite() && scale > 0.0) {
             bail!("PqAttention: scale: expected a positive finite number, got {scale}");
         }
-        Ok(Self { config, scale })
+        Ok(Self { config, scale, prefill: None })
+    }
+
+    /// Has `attend` compute the dense causal attention of prefill, such as a call of candle-flash-attn.
+    ///
+    /// It is given the query `[b, h, s, head_dim]`, views of all keys and values so far, `[b, h_kv, n, head_dim]`, and
+    /// the scale; the queries are the last `s` of the `n` positions. It returns `[b, h, s, head_dim]` in the dtype of the
+    /// query.
+    pub fn with_prefill(
+        self,
+        attend: impl Fn(&Tensor, &Tensor, &Tensor, f32) -> Result<Tensor> + Send + Sync + 'static,
+    ) -> Self {
+        Self { prefill: Some(Prefill(Arc::new(attend))), ..self }
     }
 
     /// The config of its selection.
@@ -171,6 +199,14 @@ impl PqAttention {
     /// so that the scores of a few queries are all that is held at a time, and K and V are read once for all query heads of
     /// the group.
     fn prefill(&self, query: &Tensor, cache: &PqKvCache) -> Result<Tensor> {
+        if let Some(Prefill(attend)) = &self.prefill {
+            let out = attend(query, &cache.keys()?, &cache.values()?, self.scale)?;
+            if (out.dims(), out.dtype()) != (query.dims(), query.dtype()) {
+                let (expected, got) = ((query.dims(), query.dtype()), (out.dims(), out.dtype()));
+                bail!("PqAttention: prefill function: expected a result of {expected:?}, got {got:?}");
+            }
+            return Ok(out);
+        }
         #[cfg(feature = "cuda")]
         if query.device().is_cuda() {
             return self.prefill_on_gpu(query, cache);

@@ -311,6 +311,37 @@ fn forward_dense_is_dense() -> Result<()> {
     Ok(())
 }
 
+/// A function handed in takes the place of prefill alone, sees the whole cache, and cannot return nonsense.
+#[test]
+fn prefill_may_be_handed_in() -> Result<()> {
+    let mut rng = Rng(8);
+    let inputs = [4, 2, 2].map(|heads| rng.tensor(&[1, heads, 20, 16], DType::F32));
+    let attn = PqAttention::new(small(), 0.25)?;
+    let mine = attn.clone().with_prefill(|q, k, v, scale| {
+        assert_eq!((q.dims(), k.dims(), v.dims(), scale), (&[1, 4, 8, 16][..], &[1, 2, 20, 16][..], k.dims(), 0.25));
+        q.affine(2.0, 0.0)
+    });
+    let part = |x: &Tensor, from, s| x.narrow(2, from, s);
+    let mut cache = mine.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;
+    cache.append(&part(&inputs[1], 0, 12)?, &part(&inputs[2], 0, 12)?)?;
+    let query = part(&inputs[0], 12, 8)?;
+    let out = mine.forward(&query, &part(&inputs[1], 12, 8)?, &part(&inputs[2], 12, 8)?, &mut cache)?;
+    assert_same_bits(&out, &query.affine(2.0, 0.0)?, "prefill");
+    let one = [4, 2, 2].map(|heads| rng.tensor(&[1, heads, 1, 16], DType::F32));
+    let decoded = mine.forward(&one[0], &one[1], &one[2], &mut cache)?;
+    cache.truncate(20)?;
+    assert_same_bits(&decoded, &attn.forward(&one[0], &one[1], &one[2], &mut cache)?, "decode");
+
+    let bad = attn.with_prefill(|_, _, values, _| Ok(values.clone()));
+    let before = cache.len();
+    let error = bad.forward(&inputs[0], &inputs[1], &inputs[2], &mut cache).expect_err("another shape").to_string();
+    let expected =
+        "PqAttention: prefill function: expected a result of ([1, 4, 20, 16], F32), got ([1, 2, 41, 16], F32)";
+    assert_eq!(error.lines().next(), Some(expected));
+    assert_eq!(cache.len(), before, "undone");
+    Ok(())
+}
+
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
     let mut rng = Rng(4);
