@@ -10,8 +10,8 @@ use crate::config::PqConfig;
 /// - **Growth.** [`append`](Self::append) writes the new keys and values behind the old ones. Capacity doubles when it
 ///   runs out, so an append costs amortised O(1) a key; give [`new`](Self::new) the final length and nothing is ever
 ///   copied.
-/// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the window (on
-///   some of the window where that would be fewer than centroids), and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
+/// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
+///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
 ///   does not have to serve a long answer. Keys are encoded in blocks, just before the first of them leaves the window.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
@@ -168,21 +168,18 @@ impl PqKvCache {
 
     fn train_if_due(&mut self) -> Result<()> {
         let start = self.config.init_offset();
-        // Not on the window, where there are keys enough without it: the last keys are those that are taken back.
-        let end = self.config.candidates(self.len).end.max(start.saturating_add(self.config.n_centroids()));
-        let trainable = end.saturating_sub(start);
-        let due = end <= self.len
-            && match &self.index {
-                None => true,
-                Some(Index { trained: None, .. }) => false,
-                Some(Index { trained: Some(end), .. }) => {
-                    let trained = end - start;
-                    trained < self.config.max_train_keys && trainable >= 2 * trained
-                }
-            };
+        let trainable = self.len.saturating_sub(start);
+        let due = match &self.index {
+            None => trainable >= self.config.n_centroids(),
+            Some(Index { trained: None, .. }) => false,
+            Some(Index { trained: Some(end), .. }) => {
+                let trained = end - start;
+                trained < self.config.max_train_keys && trainable >= 2 * trained
+            }
+        };
         if due {
             let codebook = Codebook::train(&self.keys.narrow(2, start, trainable)?, &self.config)?;
-            self.index = Some(Index { codebook, trained: Some(end) });
+            self.index = Some(Index { codebook, trained: Some(self.len) });
             self.encoded = start;
         }
         Ok(())

@@ -17,6 +17,12 @@ pub(crate) trait Elem: WithDType {
     /// Converts `src` into `out`, which is as long.
     fn widen(src: &[Self], out: &mut [f32]);
 
+    /// `src` itself where it is f32.
+    #[inline(always)]
+    fn as_f32(_src: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
     /// Rounds an f32 result to this type.
     fn narrow(x: f32) -> Self;
 }
@@ -25,6 +31,11 @@ impl Elem for f32 {
     #[inline(always)]
     fn widen(src: &[Self], out: &mut [f32]) {
         out.copy_from_slice(src);
+    }
+
+    #[inline(always)]
+    fn as_f32(src: &[f32]) -> Option<&[f32]> {
+        Some(src)
     }
 
     #[inline(always)]

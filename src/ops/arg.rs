@@ -65,6 +65,11 @@ pub(crate) struct View<const N: usize> {
 }
 
 impl<const N: usize> View<N> {
+    /// Whether rows follow each other without a gap.
+    pub(crate) fn has_adjacent_rows(&self) -> bool {
+        self.strides[N - 2] == self.dims[N - 1]
+    }
+
     /// Offset of the element at `index`; fewer indices than dimensions address the start of a row or block.
     #[inline(always)]
     pub(crate) fn at(&self, index: &[usize]) -> usize {

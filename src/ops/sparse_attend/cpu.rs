@@ -153,13 +153,16 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
         Positions::Listed { positions, .. } => positions.len(),
     };
 
+    let (keys, values) = (&inputs.plan.keys, &inputs.plan.values);
+    let in_range = matches!(block.positions, Positions::Range(_));
     let mut scores = vec![0f32; heads * len];
     let mut tile = vec![0f32; TILE * head_dim];
     for start in (0..len).step_by(TILE) {
-        let rows = TILE.min(len - start);
-        gather(inputs.keys, &mut tile, head_dim, rows, |i| inputs.plan.keys.at(&[b, kv, position(start + i)]));
+        let count = TILE.min(len - start);
+        let at = |i| keys.at(&[b, kv, position(start + i)]);
+        let tile = rows(inputs.keys, &mut tile, [count, head_dim], in_range && keys.has_adjacent_rows(), at);
         for (query, scores) in query.chunks_exact(head_dim).zip(scores.chunks_exact_mut(len)) {
-            for (score, key) in scores[start..start + rows].iter_mut().zip(tile.chunks_exact(head_dim)) {
+            for (score, key) in scores[start..start + count].iter_mut().zip(tile.chunks_exact(head_dim)) {
                 *score = dot(query, key);
             }
         }
@@ -178,10 +181,11 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
     }
 
     for start in (0..len).step_by(TILE) {
-        let rows = TILE.min(len - start);
-        gather(inputs.values, &mut tile, head_dim, rows, |i| inputs.plan.values.at(&[b, kv, position(start + i)]));
+        let count = TILE.min(len - start);
+        let at = |i| values.at(&[b, kv, position(start + i)]);
+        let tile = rows(inputs.values, &mut tile, [count, head_dim], in_range && values.has_adjacent_rows(), at);
         for (scores, sums) in scores.chunks_exact(len).zip(partial.values.chunks_exact_mut(head_dim)) {
-            add_weighted(&tile, &scores[start..start + rows], sums);
+            add_weighted(tile, &scores[start..start + count], sums);
         }
     }
     partial
@@ -201,15 +205,26 @@ impl<T: Elem> Inputs<'_, T> {
     }
 }
 
-/// Copies `rows` rows, the `i`-th from offset `at(i)`, into a tile as f32.
+/// `count` rows, the `i`-th from offset `at(i)`, one after the other as f32: where they lie so already (`adjacent`), or
+/// copied into the tile.
 ///
-/// A step of its own, with nothing else to wait for, it keeps many cache misses in flight: the rows of a list are
-/// scattered over memory.
+/// Copying is a step of its own, with nothing else to wait for, so it keeps many cache misses in flight: the rows of a
+/// list are scattered over memory.
 #[inline(always)]
-fn gather<T: Elem>(from: &[T], tile: &mut [f32], head_dim: usize, rows: usize, at: impl Fn(usize) -> usize) {
-    for (i, row) in tile.chunks_exact_mut(head_dim).take(rows).enumerate() {
+fn rows<'a, T: Elem>(
+    from: &'a [T],
+    tile: &'a mut [f32],
+    [count, head_dim]: [usize; 2],
+    adjacent: bool,
+    at: impl Fn(usize) -> usize,
+) -> &'a [f32] {
+    if let (true, Some(rows)) = (adjacent, T::as_f32(&from[at(0)..])) {
+        return &rows[..count * head_dim];
+    }
+    for (i, row) in tile.chunks_exact_mut(head_dim).take(count).enumerate() {
         T::widen(&from[at(i)..][..head_dim], row);
     }
+    &tile[..count * head_dim]
 }
 
 /// `sums += Σ_i weights[i] rows[i]`, with `rows` as long as `sums`.
