@@ -4,6 +4,10 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
 use crate::config::PqConfig;
+#[cfg(feature = "cuda")]
+use crate::cuda::Lens;
+#[cfg(feature = "cuda")]
+use crate::ops;
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
@@ -12,7 +16,8 @@ use crate::config::PqConfig;
 ///   copied.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
-///   does not have to serve a long answer. Keys are encoded in blocks, just before the first of them leaves the window.
+///   does not have to serve a long answer. Keys are encoded in blocks of `window + 1`, when a block is full, which is before
+///   its first key can be selected.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
 ///
@@ -21,10 +26,14 @@ use crate::config::PqConfig;
 #[derive(Debug)]
 pub struct PqKvCache {
     config: PqConfig,
-    keys: Tensor,
-    values: Tensor,
+    /// Keys, then values: `[2, b, h_kv, capacity, head_dim]`.
+    kv: Tensor,
+    /// `[b, h_kv, capacity, pq_dim]`
     codes: Tensor,
     len: usize,
+    /// On a GPU, what `len` will be when the launches so far are done.
+    #[cfg(feature = "cuda")]
+    lens: Option<Lens>,
     index: Option<Index>,
     /// Keys from `init_offset` up to here have codes.
     encoded: usize,
@@ -67,14 +76,26 @@ impl PqKvCache {
         }
         check_capacity([batch, kv_heads, head_dim], capacity, dtype)?;
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(device) = device {
-            crate::cuda::prepare(device)?;
-        }
-        let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
-        let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
+        let lens = match device {
+            Device::Cuda(device) => {
+                crate::cuda::prepare(device)?;
+                Some(Lens::new(device, batch)?)
+            }
+            _ => None,
+        };
+        let kv = Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
         let encoded = config.init_offset();
-        Ok(Self { config, keys, values, codes, len: 0, index: None, encoded })
+        Ok(Self {
+            config,
+            kv,
+            codes,
+            len: 0,
+            #[cfg(feature = "cuda")]
+            lens,
+            index: None,
+            encoded,
+        })
     }
 
     /// Appends keys and values, `[b, h_kv, s, head_dim]` each, any `s` and any strides.
@@ -92,10 +113,19 @@ impl PqKvCache {
             return Ok(());
         }
         self.reserve(added)?;
-        self.keys.slice_set(&keys.contiguous()?, 2, self.len)?;
-        self.values.slice_set(&values.contiguous()?, 2, self.len)?;
+        self.write(keys, values)?;
         self.len += added;
         Ok(())
+    }
+
+    /// Writes keys and values behind the last ones, where there is room.
+    fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(lens) = &mut self.lens {
+            return ops::append(&self.kv, lens, keys, values);
+        }
+        self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len)?;
+        self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len)
     }
 
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
@@ -108,8 +138,8 @@ impl PqKvCache {
             let (expected, got) = (self.dtype().as_str(), tensor.dtype().as_str());
             bail!("PqKvCache: {name}: expected dtype {expected}, got {got}");
         }
-        if !tensor.device().same_device(self.keys.device()) {
-            let (expected, got) = (self.keys.device().location(), tensor.device().location());
+        if !tensor.device().same_device(self.kv.device()) {
+            let (expected, got) = (self.kv.device().location(), tensor.device().location());
             bail!("PqKvCache: {name}: expected device {expected:?}, got {got:?}");
         }
         Ok(())
@@ -121,48 +151,72 @@ impl PqKvCache {
     /// More memory than can be addressed, or than the device has (a CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
-        let (needed, capacity) = (self.len.saturating_add(additional), self.keys.dims()[2]);
+        let (needed, capacity) = (self.len.saturating_add(additional), self.capacity());
         if needed <= capacity {
             return Ok(());
         }
         let capacity = needed.max(2 * capacity).max(SMALLEST);
         check_capacity(self.dims(), capacity, self.dtype())?;
-        let grown = |old: &Tensor| {
+        self.forbid_capture("growth", "reserve room for all steps")?;
+        let grown = |old: &Tensor, dim: usize| {
             let mut dims = old.dims().to_vec();
-            dims[2] = capacity;
+            dims[dim] = capacity;
             let new = Tensor::zeros(dims, old.dtype(), old.device())?;
-            if old.elem_count() > 0 {
-                new.slice_set(old, 2, 0)?;
+            // Head by head: Candle's copy counts in 32 bits on a GPU.
+            let (from, to) = (old.flatten_to(dim - 1)?, new.flatten_to(dim - 1)?);
+            for head in 0..if self.len > 0 { from.dims()[0] } else { 0 } {
+                to.get(head)?.slice_set(&from.get(head)?, 0, 0)?;
             }
             Ok::<_, candle_core::Error>(new)
         };
-        (self.keys, self.values, self.codes) = (grown(&self.keys)?, grown(&self.values)?, grown(&self.codes)?);
+        (self.kv, self.codes) = (grown(&self.kv, 3)?, grown(&self.codes, 2)?);
         Ok(())
     }
 
     /// Brings the index up to date now, rather than in the next decode step: trains the codebook if one is due, and
-    /// encodes every key. Does nothing while there are fewer keys than centroids.
+    /// encodes all full blocks of keys. Does nothing while there are fewer keys than centroids.
     ///
     /// # Errors
     /// What the device gives.
     pub fn build_index(&mut self) -> Result<()> {
         self.train_if_due()?;
-        self.encode_up_to(self.len)
+        self.encode_blocks()
     }
 
     /// Codebook and codes of all candidates.
     pub(crate) fn index(&mut self) -> Result<(&Codebook, Tensor)> {
-        self.train_if_due()?;
+        self.build_index()?;
         let candidates = self.config.candidates(self.len);
-        self.encode_up_to(candidates.end)?;
+        Ok((self.trained()?, self.codes.narrow(2, candidates.start, candidates.len())?))
+    }
+
+    /// As [`index`](Self::index), with the codes of all positions that there is room for.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn index_on_gpu(&mut self) -> Result<ops::Index> {
+        self.build_index()?;
+        let start = self.config.init_offset();
+        let codes = self.codes.narrow(2, start, self.capacity().saturating_sub(start))?;
+        Ok(ops::Index { codes, centroids: self.trained()?.centroids()? })
+    }
+
+    /// Keys and values of all positions that there is room for, if they are on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(&self) -> Result<Option<ops::Sequences<'_>>> {
+        match &self.lens {
+            None => Ok(None),
+            Some(lens) => Ok(Some(ops::Sequences { keys: self.kv.get(0)?, values: self.kv.get(1)?, lens })),
+        }
+    }
+
+    fn trained(&self) -> Result<&Codebook> {
         match &self.index {
+            Some(index) => Ok(&index.codebook),
             None => bail!(
                 "PqKvCache: index: expected at least n_centroids {} keys from init_offset {} on, got {} keys",
                 self.config.n_centroids(),
                 self.config.init_offset(),
                 self.len
             ),
-            Some(index) => Ok((&index.codebook, self.codes.narrow(2, candidates.start, candidates.len())?)),
         }
     }
 
@@ -178,21 +232,62 @@ impl PqKvCache {
             }
         };
         if due {
-            let codebook = Codebook::train(&self.keys.narrow(2, start, trainable)?, &self.config)?;
+            self.forbid_capture("training", "call build_index")?;
+            let codebook = Codebook::train(&self.kv.get(0)?.narrow(2, start, trainable)?, &self.config)?;
             self.index = Some(Index { codebook, trained: Some(self.len) });
             self.encoded = start;
         }
         Ok(())
     }
 
-    /// Encodes the keys that have no codes yet if one before `end` is among them: then all, the window's as well, so
-    /// that the next time comes only when those have left it.
-    fn encode_up_to(&mut self, end: usize) -> Result<()> {
+    /// Keys of a block: what fits the window and the key that leaves it.
+    fn block(&self) -> usize {
+        self.config.window.saturating_add(1)
+    }
+
+    /// End of the full blocks of `len` keys. It is never before the window, so all candidates have codes.
+    fn blocks_end(&self, len: usize) -> usize {
+        let start = self.config.init_offset();
+        start + len.saturating_sub(start) / self.block() * self.block()
+    }
+
+    /// Encodes the full blocks that have no codes yet.
+    fn encode_blocks(&mut self) -> Result<()> {
         let Some(index) = &self.index else { return Ok(()) };
-        if self.encoded < end {
-            let keys = self.keys.narrow(2, self.encoded, self.len - self.encoded)?;
-            self.codes.slice_set(&index.codebook.encode(&keys)?, 2, self.encoded)?;
-            self.encoded = self.len;
+        let due = self.encoded..self.blocks_end(self.len);
+        #[cfg(feature = "cuda")]
+        if let (true, Some(lens)) = (self.is_capturing()?, &self.lens) {
+            // Whether a block is full is for each replay to see.
+            if due.len() > self.block() {
+                bail!(
+                    "PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first"
+                );
+            }
+            let due = ops::Due { lens, init_offset: self.config.init_offset(), block: self.block() };
+            index.codebook.encode_due(&self.codes, &self.kv.get(0)?, due)?;
+            self.encoded = self.blocks_end(self.len);
+            return Ok(());
+        }
+        if !due.is_empty() {
+            index.codebook.encode_into(&self.codes, &self.kv.get(0)?, due.clone())?;
+            self.encoded = due.end;
+        }
+        Ok(())
+    }
+
+    /// Whether launches are recorded for a CUDA graph rather than run.
+    fn is_capturing(&self) -> Result<bool> {
+        match self.kv.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => crate::cuda::is_capturing(device),
+            _ => Ok(false),
+        }
+    }
+
+    /// Fails where `what` would become a part of a captured graph.
+    fn forbid_capture(&self, what: &str, instead: &str) -> Result<()> {
+        if self.is_capturing()? {
+            bail!("PqKvCache: {what}: expected none while a CUDA graph is captured: {instead} first");
         }
         Ok(())
     }
@@ -228,21 +323,64 @@ impl PqKvCache {
         if len > self.len {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
         }
-        self.len = len;
-        let start = self.config.init_offset();
+        self.set_len(len)?;
         if matches!(self.index, Some(Index { trained: Some(end), .. }) if end > len) {
             self.index = None;
-            self.encoded = start;
+            self.encoded = self.config.init_offset();
         }
-        self.encoded = self.encoded.min(len).max(start);
+        self.encoded = self.encoded.min(self.blocks_end(len));
         Ok(())
     }
 
-    /// Forgets all keys, and the codebook unless it was handed in; keeps the memory.
-    pub fn reset(&mut self) {
-        self.len = 0;
-        self.encoded = self.config.init_offset();
-        self.index.take_if(|index| index.trained.is_some());
+    /// Takes back what [`append`](Self::append) just did, whether it ran or was only recorded for a graph.
+    pub(crate) fn undo_append(&mut self, len: usize) -> Result<()> {
+        if self.is_capturing()? {
+            self.len = len;
+            return Ok(());
+        }
+        self.truncate(len)
+    }
+
+    fn set_len(&mut self, len: usize) -> Result<()> {
+        self.forbid_capture("truncate", "call it")?;
+        #[cfg(feature = "cuda")]
+        if let Some(lens) = &mut self.lens {
+            lens.set(len)?;
+        }
+        self.len = len;
+        Ok(())
+    }
+
+    /// Forgets all keys, and the codebook unless it was handed in; keeps the memory. The same as `truncate(0)`.
+    ///
+    /// # Errors
+    /// What the device gives.
+    pub fn reset(&mut self) -> Result<()> {
+        self.truncate(0)
+    }
+
+    /// Takes note of `steps` decode steps that a replayed CUDA graph took, each of one key: the device has moved on
+    /// without the host.
+    ///
+    /// A step of [`PqAttention`](crate::PqAttention) reads lengths from the device, so that it can be captured once and
+    /// replayed as the sequence grows. What the host needs is its own count, for the next step that is no replay. The
+    /// capture itself counts as the first replay. A graph is valid until the cache grows or trains, so reserve room for
+    /// all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
+    ///
+    /// # Errors
+    /// More steps than there is room for: replays beyond the capacity append nothing.
+    pub fn advance(&mut self, steps: usize) -> Result<()> {
+        match self.len.checked_add(steps) {
+            Some(len) if len <= self.capacity() => self.len = len,
+            _ => {
+                let (room, len) = (self.capacity() - self.len, self.len);
+                bail!(
+                    "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
+                    self.capacity()
+                )
+            }
+        }
+        Ok(())
     }
 
     /// Keys so far, `[b, h_kv, n, head_dim]`: a view.
@@ -250,7 +388,7 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn keys(&self) -> Result<Tensor> {
-        self.keys.narrow(2, 0, self.len)
+        self.kv.get(0)?.narrow(2, 0, self.len)
     }
 
     /// Values so far, `[b, h_kv, n, head_dim]`: a view.
@@ -258,7 +396,7 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn values(&self) -> Result<Tensor> {
-        self.values.narrow(2, 0, self.len)
+        self.kv.get(1)?.narrow(2, 0, self.len)
     }
 
     /// Codes of the keys that have some, `[b, h_kv, encoded - init_offset, pq_dim]` u8: a view.
@@ -291,7 +429,7 @@ impl PqKvCache {
 
     /// Keys that fit before the next growth.
     pub fn capacity(&self) -> usize {
-        self.keys.dims()[2]
+        self.kv.dims()[3]
     }
 
     /// The config it was made with.
@@ -301,13 +439,13 @@ impl PqKvCache {
 
     /// `[b, h_kv, head_dim]`
     pub fn dims(&self) -> [usize; 3] {
-        let dims = self.keys.dims();
-        [dims[0], dims[1], dims[3]]
+        let dims = self.kv.dims();
+        [dims[1], dims[2], dims[4]]
     }
 
     /// The dtype of keys and values.
     pub fn dtype(&self) -> DType {
-        self.keys.dtype()
+        self.kv.dtype()
     }
 
     /// Bytes in use.

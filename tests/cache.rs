@@ -84,7 +84,7 @@ proptest! {
         append(&mut a, &keys, &values, kept, kept + 50).unwrap();
         append(&mut b, &keys, &values, 0, kept + 50).unwrap();
         assert_same_cache(&mut a, &mut b, "truncated").unwrap();
-        a.reset();
+        a.reset().unwrap();
         append(&mut a, &keys, &values, 0, kept + 50).unwrap();
         assert_same_cache(&mut a, &mut b, "reset").unwrap();
     }
@@ -389,7 +389,7 @@ fn codebook_survives_a_file() -> Result<()> {
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         cache.truncate(0)?;
-        cache.reset();
+        cache.reset()?;
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         assert_same_bits(&cache.codebook().expect("kept").centroids()?, &codebook.centroids()?, "centroids");

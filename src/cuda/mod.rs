@@ -16,11 +16,16 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::{
-    sys::{CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute},
+    sys::{
+        CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute,
+        CUstreamCaptureStatus as CaptureStatus,
+    },
     CudaFunction, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
-use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, DeviceId, WrapErr};
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape, Storage};
+
+use crate::config::{Heavy, PqConfig};
 
 mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
@@ -47,6 +52,7 @@ macro_rules! modules {
 }
 
 modules! {
+    APPEND, "append", "append_2_x1";
     CAUSAL_SOFTMAX, "causal_softmax", "causal_softmax";
     ENCODE, "encode", "encode_f32_len0";
     GROUP_MASS, "group_mass", "group_mass";
@@ -112,12 +118,87 @@ pub(crate) struct DeviceView<const N: usize> {
     pub(crate) strides: [u64; N],
 }
 
+/// Which keys of a sequence a decode step is about: `Step` in `kernels/common.cuh`, which derives all counts from it and
+/// the length of the sequence.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Step {
+    /// Keys of every sequence; where their lengths are in device memory, the most there may be.
+    pub(crate) n: u64,
+    pub(crate) sink: u64,
+    pub(crate) window: u64,
+    pub(crate) init_offset: u64,
+    /// So many keys to select,
+    pub(crate) heavy: u64,
+    /// or this share of all.
+    pub(crate) share: f64,
+}
+
+impl Step {
+    /// A decode step over sequences of at most `capacity` keys.
+    pub(crate) fn of_config(config: &PqConfig, capacity: usize) -> Self {
+        let (heavy, share) = match config.heavy {
+            Heavy::Keys(keys) => (keys, 0.0),
+            Heavy::Fraction(share) => (0, share),
+        };
+        Self {
+            n: capacity as u64,
+            sink: config.sink as u64,
+            window: config.window as u64,
+            init_offset: config.init_offset() as u64,
+            heavy: heavy as u64,
+            share,
+        }
+    }
+
+    /// `n` candidates, of which `heavy` are selected.
+    pub(crate) fn of_candidates(n: usize, heavy: usize) -> Self {
+        Self { n: n as u64, sink: 0, window: 0, init_offset: 0, heavy: heavy as u64, share: 0.0 }
+    }
+}
+
+/// The lengths of a cache's sequences in device memory, which kernels read and `append` moves on, so that a captured
+/// graph serves a sequence that grows.
+#[derive(Debug)]
+pub(crate) struct Lens {
+    /// A length each, then a count that is 0 between launches: `kernels/append.cu`.
+    storage: CudaStorage,
+    sequences: usize,
+}
+
+impl Lens {
+    pub(crate) fn new(device: &CudaDevice, sequences: usize) -> Result<Self> {
+        Ok(Self { storage: zeros(device, sequences + 1, DType::U32)?, sequences })
+    }
+
+    /// Sets all of them.
+    pub(crate) fn set(&mut self, len: usize) -> Result<()> {
+        let mut lens = vec![u32_of("PqKvCache", "len", len)?; self.sequences + 1];
+        lens[self.sequences] = 0;
+        let device = self.storage.device().clone();
+        device.memcpy_htod(&lens, u32::as_cuda_slice_mut(&mut self.storage)?)
+    }
+
+    pub(crate) fn storage(&self) -> &CudaStorage {
+        &self.storage
+    }
+
+    pub(crate) fn storage_mut(&mut self) -> &mut CudaStorage {
+        &mut self.storage
+    }
+}
+
+/// Whether what is launched on a device now is recorded for a CUDA graph rather than run.
+pub(crate) fn is_capturing(device: &CudaDevice) -> Result<bool> {
+    Ok(device.cuda_stream().capture_status().w()? != CaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
 /// A kernel's parameter struct, passed by value: `repr(C)`, of the fields of its namesake in the kernel's source.
 #[repr(transparent)]
 pub(crate) struct Params<P>(pub(crate) P);
 
 // SAFETY: the bytes are copied to the kernel, which reads them as the struct of the same fields; parameters are integers,
-// floats and DeviceViews, for which any bits are valid, and hold no pointer.
+// floats, DeviceViews and Steps, for which any bits are valid, and hold no pointer.
 unsafe impl<P: Copy> DeviceRepr for Params<P> {}
 
 /// A number of a device's memory as a kernel's size; an error where it does not fit.
@@ -142,6 +223,12 @@ pub(crate) fn output(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType)
 /// Zeroed memory, for a kernel to count in.
 pub(crate) fn zeros(device: &CudaDevice, count: usize, dtype: DType) -> Result<CudaStorage> {
     device.zeros_impl(&count.into(), dtype)
+}
+
+/// Zeroes the first `count` words of `storage`.
+pub(crate) fn clear(storage: &mut CudaStorage, count: usize) -> Result<()> {
+    let stream = storage.device().cuda_stream();
+    stream.memset_zeros(&mut u32::as_cuda_slice_mut(storage)?.slice_mut(..count)).w()
 }
 
 /// The suffix of the kernels for an element type.
@@ -205,10 +292,26 @@ impl<'a> Launch<'a> {
         Ok(self)
     }
 
-    /// A null pointer.
-    pub(crate) fn null(mut self) -> Self {
-        self.args.arg(&NULL);
-        self
+    /// As [`input`](Self::input), or a null pointer.
+    pub(crate) fn input_or_null(mut self, storage: Option<&'a CudaStorage>) -> Result<Self> {
+        match storage {
+            Some(storage) => self.input(storage),
+            None => {
+                self.args.arg(&NULL);
+                Ok(self)
+            }
+        }
+    }
+
+    /// As [`output`](Self::output), or a null pointer.
+    pub(crate) fn output_or_null(mut self, storage: Option<&'a mut CudaStorage>) -> Result<Self> {
+        match storage {
+            Some(storage) => self.output(storage),
+            None => {
+                self.args.arg(&NULL);
+                Ok(self)
+            }
+        }
     }
 
     /// A parameter that is passed by value.
@@ -254,6 +357,14 @@ impl<'a> Launch<'a> {
             block_dim: (threads, 1, 1),
             shared_mem_bytes: shared as u32,
         }))
+    }
+}
+
+/// The GPU's side of a tensor that an op holds beside those that Candle gives it.
+pub(crate) fn storage_of<'a>(op: &str, storage: &'a Storage) -> Result<&'a CudaStorage> {
+    match storage {
+        Storage::Cuda(storage) => Ok(storage),
+        _ => bail!("{op}: expected all tensors on one GPU, got one that is not"),
     }
 }
 

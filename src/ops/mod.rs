@@ -8,8 +8,12 @@
 //! and limits are checked; the kernels trust it. [`PqAttention`](crate::PqAttention) chains them; each also stands on
 //! its own.
 
+#[cfg(feature = "cuda")]
+mod append;
 mod arg;
 mod causal_softmax;
+#[cfg(feature = "cuda")]
+mod decode;
 mod encode;
 mod group_mass;
 mod indices_and_weights;
@@ -19,8 +23,14 @@ mod side_output;
 mod sparse_attend;
 mod topk;
 
+#[cfg(feature = "cuda")]
+pub(crate) use append::append;
 pub use causal_softmax::causal_softmax;
+#[cfg(feature = "cuda")]
+pub(crate) use decode::{decode, Index, Sequences, Workspace};
 pub use encode::encode;
+#[cfg(feature = "cuda")]
+pub(crate) use encode::{encode_into, Due};
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};

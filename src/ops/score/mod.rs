@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -46,7 +48,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    fn new(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Self> {
+    pub(super) fn new(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Self> {
         let (query_arg, codes_arg) = (Arg::new(OP, "query", query), Arg::new(OP, "codes", codes));
         let centroids_arg = Arg::new(OP, "centroids", centroids);
         query_arg.is_float()?;

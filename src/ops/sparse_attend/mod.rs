@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -91,7 +93,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    fn new(
+    pub(super) fn new(
         op: &'static str,
         query: &Tensor,
         keys: &Tensor,
