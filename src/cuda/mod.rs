@@ -12,6 +12,7 @@
 mod matmul;
 pub(crate) use matmul::matmul_to_f32;
 
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -20,9 +21,10 @@ use candle_core::cuda_backend::cudarc::driver::{
         CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute,
         CUstreamCaptureStatus as CaptureStatus,
     },
-    CudaFunction, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, DeviceId, WrapErr};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape, Storage};
 
 use crate::config::{Heavy, PqConfig};
@@ -31,54 +33,61 @@ mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 }
 
-/// The kernels of one source file.
-pub(crate) struct Module {
-    name: &'static str,
+/// The same, assembled for the devices of one compute capability.
+mod cubin {
+    include!(concat!(env!("OUT_DIR"), "/cubin.rs"));
+}
+
+/// The kernels of one source file: what a driver compiles, and what it need not.
+struct Source {
     ptx: &'static str,
-    /// One of them: Candle loads a module by a kernel in it.
-    first: &'static str,
+    cubin: &'static [u8],
 }
 
 macro_rules! modules {
-    ($($name:ident, $file:literal, $first:literal;)*) => {
-        $(pub(crate) const $name: Module = Module {
-            // Candle keeps the modules of all crates under their names.
-            name: concat!(env!("CARGO_PKG_NAME"), "-", env!("CARGO_PKG_VERSION"), "-", $file),
-            ptx: ptx::$name,
-            first: $first,
-        };)*
-        const MODULES: &[Module] = &[$($name),*];
+    ($($name:ident = $file:ident,)*) => {
+        /// A source file in `kernels/`.
+        #[derive(Debug, Clone, Copy)]
+        pub(crate) enum Module { $($name),* }
+
+        const SOURCES: &[Source] = &[$(Source { ptx: ptx::$file, cubin: cubin::$file }),*];
     };
 }
 
 modules! {
-    APPEND, "append", "append_2_x1";
-    CAUSAL_SOFTMAX, "causal_softmax", "causal_softmax";
-    ENCODE, "encode", "encode_f32_len0";
-    GROUP_MASS, "group_mass", "group_mass";
-    INDICES_AND_WEIGHTS, "indices_and_weights", "indices_and_weights";
-    KMEANS, "kmeans", "kmeans_draw_f32";
-    SCORE, "score", "score_h1_x1";
-    SPARSE_ATTEND, "sparse_attend", "attend_merge_f32";
-    TOPK, "topk", "topk";
+    Append = APPEND,
+    CausalSoftmax = CAUSAL_SOFTMAX,
+    Encode = ENCODE,
+    GroupMass = GROUP_MASS,
+    IndicesAndWeights = INDICES_AND_WEIGHTS,
+    Kmeans = KMEANS,
+    Score = SCORE,
+    SparseAttend = SPARSE_ATTEND,
+    TopK = TOPK,
 }
 
 /// What the ops ask of a device.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Gpu {
     pub(crate) multiprocessors: usize,
     /// Bytes of shared memory that a block may have.
     pub(crate) shared_bytes: usize,
+    /// In the order of [`Module`].
+    modules: Vec<Arc<CudaModule>>,
+    functions: RwLock<HashMap<String, CudaFunction>>,
 }
 
-static GPUS: RwLock<Vec<(DeviceId, Gpu)>> = RwLock::new(Vec::new());
+/// By the number of the device: all of Candle's devices for one GPU share its context, and so its modules.
+static GPUS: RwLock<Vec<(usize, Arc<Gpu>)>> = RwLock::new(Vec::new());
 
-/// Loads all kernels, which compiles their PTX, when a device is met for the first time: with its first cache, or else
-/// its first op, so never within a later token.
+/// Loads all kernels when a device is met for the first time: with its first cache, or else its first op, so never within
+/// a later token. On devices other than those the crate was built for, the driver compiles them then, which takes seconds
+/// once: it keeps the result.
 ///
 /// Fails on a device below compute capability 8.0, or on a driver older than the toolkit that made the PTX.
-pub(crate) fn prepare(device: &CudaDevice) -> Result<Gpu> {
-    let known = |gpus: &[(DeviceId, Gpu)]| gpus.iter().find(|(id, _)| *id == device.id()).map(|(_, gpu)| *gpu);
+pub(crate) fn prepare(device: &CudaDevice) -> Result<Arc<Gpu>> {
+    let ordinal = device.cuda_stream().context().ordinal();
+    let known = |gpus: &[(usize, Arc<Gpu>)]| gpus.iter().find(|(id, _)| *id == ordinal).map(|(_, gpu)| gpu.clone());
     if let Some(gpu) = known(&GPUS.read().unwrap_or_else(PoisonError::into_inner)) {
         return Ok(gpu);
     }
@@ -86,28 +95,49 @@ pub(crate) fn prepare(device: &CudaDevice) -> Result<Gpu> {
     if let Some(gpu) = known(&gpus) {
         return Ok(gpu);
     }
-    let stream = device.cuda_stream();
-    let context = stream.context();
-    let (major, minor) = context.compute_capability().w()?;
-    if major < 8 {
-        bail!("cuda: expected a device of compute capability 8.0 (Ampere) or later, got {major}.{minor}");
-    }
-    for module in MODULES {
-        device.get_or_load_custom_func(module.first, module.name, module.ptx).map_err(|error| {
-            error.context(format!(
-                "{}: the driver does not take the embedded PTX: install a driver as new as the CUDA toolkit that \
-                 built this crate, or build it with an older toolkit",
-                module.name
-            ))
-        })?;
-    }
-    let attribute = |attribute| Ok::<_, Error>(usize::try_from(context.attribute(attribute).w()?).unwrap_or(0));
-    let gpu = Gpu {
-        multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-    };
-    gpus.push((device.id(), gpu));
+    let gpu = Arc::new(Gpu::new(device)?);
+    gpus.push((ordinal, gpu.clone()));
     Ok(gpu)
+}
+
+impl Gpu {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let (major, minor) = context.compute_capability().w()?;
+        if major < 8 {
+            bail!("cuda: expected a device of compute capability 8.0 (Ampere) or later, got {major}.{minor}");
+        }
+        // Machine code runs on devices of its major capability from its own on.
+        let capability = usize::try_from(10 * major + minor).unwrap_or(0);
+        let is_assembled = cubin::CAPABILITY / 10 == capability / 10 && cubin::CAPABILITY <= capability;
+        let load = |source: &Source| {
+            let image = if is_assembled { Ptx::from_binary(source.cubin.to_vec()) } else { source.ptx.into() };
+            context.load_module(image).w().map_err(|error| {
+                error.context(
+                    "cuda: the driver does not take the embedded kernels: install a driver as new as the CUDA toolkit \
+                     that built this crate, or build it with an older toolkit",
+                )
+            })
+        };
+        let attribute = |attribute| Ok::<_, Error>(usize::try_from(context.attribute(attribute).w()?).unwrap_or(0));
+        Ok(Self {
+            multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            modules: SOURCES.iter().map(load).collect::<Result<_>>()?,
+            functions: RwLock::default(),
+        })
+    }
+
+    /// The kernel of this name.
+    fn function(&self, module: Module, name: &str) -> Result<CudaFunction> {
+        if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+            return Ok(function.clone());
+        }
+        let function = self.modules[module as usize].load_function(name).w()?;
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(functions.entry(name.to_string()).or_insert(function).clone())
+    }
 }
 
 /// Offset and strides of a tensor, in elements: `View` in `kernels/common.cuh`.
@@ -244,9 +274,9 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub(crate) fn new(device: &CudaDevice, module: &Module, name: impl Into<String>) -> Result<Self> {
+    pub(crate) fn new(device: &CudaDevice, module: Module, name: impl Into<String>) -> Result<Self> {
         let name = name.into();
-        let func = device.get_or_load_custom_func(&name, module.name, module.ptx)?.into_cuda_function();
+        let func = prepare(device)?.function(module, &name)?;
         Ok(Self { name, func, stream: device.cuda_stream() })
     }
 

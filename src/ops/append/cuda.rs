@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, Result};
 
 use super::{Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params};
 
 /// `kernels/append.cu`
 #[repr(C)]
@@ -46,7 +46,7 @@ pub(super) fn run(
         h_kv: u32_of(OP, "h_kv", h_kv)?,
         head_dim: u32_of(OP, "head_dim", head_dim)?,
     });
-    let kernel = Kernel::new(device, &cuda::APPEND, format!("append_{size}_x{width}"))?;
+    let kernel = Kernel::new(device, Module::Append, format!("append_{size}_x{width}"))?;
     let pieces = added * h_kv * head_dim / width;
     let grid = [pieces.div_ceil(THREADS).min(8 * gpu.multiprocessors), b, 2];
     let launch = kernel.launch().input(keys)?.input(values)?.output(cache)?.output(lens)?.value(&params);

@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, DType, Result};
 
 use super::{Due, Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params, Step};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 use crate::ops::arg::View;
 
 /// `kernels/encode.cu`
@@ -71,7 +71,7 @@ pub(super) fn launch(
         augmented: u32::from(plan.phi.is_some()),
     });
     let (len, tile) = nearest_kernel(plan.pq_len, n);
-    let kernel = Kernel::new(device, &cuda::ENCODE, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
+    let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
     let launch = kernel.launch().input(keys)?.input(centroids)?.input(phi)?;
     let launch = launch.input_or_null(due.map(|due| due.lens.storage()))?.output(codes)?.value(&params);
     launch.run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)

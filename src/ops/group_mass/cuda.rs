@@ -1,7 +1,7 @@
 use candle_core::{CudaDevice, CudaStorage, DType, Result};
 
 use super::{Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params, Step};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 
 /// `kernels/group_mass.cu`
 #[repr(C)]
@@ -59,8 +59,8 @@ impl Kernels {
             scale: plan.scale,
         };
         Ok(Self {
-            stats: Kernel::new(device, &cuda::GROUP_MASS, "group_mass_stats")?,
-            mass: Kernel::new(device, &cuda::GROUP_MASS, "group_mass")?,
+            stats: Kernel::new(device, Module::GroupMass, "group_mass_stats")?,
+            mass: Kernel::new(device, Module::GroupMass, "group_mass")?,
             params,
             rows: b * h,
             mass_rows: b * plan.h_kv,

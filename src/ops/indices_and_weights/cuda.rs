@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, DType, Result};
 
 use super::{Geometry, Lists, Plan, DENSE_OP, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params, Step};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 
 /// `kernels/indices_and_weights.cu`
 #[repr(C)]
@@ -78,7 +78,7 @@ pub(crate) fn launch(
         lists: u32_of(OP, "lists", lists)?,
         list_len: u32_of(OP, "list", list_len)?,
     });
-    let kernel = Kernel::new(device, &cuda::INDICES_AND_WEIGHTS, "indices_and_weights")?;
+    let kernel = Kernel::new(device, Module::IndicesAndWeights, "indices_and_weights")?;
     let launch = kernel.launch().input(heavy)?.input_or_null(lens)?;
     launch.output(indices)?.output(weights)?.output(list_lens)?.value(&params).run(
         [list_len.div_ceil(THREADS).max(1), b * lists, 1],
@@ -109,7 +109,7 @@ pub(super) fn scatter(
         list_len: u32_of(DENSE_OP, "list", list_len)?,
     });
     let mut dense = cuda::output(device, (b, h, n), DType::F32)?;
-    let kernel = Kernel::new(device, &cuda::INDICES_AND_WEIGHTS, "dense_weights")?;
+    let kernel = Kernel::new(device, Module::IndicesAndWeights, "dense_weights")?;
     let launch = kernel.launch().input(indices)?.input(lens)?.input(weights)?.output(&mut dense)?.value(&params);
     launch.run([n.div_ceil(SEGMENT), b * h, 1], THREADS as u32, 0)?;
     Ok(dense)

@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, DType, Result};
 
 use super::{Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params, Step};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 
 /// `kernels/score.cu`
 #[repr(C)]
@@ -84,8 +84,8 @@ impl Kernels {
             n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
         };
         Ok(Self {
-            lut: Kernel::new(device, &cuda::SCORE, format!("score_lut_{}_h{lanes}", cuda::suffix(dtype)))?,
-            score: Kernel::new(device, &cuda::SCORE, format!("score_h{lanes}_x{bytes}{place}"))?,
+            lut: Kernel::new(device, Module::Score, format!("score_lut_{}_h{lanes}", cuda::suffix(dtype)))?,
+            score: Kernel::new(device, Module::Score, format!("score_h{lanes}_x{bytes}{place}"))?,
             params,
             lanes,
             tables,

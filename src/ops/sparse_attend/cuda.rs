@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, DType, Result};
 
 use super::{Plan, Selected};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params, Step};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 use crate::ops::arg::View;
 
 /// `kernels/sparse_attend.cu`
@@ -102,8 +102,8 @@ impl Kernels {
             scale: plan.scale,
         };
         Ok(Self {
-            attend: Kernel::new(device, &cuda::SPARSE_ATTEND, name)?,
-            merge: Kernel::new(device, &cuda::SPARSE_ATTEND, format!("attend_merge_{}", cuda::suffix(dtype)))?,
+            attend: Kernel::new(device, Module::SparseAttend, name)?,
+            merge: Kernel::new(device, Module::SparseAttend, format!("attend_merge_{}", cuda::suffix(dtype)))?,
             params,
             grid: [runs, lists * bundles, b],
         })

@@ -1,7 +1,7 @@
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result};
 
 use super::{Plan, OP};
-use crate::cuda::{self, u32_of, Kernel, Params, Step};
+use crate::cuda::{self, u32_of, Kernel, Module, Params, Step};
 
 /// `kernels/topk.cu`
 #[repr(C)]
@@ -53,7 +53,7 @@ impl Kernels {
         let gpu = cuda::prepare(device)?;
         // One block a multiprocessor, so that all of them run at once.
         let parts = (gpu.multiprocessors / plan.rows.max(1)).min(plan.n.div_ceil(KEPT_SCORES)).clamp(1, MAX_PARTS);
-        Ok(Self { kernel: Kernel::new(device, &cuda::TOPK, "topk")?, rows: plan.rows, k: plan.k, parts })
+        Ok(Self { kernel: Kernel::new(device, Module::TopK, "topk")?, rows: plan.rows, k: plan.k, parts })
     }
 
     /// Words of the workspace; 0 where none is needed.
