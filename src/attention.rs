@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
-use crate::cache::PqKvCache;
+use crate::cache::{Candidates, PqKvCache};
 use crate::config::{PqConfig, Selection};
 use crate::ops::{self, Attended, Geometry, Selected};
 
@@ -172,20 +172,37 @@ impl PqAttention {
         if self.config.is_dense(cache.len()) {
             return self.dense_decode(query, cache);
         }
-        let selected = self.select(query, cache)?;
-        ops::sparse_attend(query, &cache.keys()?, &cache.values()?, &selected, self.scale)
+        let ([_, h_kv, _], n) = (cache.dims(), cache.len());
+        let Candidates { codebook, codes, coarse_codes, clusters } = cache.index()?;
+        let centroids = codebook.centroids()?;
+        let scores = match (&coarse_codes, codebook.coarse()) {
+            (Some(coarse_codes), Some(coarse)) => ops::residual_score(query, &codes, &centroids, coarse_codes, coarse)?,
+            _ => ops::score(query, &codes, &centroids)?,
+        };
+        let selected = self.select(&scores, h_kv, n)?;
+        let tail = match (&coarse_codes, clusters) {
+            (Some(codes), Some(clusters)) => {
+                let first = self.config.candidates(n).start;
+                Some(ops::tail_attend(&scores, codes, clusters, &selected, first, self.scale)?)
+            }
+            _ => None,
+        };
+        let (keys, values) = (cache.keys()?, cache.values()?);
+        match tail {
+            None => ops::sparse_attend(query, &keys, &values, &selected, self.scale),
+            Some(tail) => ops::sparse_attend_with_tail(query, &keys, &values, &selected, &tail, self.scale),
+        }
     }
 
-    /// Scores the candidates and lists what to attend to.
-    fn select(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Selected> {
-        let ([_, h_kv, _], n) = (cache.dims(), cache.len());
-        let (codebook, codes) = cache.index()?;
-        let scores = ops::score(query, &codes, &codebook.centroids()?)?;
-        let scores = match self.config.selection {
-            Selection::PerQueryHead => scores,
-            Selection::PerKvHead => ops::group_mass(&scores, h_kv, self.scale)?,
+    /// Lists what to attend to of `n` keys by the scores of the candidates.
+    fn select(&self, scores: &Tensor, h_kv: usize, n: usize) -> Result<Selected> {
+        let heavy = match self.config.selection {
+            Selection::PerQueryHead => ops::topk(scores, self.config.heavy.count(n))?,
+            Selection::PerKvHead => {
+                let mass = ops::group_mass(scores, h_kv, self.scale)?;
+                ops::topk(&mass, self.config.heavy.count(n))?
+            }
         };
-        let heavy = ops::topk(&scores, self.config.heavy.count(n))?;
         let geometry = Geometry {
             n,
             sink: self.config.sink,

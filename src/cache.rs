@@ -3,7 +3,8 @@
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
-use crate::config::PqConfig;
+use crate::config::{PqConfig, Tail};
+use crate::ops::{self, ClusterSums};
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
@@ -13,6 +14,8 @@ use crate::config::PqConfig;
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
 ///   does not have to serve a long answer. Keys are encoded in blocks, just before the first of them leaves the window.
+/// - **Tail.** With [`Tail::ClusterMeans`] it also sums the values of each cluster, over the candidates and as many keys
+///   of the window as make whole windows: a window of values is added at a time, and which they are depends on `n` alone.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
 ///
@@ -24,6 +27,8 @@ pub struct PqKvCache {
     keys: Tensor,
     values: Tensor,
     codes: Tensor,
+    /// `[b, h_kv, capacity]`, with coarse clusters.
+    coarse_codes: Option<Tensor>,
     len: usize,
     index: Option<Index>,
     /// Keys from `init_offset` up to here have codes.
@@ -35,6 +40,16 @@ struct Index {
     codebook: Codebook,
     /// End of the keys it was trained on; None for a codebook that was handed in.
     trained: Option<usize>,
+    /// What the values of each cluster sum to, and the end of the keys whose values they are; None: of none.
+    clusters: Option<(ClusterSums, usize)>,
+}
+
+/// What a decode step searches.
+pub(crate) struct Candidates<'a> {
+    pub(crate) codebook: &'a Codebook,
+    pub(crate) codes: Tensor,
+    pub(crate) coarse_codes: Option<Tensor>,
+    pub(crate) clusters: Option<&'a ClusterSums>,
 }
 
 /// Bytes in use, as opposed to reserved.
@@ -42,7 +57,7 @@ struct Index {
 pub struct Memory {
     /// Keys and values.
     pub kv_bytes: usize,
-    /// Codes and codebook.
+    /// Codes, codebook and sums of clusters.
     pub index_bytes: usize,
 }
 
@@ -73,8 +88,12 @@ impl PqKvCache {
         let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
+        let coarse_codes = match config.coarse {
+            0 => None,
+            _ => Some(Tensor::zeros((batch, kv_heads, capacity), DType::U8, device)?),
+        };
         let encoded = config.init_offset();
-        Ok(Self { config, keys, values, codes, len: 0, index: None, encoded })
+        Ok(Self { config, keys, values, codes, coarse_codes, len: 0, index: None, encoded })
     }
 
     /// Appends keys and values, `[b, h_kv, s, head_dim]` each, any `s` and any strides.
@@ -136,41 +155,81 @@ impl PqKvCache {
             }
             Ok::<_, candle_core::Error>(new)
         };
+        let coarse_codes = self.coarse_codes.as_ref().map(grown).transpose()?;
         (self.keys, self.values, self.codes) = (grown(&self.keys)?, grown(&self.values)?, grown(&self.codes)?);
+        self.coarse_codes = coarse_codes;
         Ok(())
     }
 
     /// Brings the index up to date now, rather than in the next decode step: trains the codebook if one is due, and
-    /// encodes every key. Does nothing while there are fewer keys than centroids.
+    /// encodes every key. Does nothing while there are fewer keys than centroids or clusters.
     ///
     /// # Errors
     /// What the device gives.
     pub fn build_index(&mut self) -> Result<()> {
         self.train_if_due()?;
-        self.encode_up_to(self.len)
+        self.encode_up_to(self.len)?;
+        self.sum_clusters()
     }
 
-    /// Codebook and codes of all candidates.
-    pub(crate) fn index(&mut self) -> Result<(&Codebook, Tensor)> {
+    /// Codebook, codes and clusters of all candidates.
+    pub(crate) fn index(&mut self) -> Result<Candidates<'_>> {
         self.train_if_due()?;
         let candidates = self.config.candidates(self.len);
         self.encode_up_to(candidates.end)?;
+        self.sum_clusters()?;
+        let of_candidates = |codes: &Tensor| codes.narrow(2, candidates.start, candidates.len());
         match &self.index {
             None => bail!(
-                "PqKvCache: index: expected at least n_centroids {} keys from init_offset {} on, got {} keys",
-                self.config.n_centroids(),
+                "PqKvCache: index: expected at least {} keys (n_centroids, coarse) from init_offset {} on, got {} keys",
+                self.config.min_train_keys(),
                 self.config.init_offset(),
                 self.len
             ),
-            Some(index) => Ok((&index.codebook, self.codes.narrow(2, candidates.start, candidates.len())?)),
+            Some(index) => Ok(Candidates {
+                codebook: &index.codebook,
+                codes: of_candidates(&self.codes)?,
+                coarse_codes: self.coarse_codes.as_ref().map(of_candidates).transpose()?,
+                clusters: index.clusters.as_ref().map(|(clusters, _)| clusters),
+            }),
         }
+    }
+
+    /// Has the clusters sum the values of the candidates, and those that the candidates lack to whole windows.
+    ///
+    /// A rule that depends on `n` alone: whatever came before, the same keys give the same sums.
+    fn sum_clusters(&mut self) -> Result<()> {
+        if self.config.tail == Tail::None {
+            return Ok(());
+        }
+        let [b, h_kv, head_dim] = self.dims();
+        let (first, candidates) = (self.config.init_offset(), self.config.candidates(self.len).len());
+        let end = first + candidates.next_multiple_of(self.config.window.max(1));
+        self.encode_up_to(end)?;
+        let (Some(index), Some(codes)) = (&mut self.index, &self.coarse_codes) else { return Ok(()) };
+        let (before, start) = match index.clusters.take_if(|(_, summed)| *summed <= end) {
+            Some(clusters) => clusters,
+            None => {
+                let dims = [b, h_kv, self.config.coarse, head_dim];
+                (ClusterSums::empty(dims, self.values.device())?, first)
+            }
+        };
+        let clusters = match end - start {
+            0 => before,
+            added => {
+                let (values, codes) = (self.values.narrow(2, start, added)?, codes.narrow(2, start, added)?);
+                ops::cluster_sums(&values, &codes, &before)?
+            }
+        };
+        index.clusters = Some((clusters, end));
+        Ok(())
     }
 
     fn train_if_due(&mut self) -> Result<()> {
         let start = self.config.init_offset();
         let trainable = self.len.saturating_sub(start);
         let due = match &self.index {
-            None => trainable >= self.config.n_centroids(),
+            None => trainable >= self.config.min_train_keys(),
             Some(Index { trained: None, .. }) => false,
             Some(Index { trained: Some(end), .. }) => {
                 let trained = end - start;
@@ -179,7 +238,7 @@ impl PqKvCache {
         };
         if due {
             let codebook = Codebook::train(&self.keys.narrow(2, start, trainable)?, &self.config)?;
-            self.index = Some(Index { codebook, trained: Some(self.len) });
+            self.index = Some(Index { codebook, trained: Some(self.len), clusters: None });
             self.encoded = start;
         }
         Ok(())
@@ -191,7 +250,11 @@ impl PqKvCache {
         let Some(index) = &self.index else { return Ok(()) };
         if self.encoded < end {
             let keys = self.keys.narrow(2, self.encoded, self.len - self.encoded)?;
-            self.codes.slice_set(&index.codebook.encode(&keys)?, 2, self.encoded)?;
+            let (codes, coarse_codes) = index.codebook.encode(&keys)?;
+            self.codes.slice_set(&codes, 2, self.encoded)?;
+            if let (Some(all), Some(new)) = (&self.coarse_codes, coarse_codes) {
+                all.slice_set(&new, 2, self.encoded)?;
+            }
             self.encoded = self.len;
         }
         Ok(())
@@ -215,7 +278,11 @@ impl PqKvCache {
         if codebook.metric() != self.config.metric {
             bail!("PqKvCache: codebook: expected metric {:?}, got {:?}", self.config.metric, codebook.metric());
         }
-        self.index = Some(Index { codebook, trained: None });
+        if codebook.coarse().map_or(0, |coarse| coarse.dims()[2]) != self.config.coarse {
+            let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
+            bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
+        }
+        self.index = Some(Index { codebook, trained: None, clusters: None });
         self.encoded = self.config.init_offset();
         Ok(())
     }
@@ -235,6 +302,7 @@ impl PqKvCache {
             self.encoded = start;
         }
         self.encoded = self.encoded.min(len).max(start);
+        self.forget_sums_beyond(len);
         Ok(())
     }
 
@@ -243,6 +311,14 @@ impl PqKvCache {
         self.len = 0;
         self.encoded = self.config.init_offset();
         self.index.take_if(|index| index.trained.is_some());
+        self.forget_sums_beyond(0);
+    }
+
+    /// Forgets sums that have values of keys from position `len` on; the next step sums what is left.
+    fn forget_sums_beyond(&mut self, len: usize) {
+        if let Some(index) = &mut self.index {
+            index.clusters.take_if(|(_, end)| *end > len);
+        }
     }
 
     /// Keys so far, `[b, h_kv, n, head_dim]`: a view.
@@ -266,12 +342,29 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn codes(&self) -> Result<Tensor> {
+        self.of_encoded(&self.codes)
+    }
+
+    /// Clusters of the keys that have codes, `[b, h_kv, encoded - init_offset]` u8: a view; None without coarse clusters.
+    ///
+    /// # Errors
+    /// None in practice; narrowing a tensor returns a result.
+    pub fn coarse_codes(&self) -> Result<Option<Tensor>> {
+        self.coarse_codes.as_ref().map(|codes| self.of_encoded(codes)).transpose()
+    }
+
+    fn of_encoded(&self, codes: &Tensor) -> Result<Tensor> {
         let start = self.config.init_offset();
         match self.index {
-            None => self.codes.narrow(2, 0, 0),
-            Some(_) if self.encoded <= start => self.codes.narrow(2, 0, 0),
-            Some(_) => self.codes.narrow(2, start, self.encoded - start),
+            None => codes.narrow(2, 0, 0),
+            Some(_) if self.encoded <= start => codes.narrow(2, 0, 0),
+            Some(_) => codes.narrow(2, start, self.encoded - start),
         }
+    }
+
+    /// What the values of each cluster sum to, once a step with [`Tail::ClusterMeans`] wanted it.
+    pub fn clusters(&self) -> Option<&ClusterSums> {
+        self.index.as_ref()?.clusters.as_ref().map(|(clusters, _)| clusters)
     }
 
     /// The codebook, once there is one.
@@ -315,8 +408,10 @@ impl PqKvCache {
         let [b, h_kv, head_dim] = self.dims();
         let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.dtype().size_in_bytes();
         let encoded = if self.index.is_some() { self.encoded - self.config.init_offset() } else { 0 };
-        let codebook = self.codebook().map_or(0, Codebook::bytes);
-        Memory { kv_bytes, index_bytes: b * h_kv * encoded * self.config.pq_dim + codebook }
+        let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
+        let (codebook, clusters) =
+            (self.codebook().map_or(0, Codebook::bytes), self.clusters().map_or(0, ClusterSums::bytes));
+        Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters }
     }
 }
 

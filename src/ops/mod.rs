@@ -8,8 +8,9 @@
 //! and limits are checked; the kernels trust it. [`PqAttention`](crate::PqAttention) chains them; each also stands on
 //! its own.
 
-mod arg;
+pub(crate) mod arg;
 mod causal_softmax;
+mod cluster_sums;
 mod encode;
 mod group_mass;
 mod indices_and_weights;
@@ -17,15 +18,18 @@ mod kmeans;
 mod score;
 mod side_output;
 mod sparse_attend;
+mod tail_attend;
 mod topk;
 
 pub use causal_softmax::causal_softmax;
+pub use cluster_sums::{cluster_sums, ClusterSums};
 pub use encode::encode;
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
-pub use score::score;
-pub use sparse_attend::{dense_attend, sparse_attend, Attended};
+pub use score::{residual_score, score};
+pub use sparse_attend::{dense_attend, sparse_attend, sparse_attend_with_tail, Attended};
+pub use tail_attend::tail_attend;
 pub use topk::topk;
 
 /// The largest head dimension.
