@@ -2,7 +2,7 @@
 //! 1. The positions of each list are cut into blocks. A block's keys are scored for all heads of the list, its largest
 //!    score is the block's shift, and its values are summed with the weights `w e^{s - shift}`: a partial result of
 //!    `(shift, Σ w e^{s - shift}, Σ w e^{s - shift} v)` a head.
-//! 2. The partials of a head are brought to one shift and added, in the order of the blocks. A tail is one more, the last.
+//! 2. The partials of a head are brought to one shift and added, in the order of the blocks. A tail is the last of them.
 //!
 //! Blocks are cut by position, never by the number of threads.
 
@@ -60,6 +60,7 @@ fn run_for<T: Elem>(
         let start = blocks.partition_point(|block| block.first_head < first_head);
         let end = blocks.partition_point(|block| block.first_head <= first_head);
         let parts = partials[start..end].iter().map(|partial| partial.of_head(head, head_dim));
+        // Without any weight it may hold anything, and is no part.
         let tail = tail.and_then(|((out_view, lse_view), out, lse)| {
             let shift: f32 = lse[lse_view.at(&[row / h, row % h])];
             let values: &[f32] = &out[out_view.at(&[row / h, row % h])..][..head_dim];

@@ -16,7 +16,7 @@ use super::MAX_HEAD_DIM;
 /// What attention over some positions gives, in a form that merges with attention over others.
 #[derive(Debug, Clone)]
 pub struct Attended {
-    /// `[b, h, 1, head_dim]`, the dtype of the query; zeros where nothing was attended.
+    /// `[b, h, 1, head_dim]`, the dtype of the query, or f32 of a tail; zeros where nothing was attended.
     pub out: Tensor,
     /// `[b, h]` f32: natural logarithm of `Σ w_i exp(s_i)`; negative infinity where nothing was attended.
     pub lse: Tensor,
