@@ -16,6 +16,8 @@ struct Attend {
   View<3> indices;
   View<2> list_lens;
   View<3> weights;
+  View<4> tail_out;
+  View<2> tail_lse;
   Step step;  // for the length
   u32 h;
   u32 h_kv;
@@ -407,10 +409,16 @@ __device__ void attend_by_mma(const T* query, const Run<T>& run, float* partials
   found.write(run, partials, stats, p);
 }
 
+// Attention over other keys, to add to that over the listed ones: [b, h, head_dim] and [b, h]; null for none.
+struct Tail {
+  const float* out;
+  const float* lse;
+};
+
 // Grid: b * h; a thread an element.
 template <class T>
-__device__ void merge(const float* partials, const float2* stats, const u32* list_lens, const u32* lens, T* out,
-                      float* lse, const Attend& p) {
+__device__ void merge(const float* partials, const float2* stats, const u32* list_lens, const u32* lens,
+                      const Tail& tail, T* out, float* lse, const Attend& p) {
   const u64 row = blockIdx.x, b = row / p.h;
   const u64 count = list_lens ? min(list_lens[p.list_lens.at(b, row % p.h / p.heads_per_list)], p.list_len)
                               : p.step.length(lens, b);
@@ -420,6 +428,8 @@ __device__ void merge(const float* partials, const float2* stats, const u32* lis
   float top = -INFINITY;
 #pragma unroll 16
   for (u32 run = 0; run < runs; run++) top = fmaxf(top, stats[run].x);
+  const float tail_shift = tail.lse ? tail.lse[p.tail_lse.at(b, row % p.h)] * LOG2_E : -INFINITY;
+  top = fmaxf(top, tail_shift);
   for (u32 e = threadIdx.x; e < p.head_dim; e += THREADS) {
     float total = 0, x = 0;
 #pragma unroll 16
@@ -427,6 +437,11 @@ __device__ void merge(const float* partials, const float2* stats, const u32* lis
       const float factor = exp2f(stats[run].x - finite(top));
       total += factor * stats[run].y;
       x += factor * partials[static_cast<u64>(run) * p.head_dim + e];
+    }
+    if (tail_shift != -INFINITY) {
+      const float factor = exp2f(tail_shift - finite(top));
+      total += factor;
+      x += factor * tail.out[p.tail_out.at(b, row % p.h) + e];
     }
     // Nothing attended, or only scores of negative infinity: zeros.
     out[row * p.head_dim + e] = narrow<T>(total == 0 ? 0 : x / total);
@@ -478,9 +493,11 @@ BY_MMA_ALIGNED(bf16, __nv_bfloat16)
       const float2* stats,   /* [b, h, runs] */                                \
       const u32* list_lens,  /* [b, lists], null for all positions */          \
       const u32* lens,       /* [b], or null */                                \
+      const float* tail_out, /* [b, h, 1, head_dim], or null */                \
+      const float* tail_lse, /* [b, h], or null */                             \
       type* out,             /* [b, h, head_dim] */                            \
       float* lse,            /* [b, h] */                                      \
       const Attend p) {                                                        \
-    merge(partials, stats, list_lens, lens, out, lse, p);                      \
+    merge(partials, stats, list_lens, lens, Tail{tail_out, tail_lse}, out, lse, p); \
   }
 FOR_EACH_FLOAT(MERGE)

@@ -3,11 +3,10 @@
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
-use crate::config::PqConfig;
+use crate::config::{PqConfig, Tail};
 #[cfg(feature = "cuda")]
-use crate::cuda::Lens;
-#[cfg(feature = "cuda")]
-use crate::ops;
+use crate::{cuda::Lens, ops};
+use crate::ops::{ClusterSums, Coarse};
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
@@ -16,8 +15,8 @@ use crate::ops;
 ///   copied.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
-///   does not have to serve a long answer. Keys are encoded in blocks of `window + 1`, when a block is full, which is before
-///   its first key can be selected.
+///   does not have to serve a long answer. Keys are encoded in blocks of `window + 1`, when a block is full, which is
+///   before its first key can be selected. With [`Tail::ClusterMeans`] their values are added to their clusters' then.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
 ///
@@ -30,20 +29,34 @@ pub struct PqKvCache {
     kv: Tensor,
     /// `[b, h_kv, capacity, pq_dim]`
     codes: Tensor,
+    /// `[b, h_kv, capacity]`, with coarse clusters.
+    coarse_codes: Option<Tensor>,
     len: usize,
     /// On a GPU, what `len` will be when the launches so far are done.
     #[cfg(feature = "cuda")]
     lens: Option<Lens>,
-    index: Option<Index>,
+    trained: Option<Trained>,
     /// Keys from `init_offset` up to here have codes.
     encoded: usize,
 }
 
 #[derive(Debug)]
-struct Index {
+struct Trained {
     codebook: Codebook,
     /// End of the keys it was trained on; None for a codebook that was handed in.
-    trained: Option<usize>,
+    end: Option<usize>,
+    /// What the values of each cluster sum to, with a tail.
+    clusters: Option<ClusterSums>,
+    /// Keys from `init_offset` up to here are in these sums.
+    summed: usize,
+}
+
+/// What a decode step searches.
+pub(crate) struct Index {
+    pub(crate) codes: Tensor,
+    pub(crate) centroids: Tensor,
+    pub(crate) coarse: Option<Coarse>,
+    pub(crate) clusters: Option<ClusterSums>,
 }
 
 /// Bytes in use, as opposed to reserved.
@@ -51,7 +64,7 @@ struct Index {
 pub struct Memory {
     /// Keys and values.
     pub kv_bytes: usize,
-    /// Codes and codebook.
+    /// Codes, codebook and sums of clusters.
     pub index_bytes: usize,
 }
 
@@ -85,15 +98,20 @@ impl PqKvCache {
         };
         let kv = Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
+        let coarse_codes = match config.coarse {
+            0 => None,
+            _ => Some(Tensor::zeros((batch, kv_heads, capacity), DType::U8, device)?),
+        };
         let encoded = config.init_offset();
         Ok(Self {
             config,
             kv,
             codes,
+            coarse_codes,
             len: 0,
             #[cfg(feature = "cuda")]
             lens,
-            index: None,
+            trained: None,
             encoded,
         })
     }
@@ -169,12 +187,14 @@ impl PqKvCache {
             }
             Ok::<_, candle_core::Error>(new)
         };
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2)).transpose()?;
         (self.kv, self.codes) = (grown(&self.kv, 3)?, grown(&self.codes, 2)?);
+        self.coarse_codes = coarse_codes;
         Ok(())
     }
 
     /// Brings the index up to date now, rather than in the next decode step: trains the codebook if one is due, and
-    /// encodes all full blocks of keys. Does nothing while there are fewer keys than centroids.
+    /// encodes all full blocks of keys. Does nothing while there are fewer keys than centroids or clusters.
     ///
     /// # Errors
     /// What the device gives.
@@ -183,20 +203,36 @@ impl PqKvCache {
         self.encode_blocks()
     }
 
-    /// Codebook and codes of all candidates.
-    pub(crate) fn index(&mut self) -> Result<(&Codebook, Tensor)> {
+    /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
+    /// is room for.
+    pub(crate) fn index(&mut self) -> Result<Index> {
         self.build_index()?;
         let candidates = self.config.candidates(self.len);
-        Ok((self.trained()?, self.codes.narrow(2, candidates.start, candidates.len())?))
-    }
-
-    /// As [`index`](Self::index), with the codes of all positions that there is room for.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn index_on_gpu(&mut self) -> Result<ops::Index> {
-        self.build_index()?;
-        let start = self.config.init_offset();
-        let codes = self.codes.narrow(2, start, self.capacity().saturating_sub(start))?;
-        Ok(ops::Index { codes, centroids: self.trained()?.centroids()? })
+        let positions = match self.kv.device().is_cuda() {
+            true => candidates.start..self.capacity(),
+            false => candidates,
+        };
+        let of_positions = |codes: &Tensor| codes.narrow(2, positions.start, positions.len());
+        let Some(trained) = &self.trained else {
+            bail!(
+                "PqKvCache: index: expected at least {} keys (n_centroids, coarse) from init_offset {} on, got {} keys",
+                self.config.min_train_keys(),
+                self.config.init_offset(),
+                self.len
+            )
+        };
+        let coarse = match (&self.coarse_codes, trained.codebook.coarse()) {
+            (Some(codes), Some(centroids)) => {
+                Some(Coarse { codes: of_positions(codes)?, centroids: centroids.clone() })
+            }
+            _ => None,
+        };
+        Ok(Index {
+            codes: of_positions(&self.codes)?,
+            centroids: trained.codebook.centroids()?,
+            coarse,
+            clusters: trained.clusters.clone(),
+        })
     }
 
     /// Keys and values of all positions that there is room for, if they are on a GPU.
@@ -208,25 +244,13 @@ impl PqKvCache {
         }
     }
 
-    fn trained(&self) -> Result<&Codebook> {
-        match &self.index {
-            Some(index) => Ok(&index.codebook),
-            None => bail!(
-                "PqKvCache: index: expected at least n_centroids {} keys from init_offset {} on, got {} keys",
-                self.config.n_centroids(),
-                self.config.init_offset(),
-                self.len
-            ),
-        }
-    }
-
     fn train_if_due(&mut self) -> Result<()> {
         let start = self.config.init_offset();
         let trainable = self.len.saturating_sub(start);
-        let due = match &self.index {
-            None => trainable >= self.config.n_centroids(),
-            Some(Index { trained: None, .. }) => false,
-            Some(Index { trained: Some(end), .. }) => {
+        let due = match &self.trained {
+            None => trainable >= self.config.min_train_keys(),
+            Some(Trained { end: None, .. }) => false,
+            Some(Trained { end: Some(end), .. }) => {
                 let trained = end - start;
                 trained < self.config.max_train_keys && trainable >= 2 * trained
             }
@@ -234,9 +258,21 @@ impl PqKvCache {
         if due {
             self.forbid_capture("training", "call build_index")?;
             let codebook = Codebook::train(&self.kv.get(0)?.narrow(2, start, trainable)?, &self.config)?;
-            self.index = Some(Index { codebook, trained: Some(self.len) });
-            self.encoded = start;
+            self.use_codebook(codebook, Some(self.len))?;
         }
+        Ok(())
+    }
+
+    /// Has no keys encoded by `codebook`, trained on those up to `end`.
+    fn use_codebook(&mut self, codebook: Codebook, end: Option<usize>) -> Result<()> {
+        let [b, h_kv, head_dim] = self.dims();
+        let clusters = match self.config.tail {
+            Tail::None => None,
+            Tail::ClusterMeans => Some(ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], self.kv.device())?),
+        };
+        let start = self.config.init_offset();
+        self.trained = Some(Trained { codebook, end, clusters, summed: start });
+        self.encoded = start;
         Ok(())
     }
 
@@ -251,32 +287,50 @@ impl PqKvCache {
         start + len.saturating_sub(start) / self.block() * self.block()
     }
 
-    /// Encodes the full blocks that have no codes yet.
+    /// Encodes the full blocks that have no codes yet, and adds their values to their clusters'.
     fn encode_blocks(&mut self) -> Result<()> {
-        let Some(index) = &self.index else { return Ok(()) };
-        let due = self.encoded..self.blocks_end(self.len);
+        let end = self.blocks_end(self.len);
+        let Some(trained) = &mut self.trained else { return Ok(()) };
         #[cfg(feature = "cuda")]
-        if let (true, Some(lens)) = (self.is_capturing()?, &self.lens) {
-            // Whether a block is full is for each replay to see.
-            if due.len() > self.block() {
-                bail!(
-                    "PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first"
-                );
-            }
-            let due = ops::Due { lens, init_offset: self.config.init_offset(), block: self.block() };
-            index.codebook.encode_due(&self.codes, &self.kv.get(0)?, due)?;
-            self.encoded = self.blocks_end(self.len);
-            return Ok(());
+        if self.kv.device().is_cuda() && crate::cuda::is_capturing(self.kv.device().as_cuda_device()?)? {
+            return self.encode_in_replays();
         }
-        if !due.is_empty() {
-            index.codebook.encode_into(&self.codes, &self.kv.get(0)?, due.clone())?;
-            self.encoded = due.end;
+        if self.encoded < end {
+            let codes = (&self.codes, self.coarse_codes.as_ref());
+            trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
+            self.encoded = end;
+        }
+        if let (Some(clusters), Some(codes)) = (&mut trained.clusters, &self.coarse_codes) {
+            if trained.summed < end {
+                let positions = (trained.summed, end - trained.summed);
+                let values = self.kv.get(1)?.narrow(2, positions.0, positions.1)?;
+                clusters.add(&values, &codes.narrow(2, positions.0, positions.1)?)?;
+                trained.summed = end;
+            }
         }
         Ok(())
     }
 
+    /// Has each replay of the graph that is being captured encode a block if it finds it full.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn encode_in_replays(&mut self) -> Result<()> {
+        let (block, end) = (self.block(), self.blocks_end(self.len));
+        let (Some(trained), Some(lens)) = (&mut self.trained, &self.lens) else { return Ok(()) };
+        if self.encoded + block < end || (trained.clusters.is_some() && trained.summed != self.encoded) {
+            bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
+        }
+        let due = ops::Due { lens, init_offset: self.config.init_offset(), block };
+        let codes = (&self.codes, self.coarse_codes.as_ref());
+        trained.codebook.encode_due(codes, &self.kv.get(0)?, due)?;
+        if let (Some(clusters), Some(codes)) = (&trained.clusters, &self.coarse_codes) {
+            clusters.add_due(&self.kv.get(1)?, codes, due)?;
+        }
+        (self.encoded, trained.summed) = (end, end);
+        Ok(())
+    }
+
     /// Whether launches are recorded for a CUDA graph rather than run.
-    fn is_capturing(&self) -> Result<bool> {
+    pub(crate) fn is_capturing(&self) -> Result<bool> {
         match self.kv.device() {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => crate::cuda::is_capturing(device),
@@ -310,9 +364,11 @@ impl PqKvCache {
         if codebook.metric() != self.config.metric {
             bail!("PqKvCache: codebook: expected metric {:?}, got {:?}", self.config.metric, codebook.metric());
         }
-        self.index = Some(Index { codebook, trained: None });
-        self.encoded = self.config.init_offset();
-        Ok(())
+        if codebook.coarse().map_or(0, |coarse| coarse.dims()[2]) != self.config.coarse {
+            let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
+            bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
+        }
+        self.use_codebook(codebook, None)
     }
 
     /// Forgets all keys from position `len` on.
@@ -324,12 +380,19 @@ impl PqKvCache {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
         }
         self.set_len(len)?;
-        if matches!(self.index, Some(Index { trained: Some(end), .. }) if end > len) {
-            self.index = None;
+        if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
+            self.trained = None;
             self.encoded = self.config.init_offset();
         }
         self.encoded = self.encoded.min(self.blocks_end(len));
-        Ok(())
+        match &mut self.trained {
+            // Summed again by the next step: subtracting would leave traces in the last bits.
+            Some(Trained { clusters: Some(clusters), summed, .. }) if *summed > self.encoded => {
+                *summed = self.config.init_offset();
+                clusters.clear()
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes back what [`append`](Self::append) just did, whether it ran or was only recorded for a graph.
@@ -364,8 +427,8 @@ impl PqKvCache {
     ///
     /// A step of [`PqAttention`](crate::PqAttention) reads lengths from the device, so that it can be captured once and
     /// replayed as the sequence grows. What the host needs is its own count, for the next step that is no replay. The
-    /// capture itself counts as the first replay. A graph is valid until the cache grows or trains, so reserve room for
-    /// all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
+    /// capture itself counts as the first replay. A graph is valid until the cache grows, is truncated or trains, so
+    /// reserve room for all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
     ///
     /// # Errors
     /// More steps than there is room for: replays beyond the capacity append nothing.
@@ -379,6 +442,10 @@ impl PqKvCache {
                     self.capacity()
                 )
             }
+        }
+        // Every step of a graph that was captured with an index encodes the block that it fills.
+        if let Some(trained) = &mut self.trained {
+            (self.encoded, trained.summed) = (self.blocks_end(self.len), self.blocks_end(self.len));
         }
         Ok(())
     }
@@ -404,17 +471,34 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn codes(&self) -> Result<Tensor> {
+        self.of_encoded(&self.codes)
+    }
+
+    /// Clusters of the keys that have codes, `[b, h_kv, encoded - init_offset]` u8: a view; None without coarse clusters.
+    ///
+    /// # Errors
+    /// None in practice; narrowing a tensor returns a result.
+    pub fn coarse_codes(&self) -> Result<Option<Tensor>> {
+        self.coarse_codes.as_ref().map(|codes| self.of_encoded(codes)).transpose()
+    }
+
+    fn of_encoded(&self, codes: &Tensor) -> Result<Tensor> {
         let start = self.config.init_offset();
-        match self.index {
-            None => self.codes.narrow(2, 0, 0),
-            Some(_) if self.encoded <= start => self.codes.narrow(2, 0, 0),
-            Some(_) => self.codes.narrow(2, start, self.encoded - start),
+        match self.trained {
+            None => codes.narrow(2, 0, 0),
+            Some(_) if self.encoded <= start => codes.narrow(2, 0, 0),
+            Some(_) => codes.narrow(2, start, self.encoded - start),
         }
+    }
+
+    /// What the values of each cluster sum to, over the keys that have codes; None without [`Tail::ClusterMeans`].
+    pub fn clusters(&self) -> Option<&ClusterSums> {
+        self.trained.as_ref()?.clusters.as_ref()
     }
 
     /// The codebook, once there is one.
     pub fn codebook(&self) -> Option<&Codebook> {
-        self.index.as_ref().map(|index| &index.codebook)
+        self.trained.as_ref().map(|trained| &trained.codebook)
     }
 
     /// Keys so far, `n`.
@@ -452,9 +536,11 @@ impl PqKvCache {
     pub fn memory(&self) -> Memory {
         let [b, h_kv, head_dim] = self.dims();
         let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.dtype().size_in_bytes();
-        let encoded = if self.index.is_some() { self.encoded - self.config.init_offset() } else { 0 };
-        let codebook = self.codebook().map_or(0, Codebook::bytes);
-        Memory { kv_bytes, index_bytes: b * h_kv * encoded * self.config.pq_dim + codebook }
+        let encoded = if self.trained.is_some() { self.encoded - self.config.init_offset() } else { 0 };
+        let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
+        let (codebook, clusters) =
+            (self.codebook().map_or(0, Codebook::bytes), self.clusters().map_or(0, ClusterSums::bytes));
+        Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters }
     }
 }
 

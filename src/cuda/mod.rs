@@ -57,12 +57,14 @@ macro_rules! modules {
 modules! {
     Append = APPEND,
     CausalSoftmax = CAUSAL_SOFTMAX,
+    ClusterSums = CLUSTER_SUMS,
     Encode = ENCODE,
     GroupMass = GROUP_MASS,
     IndicesAndWeights = INDICES_AND_WEIGHTS,
     Kmeans = KMEANS,
     Score = SCORE,
     SparseAttend = SPARSE_ATTEND,
+    TailAttend = TAIL_ATTEND,
     TopK = TOPK,
 }
 
@@ -221,6 +223,11 @@ impl Lens {
 /// Whether what is launched on a device now is recorded for a CUDA graph rather than run.
 pub(crate) fn is_capturing(device: &CudaDevice) -> Result<bool> {
     Ok(device.cuda_stream().capture_status().w()? != CaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+impl<const N: usize> DeviceView<N> {
+    /// Of a tensor that there is not.
+    pub(crate) const NONE: Self = Self { offset: 0, strides: [0; N] };
 }
 
 /// A kernel's parameter struct, passed by value: `repr(C)`, of the fields of its namesake in the kernel's source.

@@ -10,8 +10,9 @@
 
 #[cfg(feature = "cuda")]
 mod append;
-mod arg;
+pub(crate) mod arg;
 mod causal_softmax;
+mod cluster_sums;
 #[cfg(feature = "cuda")]
 mod decode;
 mod encode;
@@ -21,11 +22,13 @@ mod kmeans;
 mod score;
 mod side_output;
 mod sparse_attend;
+mod tail_attend;
 mod topk;
 
 #[cfg(feature = "cuda")]
 pub(crate) use append::append;
 pub use causal_softmax::causal_softmax;
+pub use cluster_sums::{cluster_sums, ClusterSums};
 #[cfg(feature = "cuda")]
 pub(crate) use decode::{decode, Index, Sequences, Workspace};
 pub use encode::encode;
@@ -34,8 +37,9 @@ pub(crate) use encode::{encode_into, Due};
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
-pub use score::score;
-pub use sparse_attend::{dense_attend, sparse_attend, Attended};
+pub use score::{residual_score, score};
+pub use sparse_attend::{dense_attend, sparse_attend, sparse_attend_with_tail, Attended};
+pub use tail_attend::tail_attend;
 pub use topk::topk;
 
 /// The largest head dimension.

@@ -12,6 +12,8 @@ struct Encode {
     centroids: DeviceView<5>,
     phi: DeviceView<3>,
     codes: DeviceView<4>,
+    clusters: DeviceView<3>,
+    coarse: DeviceView<4>,
     step: Step,
     n: u64,
     h_kv: u32,
@@ -40,8 +42,16 @@ pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi:
     let [b, h_kv, n, _] = plan.keys.dims;
     let dims = [b, h_kv, n, plan.centroids.dims[2]];
     let mut codes = cuda::output(device, dims.as_slice(), DType::U8)?;
-    launch(plan, None, [keys, centroids, phi], &View::contiguous(dims), &mut codes)?;
+    launch(plan, None, [keys, centroids, phi], None, (&View::contiguous(dims), &mut codes))?;
     Ok(codes)
+}
+
+/// The clusters of keys, and their centroids.
+pub(super) struct CoarseInput<'a> {
+    pub(super) codes: &'a CudaStorage,
+    pub(super) codes_view: &'a View<3>,
+    pub(super) centroids: &'a CudaStorage,
+    pub(super) centroids_view: &'a View<4>,
 }
 
 /// Writes the codes of the plan's keys to `codes`, or else those of the block that is due among them.
@@ -49,8 +59,8 @@ pub(super) fn launch(
     plan: &Plan,
     due: Option<Due>,
     [keys, centroids, phi]: [&CudaStorage; 3],
-    view: &View<4>,
-    codes: &mut CudaStorage,
+    coarse: Option<CoarseInput>,
+    (codes_view, codes): (&View<4>, &mut CudaStorage),
 ) -> Result<()> {
     let (dtype, device) = cuda::kind(keys);
     cuda::prepare(device)?;
@@ -60,8 +70,10 @@ pub(super) fn launch(
     let params = Params(Encode {
         keys: plan.keys.device(),
         centroids: plan.centroids.device(),
-        phi: plan.phi.map_or(DeviceView { offset: 0, strides: [0; 3] }, |phi| phi.device()),
-        codes: view.device(),
+        phi: plan.phi.map_or(DeviceView::NONE, |phi| phi.device()),
+        codes: codes_view.device(),
+        clusters: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.codes_view.device()),
+        coarse: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.centroids_view.device()),
         step: Step { init_offset: due.map_or(0, |due| due.init_offset) as u64, ..Step::of_candidates(capacity, 0) },
         n: n as u64,
         h_kv: u32_of(OP, "h_kv", h_kv)?,
@@ -73,6 +85,8 @@ pub(super) fn launch(
     let (len, tile) = nearest_kernel(plan.pq_len, n);
     let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
     let launch = kernel.launch().input(keys)?.input(centroids)?.input(phi)?;
+    let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.codes))?;
+    let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.centroids))?;
     let launch = launch.input_or_null(due.map(|due| due.lens.storage()))?.output(codes)?.value(&params);
     launch.run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)
 }

@@ -12,6 +12,8 @@ use candle_core::{bail, CudaStorage, InplaceOp3};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
+#[cfg(feature = "cuda")]
+use super::score::Coarse;
 use super::MAX_HEAD_DIM;
 
 const OP: &str = "encode";
@@ -47,22 +49,37 @@ pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result
 
 /// As [`encode`], but writes to `codes`, `[b, h_kv, n, pq_dim]` of any strides, in place: a view into a cache.
 ///
-/// With `due`, `keys` and `codes` are those of all positions that there is room for, and only a block of them is encoded.
+/// With `coarse`, the codes are of what the centroids of the keys' clusters leave of them. With `due`, `keys`, `codes` and
+/// clusters are those of all positions that there is room for, and only a block of them is encoded.
 #[cfg(feature = "cuda")]
 pub(crate) fn encode_into(
     codes: &Tensor,
     keys: &Tensor,
     centroids: &Tensor,
     phi: Option<&Tensor>,
+    coarse: Option<&Coarse>,
     due: Option<Due>,
 ) -> Result<()> {
     let plan = Plan::new(keys, centroids, phi)?;
     let arg = Arg::new(OP, "codes", codes);
-    let [b, h_kv, n, _] = plan.keys.dims;
+    let [b, h_kv, n, head_dim] = plan.keys.dims;
     arg.is(DType::U8)?;
     arg.has_dims(&[b, h_kv, n, plan.centroids.dims[2]])?;
-    let view = arg.view("[b, h_kv, n, pq_dim]")?;
-    codes.inplace_op3(keys, centroids, &EncodeInto { plan, view, phi, due })
+    let codes_view = arg.view("[b, h_kv, n, pq_dim]")?;
+    let coarse_views = match coarse {
+        None => None,
+        Some(coarse) => {
+            let (codes, centroids) =
+                (Arg::new(OP, "coarse_codes", &coarse.codes), Arg::new(OP, "coarse_centroids", &coarse.centroids));
+            codes.is(DType::U8)?;
+            codes.has_dims(&[b, h_kv, n])?;
+            centroids.is(DType::F32)?;
+            let view: View<4> = centroids.view("[b, h_kv, n_clusters, head_dim]")?;
+            centroids.has_dims(&[b, h_kv, view.dims[2], head_dim])?;
+            Some((codes.view("[b, h_kv, n]")?, view))
+        }
+    };
+    codes.inplace_op3(keys, centroids, &EncodeInto { plan, codes_view, coarse_views, phi, coarse, due })
 }
 
 /// On which condition keys are encoded: blocks of keys follow each other from `init_offset` on, and one that ends with the
@@ -78,8 +95,10 @@ pub(crate) struct Due<'a> {
 #[cfg(feature = "cuda")]
 struct EncodeInto<'a> {
     plan: Plan,
-    view: View<4>,
+    codes_view: View<4>,
+    coarse_views: Option<(View<3>, View<4>)>,
     phi: Option<&'a Tensor>,
+    coarse: Option<&'a Coarse>,
     due: Option<Due<'a>>,
 }
 
@@ -115,7 +134,18 @@ impl InplaceOp3 for EncodeInto<'_> {
             None => centroids, // not read
             Some(phi) => crate::cuda::storage_of(OP, phi)?,
         };
-        cuda::launch(&self.plan, self.due, [keys, centroids, phi], &self.view, codes)
+        let guards =
+            self.coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
+        let coarse = match (&guards, &self.coarse_views) {
+            (Some((codes, centroids)), Some((codes_view, centroids_view))) => Some(cuda::CoarseInput {
+                codes: crate::cuda::storage_of(OP, codes)?,
+                codes_view,
+                centroids: crate::cuda::storage_of(OP, centroids)?,
+                centroids_view,
+            }),
+            _ => None,
+        };
+        cuda::launch(&self.plan, self.due, [keys, centroids, phi], coarse, (&self.codes_view, codes))
     }
 }
 

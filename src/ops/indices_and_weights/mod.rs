@@ -3,7 +3,6 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-pub(crate) use cpu::ListStorages;
 #[cfg(feature = "cuda")]
 pub(super) use cuda::launch;
 
@@ -31,6 +30,17 @@ pub struct Selected {
     /// `[b, lists, l]` f32: the inverse of each position's sampling probability, 1 for a key taken for sure; 0 for
     /// padding.
     pub weights: Tensor,
+}
+
+impl Selected {
+    /// The same, with unit strides where lists are read.
+    pub(crate) fn with_unit_rows(&self) -> Result<Self> {
+        Ok(Self {
+            indices: with_unit_rows(&self.indices)?,
+            lens: with_unit_rows(&self.lens)?,
+            weights: with_unit_rows(&self.weights)?,
+        })
+    }
 }
 
 /// Which parts of a sequence of `n` keys are attended besides the heavy ones.
@@ -204,6 +214,18 @@ impl Lists {
         lens_arg.has_dims(&[b, lists])?;
         weights_arg.has_dims(&indices.dims)?;
         Ok(Self { indices, lens: lens_arg.view("[b, lists]")?, weights: weights_arg.view("[b, lists, l]")? })
+    }
+
+    /// The layout of lists for `h` query heads: one each, or one for each of `h_kv` KV heads.
+    pub(crate) fn serving(op: &'static str, selected: &Selected, [b, h, h_kv]: [usize; 3]) -> Result<Self> {
+        let lists = Self::new(op, &selected.indices, &selected.lens, &selected.weights)?;
+        let [list_b, list_heads, len] = lists.indices.dims;
+        if list_b != b || (list_heads != h && list_heads != h_kv) {
+            let expected = format!("shape [{b}, {h} or {h_kv}, {len}]");
+            return Arg::new(op, "indices", &selected.indices)
+                .fail(&expected, format_args!("{:?}", lists.indices.dims));
+        }
+        Ok(lists)
     }
 
     /// Lists a batch element.
