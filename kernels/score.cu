@@ -9,8 +9,8 @@ struct Score {
   View<4> query;
   View<4> codes;
   View<5> centroids;
-  u64 n;
-  u64 keys_per_block;
+  Step step;
+  u64 row;  // distance of the scores' rows
   u32 h_kv;
   u32 group;
   u32 parts;  // tables of a group: its heads in bundles of LANES
@@ -58,9 +58,13 @@ struct alignas(BYTES) CodeBytes {
 
 // Grid: (runs of keys, b * h_kv * parts).
 template <int LANES, int BYTES, bool SHARED>
-__device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores, const Score& p) {
+__device__ void score(const u8* codes, const Entry<LANES>* tables, const u32* lens, float* scores, const Score& p) {
   extern __shared__ __align__(16) u8 shared[];
   const u32 pair = blockIdx.y / p.parts, b = pair / p.h_kv, kv = pair % p.h_kv;
+  const u64 n = p.step.candidates(p.step.length(lens, b));
+  const u64 keys_per_block = max(ceil_div(n, gridDim.x), u64{SCORE_THREADS});
+  const u64 begin = blockIdx.x * keys_per_block, end = min(begin + keys_per_block, n);
+  if (begin >= end) return;
   const u32 entries = p.pq_dim * p.n_centroids, mask = p.n_centroids - 1;
   const Entry<LANES>* table = tables + static_cast<u64>(blockIdx.y) * entries;
   if (SHARED) {
@@ -70,9 +74,8 @@ __device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores
     table = copy;
   }
   const u32 first = blockIdx.y % p.parts * LANES, heads = min(static_cast<u32>(LANES), p.group - first);
-  float* rows = scores + (static_cast<u64>(pair) * p.group + first) * p.n;
+  float* rows = scores + (static_cast<u64>(pair) * p.group + first) * p.row;
   const u8* head_codes = codes + p.codes.at(b, kv);
-  const u64 begin = blockIdx.x * p.keys_per_block, end = min(begin + p.keys_per_block, p.n);
   for (u64 t = begin + threadIdx.x; t < end; t += SCORE_THREADS) {
     const u8* key = head_codes + t * p.codes.strides[2];
     float sums[LANES] = {};
@@ -90,7 +93,7 @@ __device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores
     }
 #pragma unroll
     for (int l = 0; l < LANES; l++) {
-      if (l < heads) rows[l * p.n + t] = sums[l];
+      if (l < heads) rows[l * p.row + t] = sums[l];
     }
   }
 }
@@ -108,11 +111,12 @@ FOR_EACH_FLOAT(LUTS)
 
 #define SCORE(LANES, BYTES, name, SHARED)                                                      \
   extern "C" __global__ __launch_bounds__(SCORE_THREADS) void score_h##LANES##_x##BYTES##name( \
-      const u8* codes,      /* [b, h_kv, n, pq_dim] */                                         \
+      const u8* codes,      /* [b, h_kv, n, pq_dim], from the first candidate on */            \
       const float* tables,  /* [b, h_kv, parts, pq_dim, n_centroids, LANES] */                 \
-      float* scores,        /* [b, h, n] */                                                    \
+      const u32* lens,      /* [b], or null */                                                 \
+      float* scores,        /* [b, h, row] */                                                  \
       const Score p) {                                                                         \
-    score<LANES, BYTES, SHARED>(codes, reinterpret_cast<const Entry<LANES>*>(tables), scores, p); \
+    score<LANES, BYTES, SHARED>(codes, reinterpret_cast<const Entry<LANES>*>(tables), lens, scores, p); \
   }
 #define SCORES(LANES)                                                                      \
   SCORE(LANES, 1, , true) SCORE(LANES, 2, , true) SCORE(LANES, 4, , true) SCORE(LANES, 8, , true) \

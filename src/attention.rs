@@ -35,6 +35,8 @@ pub struct PqAttention {
     config: PqConfig,
     scale: f32,
     prefill: Option<Prefill>,
+    #[cfg(feature = "cuda")]
+    workspace: ops::Workspace,
 }
 
 /// Dense causal attention of the caller's own; see [`PqAttention::with_prefill`].
@@ -58,7 +60,13 @@ impl PqAttention {
         if !(scale.is_finite() && scale > 0.0) {
             bail!("PqAttention: scale: expected a positive finite number, got {scale}");
         }
-        Ok(Self { config, scale, prefill: None })
+        Ok(Self {
+            config,
+            scale,
+            prefill: None,
+            #[cfg(feature = "cuda")]
+            workspace: ops::Workspace::default(),
+        })
     }
 
     /// Has `attend` compute the dense causal attention of prefill, such as a call of candle-flash-attn.
@@ -135,7 +143,7 @@ impl PqAttention {
             _ => self.prefill(query, cache),
         };
         if out.is_err() {
-            cache.truncate(before)?;
+            cache.undo_append(before)?;
         }
         out
     }
@@ -164,6 +172,10 @@ impl PqAttention {
 
     /// One query a head over the whole cache.
     fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
+        #[cfg(feature = "cuda")]
+        if let Some(sequences) = cache.on_gpu()? {
+            return ops::decode(query, &sequences, None, self.scale, &self.workspace);
+        }
         ops::dense_attend(query, &cache.keys()?, &cache.values()?, self.scale)
     }
 
@@ -171,6 +183,13 @@ impl PqAttention {
     fn sparse_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
         if self.config.is_dense(cache.len()) {
             return self.dense_decode(query, cache);
+        }
+        #[cfg(feature = "cuda")]
+        if query.device().is_cuda() {
+            let index = cache.index_on_gpu()?;
+            if let Some(sequences) = cache.on_gpu()? {
+                return ops::decode(query, &sequences, Some((&index, &self.config)), self.scale, &self.workspace);
+            }
         }
         let ([_, h_kv, _], n) = (cache.dims(), cache.len());
         let Candidates { codebook, codes, coarse_codes, clusters } = cache.index()?;

@@ -1,9 +1,13 @@
 //! The KV cache of one layer, with the index that a sparse decode searches.
 
+use std::ops::Range;
+
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
 use crate::config::{PqConfig, Tail};
+#[cfg(feature = "cuda")]
+use crate::cuda::Lens;
 use crate::ops::{self, ClusterSums};
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
@@ -13,9 +17,9 @@ use crate::ops::{self, ClusterSums};
 ///   copied.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
-///   does not have to serve a long answer. Keys are encoded in blocks, just before the first of them leaves the window.
-/// - **Tail.** With [`Tail::ClusterMeans`] it also sums the values of each cluster, over the candidates and as many keys
-///   of the window as make whole windows: a window of values is added at a time, and which they are depends on `n` alone.
+///   does not have to serve a long answer. Keys are encoded in blocks of `window + 1`, when a block is full, which is before
+///   its first key can be selected.
+/// - **Tail.** With [`Tail::ClusterMeans`] the values of a block are added to the sums of their keys' clusters, too.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
 ///
@@ -24,12 +28,16 @@ use crate::ops::{self, ClusterSums};
 #[derive(Debug)]
 pub struct PqKvCache {
     config: PqConfig,
-    keys: Tensor,
-    values: Tensor,
+    /// Keys, then values: `[2, b, h_kv, capacity, head_dim]`.
+    kv: Tensor,
+    /// `[b, h_kv, capacity, pq_dim]`
     codes: Tensor,
     /// `[b, h_kv, capacity]`, with coarse clusters.
     coarse_codes: Option<Tensor>,
     len: usize,
+    /// On a GPU, what `len` will be when the launches so far are done.
+    #[cfg(feature = "cuda")]
+    lens: Option<Lens>,
     index: Option<Index>,
     /// Keys from `init_offset` up to here have codes.
     encoded: usize,
@@ -40,8 +48,8 @@ struct Index {
     codebook: Codebook,
     /// End of the keys it was trained on; None for a codebook that was handed in.
     trained: Option<usize>,
-    /// What the values of each cluster sum to, and the end of the keys whose values they are; None: of none.
-    clusters: Option<(ClusterSums, usize)>,
+    /// Values of the keys that have codes, summed by cluster; None until a block wants it.
+    clusters: Option<ClusterSums>,
 }
 
 /// What a decode step searches.
@@ -65,7 +73,8 @@ impl PqKvCache {
     /// A cache for `batch` sequences with room for `capacity` keys (0: grow from the first append).
     ///
     /// # Errors
-    /// A config that does not suit `head_dim`, no sequences or heads, or a dtype other than f32, f16 and bf16.
+    /// A config that does not suit `head_dim`, no sequences or heads, a dtype other than f32, f16 and bf16, or coarse
+    /// clusters on a GPU, which has no kernels for them yet.
     pub fn new(
         config: PqConfig,
         [batch, kv_heads, head_dim]: [usize; 3],
@@ -80,20 +89,36 @@ impl PqKvCache {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             bail!("PqKvCache: dtype: expected f32, f16 or bf16, got {}", dtype.as_str());
         }
+        if config.coarse > 0 && !device.is_cpu() {
+            bail!("PqKvCache: coarse: expected 0 on a GPU, got {}", config.coarse);
+        }
         check_capacity([batch, kv_heads, head_dim], capacity, dtype)?;
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(device) = device {
-            crate::cuda::prepare(device)?;
-        }
-        let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
-        let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
+        let lens = match device {
+            Device::Cuda(device) => {
+                crate::cuda::prepare(device)?;
+                Some(Lens::new(device, batch)?)
+            }
+            _ => None,
+        };
+        let kv = Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
         let coarse_codes = match config.coarse {
             0 => None,
             _ => Some(Tensor::zeros((batch, kv_heads, capacity), DType::U8, device)?),
         };
         let encoded = config.init_offset();
-        Ok(Self { config, keys, values, codes, coarse_codes, len: 0, index: None, encoded })
+        Ok(Self {
+            config,
+            kv,
+            codes,
+            coarse_codes,
+            len: 0,
+            #[cfg(feature = "cuda")]
+            lens,
+            index: None,
+            encoded,
+        })
     }
 
     /// Appends keys and values, `[b, h_kv, s, head_dim]` each, any `s` and any strides.
@@ -111,10 +136,19 @@ impl PqKvCache {
             return Ok(());
         }
         self.reserve(added)?;
-        self.keys.slice_set(&keys.contiguous()?, 2, self.len)?;
-        self.values.slice_set(&values.contiguous()?, 2, self.len)?;
+        self.write(keys, values)?;
         self.len += added;
         Ok(())
+    }
+
+    /// Writes keys and values behind the last ones, where there is room.
+    fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(lens) = &mut self.lens {
+            return ops::append(&self.kv, lens, keys, values);
+        }
+        self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len)?;
+        self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len)
     }
 
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
@@ -127,8 +161,8 @@ impl PqKvCache {
             let (expected, got) = (self.dtype().as_str(), tensor.dtype().as_str());
             bail!("PqKvCache: {name}: expected dtype {expected}, got {got}");
         }
-        if !tensor.device().same_device(self.keys.device()) {
-            let (expected, got) = (self.keys.device().location(), tensor.device().location());
+        if !tensor.device().same_device(self.kv.device()) {
+            let (expected, got) = (self.kv.device().location(), tensor.device().location());
             bail!("PqKvCache: {name}: expected device {expected:?}, got {got:?}");
         }
         Ok(())
@@ -140,89 +174,80 @@ impl PqKvCache {
     /// More memory than can be addressed, or than the device has (a CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
-        let (needed, capacity) = (self.len.saturating_add(additional), self.keys.dims()[2]);
+        let (needed, capacity) = (self.len.saturating_add(additional), self.capacity());
         if needed <= capacity {
             return Ok(());
         }
         let capacity = needed.max(2 * capacity).max(SMALLEST);
         check_capacity(self.dims(), capacity, self.dtype())?;
-        let grown = |old: &Tensor| {
+        self.forbid_capture("growth", "reserve room for all steps")?;
+        let grown = |old: &Tensor, dim: usize| {
             let mut dims = old.dims().to_vec();
-            dims[2] = capacity;
+            dims[dim] = capacity;
             let new = Tensor::zeros(dims, old.dtype(), old.device())?;
-            if old.elem_count() > 0 {
-                new.slice_set(old, 2, 0)?;
+            // Head by head: Candle's copy counts in 32 bits on a GPU.
+            let (from, to) = (old.flatten_to(dim - 1)?, new.flatten_to(dim - 1)?);
+            for head in 0..if self.len > 0 { from.dims()[0] } else { 0 } {
+                to.get(head)?.slice_set(&from.get(head)?, 0, 0)?;
             }
             Ok::<_, candle_core::Error>(new)
         };
-        let coarse_codes = self.coarse_codes.as_ref().map(grown).transpose()?;
-        (self.keys, self.values, self.codes) = (grown(&self.keys)?, grown(&self.values)?, grown(&self.codes)?);
-        self.coarse_codes = coarse_codes;
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2)).transpose()?;
+        (self.kv, self.codes, self.coarse_codes) = (grown(&self.kv, 3)?, grown(&self.codes, 2)?, coarse_codes);
         Ok(())
     }
 
     /// Brings the index up to date now, rather than in the next decode step: trains the codebook if one is due, and
-    /// encodes every key. Does nothing while there are fewer keys than centroids or clusters.
+    /// encodes all full blocks of keys. Does nothing while there are fewer keys than centroids or clusters.
     ///
     /// # Errors
     /// What the device gives.
     pub fn build_index(&mut self) -> Result<()> {
         self.train_if_due()?;
-        self.encode_up_to(self.len)?;
-        self.sum_clusters()
+        self.encode_blocks()
     }
 
     /// Codebook, codes and clusters of all candidates.
     pub(crate) fn index(&mut self) -> Result<Candidates<'_>> {
-        self.train_if_due()?;
+        self.build_index()?;
         let candidates = self.config.candidates(self.len);
-        self.encode_up_to(candidates.end)?;
-        self.sum_clusters()?;
         let of_candidates = |codes: &Tensor| codes.narrow(2, candidates.start, candidates.len());
+        Ok(Candidates {
+            codebook: self.trained()?,
+            codes: of_candidates(&self.codes)?,
+            coarse_codes: self.coarse_codes.as_ref().map(of_candidates).transpose()?,
+            clusters: self.clusters(),
+        })
+    }
+
+    /// As [`index`](Self::index), with the codes of all positions that there is room for.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn index_on_gpu(&mut self) -> Result<ops::Index> {
+        self.build_index()?;
+        let start = self.config.init_offset();
+        let codes = self.codes.narrow(2, start, self.capacity().saturating_sub(start))?;
+        Ok(ops::Index { codes, centroids: self.trained()?.centroids()? })
+    }
+
+    /// Keys and values of all positions that there is room for, if they are on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(&self) -> Result<Option<ops::Sequences<'_>>> {
+        match &self.lens {
+            None => Ok(None),
+            Some(lens) => Ok(Some(ops::Sequences { keys: self.kv.get(0)?, values: self.kv.get(1)?, lens })),
+        }
+    }
+
+    fn trained(&self) -> Result<&Codebook> {
         match &self.index {
+            Some(index) => Ok(&index.codebook),
             None => bail!(
                 "PqKvCache: index: expected at least {} keys (n_centroids, coarse) from init_offset {} on, got {} keys",
                 self.config.min_train_keys(),
                 self.config.init_offset(),
                 self.len
             ),
-            Some(index) => Ok(Candidates {
-                codebook: &index.codebook,
-                codes: of_candidates(&self.codes)?,
-                coarse_codes: self.coarse_codes.as_ref().map(of_candidates).transpose()?,
-                clusters: index.clusters.as_ref().map(|(clusters, _)| clusters),
-            }),
         }
-    }
-
-    /// Has the clusters sum the values of the candidates, and those that the candidates lack to whole windows.
-    ///
-    /// A rule that depends on `n` alone: whatever came before, the same keys give the same sums.
-    fn sum_clusters(&mut self) -> Result<()> {
-        if self.config.tail == Tail::None {
-            return Ok(());
-        }
-        let [b, h_kv, head_dim] = self.dims();
-        let (first, candidates) = (self.config.init_offset(), self.config.candidates(self.len).len());
-        let end = first + candidates.next_multiple_of(self.config.window.max(1));
-        self.encode_up_to(end)?;
-        let (Some(index), Some(codes)) = (&mut self.index, &self.coarse_codes) else { return Ok(()) };
-        let (before, start) = match index.clusters.take_if(|(_, summed)| *summed <= end) {
-            Some(clusters) => clusters,
-            None => {
-                let dims = [b, h_kv, self.config.coarse, head_dim];
-                (ClusterSums::empty(dims, self.values.device())?, first)
-            }
-        };
-        let clusters = match end - start {
-            0 => before,
-            added => {
-                let (values, codes) = (self.values.narrow(2, start, added)?, codes.narrow(2, start, added)?);
-                ops::cluster_sums(&values, &codes, &before)?
-            }
-        };
-        index.clusters = Some((clusters, end));
-        Ok(())
     }
 
     fn train_if_due(&mut self) -> Result<()> {
@@ -237,25 +262,88 @@ impl PqKvCache {
             }
         };
         if due {
-            let codebook = Codebook::train(&self.keys.narrow(2, start, trainable)?, &self.config)?;
+            self.forbid_capture("training", "call build_index")?;
+            let codebook = Codebook::train(&self.kv.get(0)?.narrow(2, start, trainable)?, &self.config)?;
             self.index = Some(Index { codebook, trained: Some(self.len), clusters: None });
             self.encoded = start;
         }
         Ok(())
     }
 
-    /// Encodes the keys that have no codes yet if one before `end` is among them: then all, the window's as well, so
-    /// that the next time comes only when those have left it.
-    fn encode_up_to(&mut self, end: usize) -> Result<()> {
+    /// Keys of a block: what fits the window and the key that leaves it.
+    fn block(&self) -> usize {
+        self.config.window.saturating_add(1)
+    }
+
+    /// End of the full blocks of `len` keys. It is never before the window, so all candidates have codes.
+    fn blocks_end(&self, len: usize) -> usize {
+        let start = self.config.init_offset();
+        start + len.saturating_sub(start) / self.block() * self.block()
+    }
+
+    /// Encodes the full blocks that have no codes yet.
+    fn encode_blocks(&mut self) -> Result<()> {
         let Some(index) = &self.index else { return Ok(()) };
-        if self.encoded < end {
-            let keys = self.keys.narrow(2, self.encoded, self.len - self.encoded)?;
-            let (codes, coarse_codes) = index.codebook.encode(&keys)?;
-            self.codes.slice_set(&codes, 2, self.encoded)?;
-            if let (Some(all), Some(new)) = (&self.coarse_codes, coarse_codes) {
-                all.slice_set(&new, 2, self.encoded)?;
+        let due = self.encoded..self.blocks_end(self.len);
+        #[cfg(feature = "cuda")]
+        if let (true, Some(lens)) = (self.is_capturing()?, &self.lens) {
+            // Whether a block is full is for each replay to see.
+            if due.len() > self.block() {
+                bail!(
+                    "PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first"
+                );
             }
-            self.encoded = self.len;
+            let due = ops::Due { lens, init_offset: self.config.init_offset(), block: self.block() };
+            index.codebook.encode_due(&self.codes, &self.kv.get(0)?, due)?;
+            self.encoded = self.blocks_end(self.len);
+            return Ok(());
+        }
+        if !due.is_empty() {
+            let coarse_codes = self.coarse_codes.as_ref();
+            index.codebook.encode_into(&self.codes, coarse_codes, &self.kv.get(0)?, due.clone())?;
+            self.encoded = due.end;
+        }
+        self.sum_values(due)
+    }
+
+    /// Adds the values of keys that were just encoded to the sums of their clusters; where there are no sums, those of all
+    /// encoded keys.
+    fn sum_values(&mut self, added: Range<usize>) -> Result<()> {
+        let (dims, first) = (self.dims(), self.config.init_offset());
+        let (Some(index), Some(codes), Tail::ClusterMeans) = (&mut self.index, &self.coarse_codes, self.config.tail)
+        else {
+            return Ok(());
+        };
+        // Taken: after an error there are none, rather than some that lack these.
+        let (before, start) = match index.clusters.take() {
+            Some(clusters) => (clusters, added.start),
+            None => {
+                let [b, h_kv, head_dim] = dims;
+                (ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], codes.device())?, first)
+            }
+        };
+        let added = start..added.end;
+        let part = |x: &Tensor| x.narrow(2, added.start, added.len());
+        index.clusters = Some(match added.len() {
+            0 => before,
+            _ => ops::cluster_sums(&part(&self.kv.get(1)?)?, &part(codes)?, &before)?,
+        });
+        Ok(())
+    }
+
+    /// Whether launches are recorded for a CUDA graph rather than run.
+    fn is_capturing(&self) -> Result<bool> {
+        match self.kv.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => crate::cuda::is_capturing(device),
+            _ => Ok(false),
+        }
+    }
+
+    /// Fails where `what` would become a part of a captured graph.
+    fn forbid_capture(&self, what: &str, instead: &str) -> Result<()> {
+        if self.is_capturing()? {
+            bail!("PqKvCache: {what}: expected none while a CUDA graph is captured: {instead} first");
         }
         Ok(())
     }
@@ -278,8 +366,8 @@ impl PqKvCache {
         if codebook.metric() != self.config.metric {
             bail!("PqKvCache: codebook: expected metric {:?}, got {:?}", self.config.metric, codebook.metric());
         }
-        if codebook.coarse().map_or(0, |coarse| coarse.dims()[2]) != self.config.coarse {
-            let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
+        let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
+        if clusters != self.config.coarse {
             bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
         }
         self.index = Some(Index { codebook, trained: None, clusters: None });
@@ -295,30 +383,69 @@ impl PqKvCache {
         if len > self.len {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
         }
-        self.len = len;
-        let start = self.config.init_offset();
+        self.set_len(len)?;
         if matches!(self.index, Some(Index { trained: Some(end), .. }) if end > len) {
             self.index = None;
-            self.encoded = start;
+            self.encoded = self.config.init_offset();
         }
-        self.encoded = self.encoded.min(len).max(start);
-        self.forget_sums_beyond(len);
+        let end = self.blocks_end(len);
+        if self.encoded > end {
+            self.encoded = end;
+            // Summed again by the next step: subtracting would leave traces in the last bits.
+            self.index.iter_mut().for_each(|index| index.clusters = None);
+        }
         Ok(())
     }
 
-    /// Forgets all keys, and the codebook unless it was handed in; keeps the memory.
-    pub fn reset(&mut self) {
-        self.len = 0;
-        self.encoded = self.config.init_offset();
-        self.index.take_if(|index| index.trained.is_some());
-        self.forget_sums_beyond(0);
+    /// Takes back what [`append`](Self::append) just did, whether it ran or was only recorded for a graph.
+    pub(crate) fn undo_append(&mut self, len: usize) -> Result<()> {
+        if self.is_capturing()? {
+            self.len = len;
+            return Ok(());
+        }
+        self.truncate(len)
     }
 
-    /// Forgets sums that have values of keys from position `len` on; the next step sums what is left.
-    fn forget_sums_beyond(&mut self, len: usize) {
-        if let Some(index) = &mut self.index {
-            index.clusters.take_if(|(_, end)| *end > len);
+    fn set_len(&mut self, len: usize) -> Result<()> {
+        self.forbid_capture("truncate", "call it")?;
+        #[cfg(feature = "cuda")]
+        if let Some(lens) = &mut self.lens {
+            lens.set(len)?;
         }
+        self.len = len;
+        Ok(())
+    }
+
+    /// Forgets all keys, and the codebook unless it was handed in; keeps the memory. The same as `truncate(0)`.
+    ///
+    /// # Errors
+    /// What the device gives.
+    pub fn reset(&mut self) -> Result<()> {
+        self.truncate(0)
+    }
+
+    /// Takes note of `steps` decode steps that a replayed CUDA graph took, each of one key: the device has moved on
+    /// without the host.
+    ///
+    /// A step of [`PqAttention`](crate::PqAttention) reads lengths from the device, so that it can be captured once and
+    /// replayed as the sequence grows. What the host needs is its own count, for the next step that is no replay. The
+    /// capture itself counts as the first replay. A graph is valid until the cache grows or trains, so reserve room for
+    /// all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
+    ///
+    /// # Errors
+    /// More steps than there is room for: replays beyond the capacity append nothing.
+    pub fn advance(&mut self, steps: usize) -> Result<()> {
+        match self.len.checked_add(steps) {
+            Some(len) if len <= self.capacity() => self.len = len,
+            _ => {
+                let (room, len) = (self.capacity() - self.len, self.len);
+                bail!(
+                    "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
+                    self.capacity()
+                )
+            }
+        }
+        Ok(())
     }
 
     /// Keys so far, `[b, h_kv, n, head_dim]`: a view.
@@ -326,7 +453,7 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn keys(&self) -> Result<Tensor> {
-        self.keys.narrow(2, 0, self.len)
+        self.kv.get(0)?.narrow(2, 0, self.len)
     }
 
     /// Values so far, `[b, h_kv, n, head_dim]`: a view.
@@ -334,7 +461,7 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn values(&self) -> Result<Tensor> {
-        self.values.narrow(2, 0, self.len)
+        self.kv.get(1)?.narrow(2, 0, self.len)
     }
 
     /// Codes of the keys that have some, `[b, h_kv, encoded - init_offset, pq_dim]` u8: a view.
@@ -362,9 +489,9 @@ impl PqKvCache {
         }
     }
 
-    /// What the values of each cluster sum to, once a step with [`Tail::ClusterMeans`] wanted it.
+    /// Values of the keys that have codes, summed by cluster, once there are codes and with [`Tail::ClusterMeans`].
     pub fn clusters(&self) -> Option<&ClusterSums> {
-        self.index.as_ref()?.clusters.as_ref().map(|(clusters, _)| clusters)
+        self.index.as_ref()?.clusters.as_ref()
     }
 
     /// The codebook, once there is one.
@@ -384,7 +511,7 @@ impl PqKvCache {
 
     /// Keys that fit before the next growth.
     pub fn capacity(&self) -> usize {
-        self.keys.dims()[2]
+        self.kv.dims()[3]
     }
 
     /// The config it was made with.
@@ -394,13 +521,13 @@ impl PqKvCache {
 
     /// `[b, h_kv, head_dim]`
     pub fn dims(&self) -> [usize; 3] {
-        let dims = self.keys.dims();
-        [dims[0], dims[1], dims[3]]
+        let dims = self.kv.dims();
+        [dims[1], dims[2], dims[4]]
     }
 
     /// The dtype of keys and values.
     pub fn dtype(&self) -> DType {
-        self.keys.dtype()
+        self.kv.dtype()
     }
 
     /// Bytes in use.
@@ -409,8 +536,8 @@ impl PqKvCache {
         let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.dtype().size_in_bytes();
         let encoded = if self.index.is_some() { self.encoded - self.config.init_offset() } else { 0 };
         let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
-        let (codebook, clusters) =
-            (self.codebook().map_or(0, Codebook::bytes), self.clusters().map_or(0, ClusterSums::bytes));
+        let codebook = self.codebook().map_or(0, Codebook::bytes);
+        let clusters = self.clusters().map_or(0, ClusterSums::bytes);
         Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters }
     }
 }

@@ -1,6 +1,7 @@
 //! The centroids of one layer's keys.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -124,6 +125,34 @@ impl Codebook {
         // An empty block where there are no keys.
         let codes: Result<Vec<_>> = (0..n.max(1)).step_by(BLOCK).map(block).collect();
         Ok((Tensor::cat(&codes?, 2)?, Some(clusters)))
+    }
+
+    /// Writes the codes of the keys at `positions` of a cache in place, `[b, h_kv, capacity, ...]` each.
+    pub(crate) fn encode_into(
+        &self,
+        codes: &Tensor,
+        coarse_codes: Option<&Tensor>,
+        keys: &Tensor,
+        positions: Range<usize>,
+    ) -> Result<()> {
+        let keys = keys.narrow(2, positions.start, positions.len())?;
+        #[cfg(feature = "cuda")]
+        if keys.device().is_cuda() {
+            let codes = codes.narrow(2, positions.start, positions.len())?;
+            return ops::encode_into(&codes, &keys, &self.centroids, self.phi.as_ref(), None);
+        }
+        let (new, new_coarse) = self.encode(&keys)?;
+        codes.slice_set(&new, 2, positions.start)?;
+        match (coarse_codes, new_coarse) {
+            (Some(codes), Some(new)) => codes.slice_set(&new, 2, positions.start),
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`encode_into`](Self::encode_into), for the block that the GPU finds due.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn encode_due(&self, codes: &Tensor, keys: &Tensor, due: ops::Due) -> Result<()> {
+        ops::encode_into(codes, keys, &self.centroids, self.phi.as_ref(), Some(due))
     }
 
     /// Centroids without the augmentation, for [`ops::score`]: `[b, h_kv, pq_dim, n_centroids, pq_len]`.

@@ -97,7 +97,7 @@ proptest! {
         append(&mut a, &keys, &values, kept, kept + 50).unwrap();
         append(&mut b, &keys, &values, 0, kept + 50).unwrap();
         assert_same_cache(&mut a, &mut b, "truncated").unwrap();
-        a.reset();
+        a.reset().unwrap();
         append(&mut a, &keys, &values, 0, kept + 50).unwrap();
         assert_same_cache(&mut a, &mut b, "reset").unwrap();
     }
@@ -301,15 +301,17 @@ fn index_follows_the_sequence() -> Result<()> {
         assert_same_bits(&codes, &cache.codebook().expect("a codebook").encode(&keys)?.0, "codes");
         Ok::<_, candle_core::Error>(codes.dim(2)? + 3)
     };
-    assert_eq!(encoded(&cache)?, 61);
-    for n in 62..=61 + 8 {
+    // Blocks of the window and one key more, from position 3 on.
+    assert_eq!(encoded(&cache)?, 3 + 6 * 9);
+    for n in 62..=3 + 7 * 9 - 1 {
         step(&mut cache, 1)?;
-        assert_eq!((cache.len(), encoded(&cache)?), (n, 61), "nothing left the window without a code");
+        assert_eq!((cache.len(), encoded(&cache)?), (n, 57), "no block is full");
+        assert!(n - 8 <= 57, "nothing left the window without a code");
     }
     step(&mut cache, 1)?;
-    assert_eq!(encoded(&cache)?, 70, "the whole window at once");
+    assert_eq!(encoded(&cache)?, 66, "a block at once");
     let first = cache.codebook().expect("a codebook").centroids()?;
-    step(&mut cache, 50)?;
+    step(&mut cache, 60)?;
     step(&mut cache, 1)?;
     let second = cache.codebook().expect("a codebook").centroids()?;
     assert_ne!(numbers(&first), numbers(&second), "trained again when the keys had doubled");
@@ -323,7 +325,7 @@ fn index_follows_the_sequence() -> Result<()> {
     assert!(cache.codebook().is_some(), "all that it was trained on is there");
     step(&mut cache, 30)?;
     step(&mut cache, 1)?;
-    assert_eq!(encoded(&cache)?, 2031, "encoded behind what was kept");
+    assert_eq!(encoded(&cache)?, 3 + 225 * 9, "encoded behind what was kept");
     cache.truncate(600)?;
     assert!(cache.codebook().is_none(), "trained on keys that are gone");
     Ok(())
@@ -343,7 +345,7 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     assert_eq!(capacities, [256, 512, 1024, 2048]);
     assert_eq!((cache.memory().kv_bytes, cache.memory().index_bytes), (2 * 2 * 3 * 16 * 2000 * 2, 0));
     cache.build_index()?;
-    let (codes, codebook) = (2 * 3 * (2000 - 3) * 4, 2 * 3 * 16 * 16 * 4);
+    let (codes, codebook) = (2 * 3 * 221 * 9 * 4, 2 * 3 * 16 * 16 * 4); // 221 full blocks of 9
     assert_eq!(cache.memory().index_bytes, codes + codebook);
 
     let attn = PqAttention::new(with_tail(), 0.25)?;
@@ -352,7 +354,7 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     assert_eq!(cache.memory().index_bytes, 0);
     cache.build_index()?;
     let (coarse_codes, coarse, sums, counts) =
-        (2 * 3 * (2000 - 3), 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
+        (2 * 3 * 221 * 9, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
     assert_eq!(cache.memory().index_bytes, codes + codebook + coarse_codes + coarse + sums + counts);
     Ok(())
 }
@@ -460,7 +462,7 @@ fn codebook_survives_a_file() -> Result<()> {
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         cache.truncate(0)?;
-        cache.reset();
+        cache.reset()?;
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         assert_same_bits(&cache.codebook().expect("kept").centroids()?, &codebook.centroids()?, "centroids");

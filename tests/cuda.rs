@@ -9,6 +9,8 @@ mod common;
 use std::collections::HashMap;
 use std::path::Path;
 
+use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph};
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, IndexOp, Result, Tensor};
 use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected, PADDING};
 use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection};
@@ -465,6 +467,138 @@ fn forward() -> Result<()> {
         let [got, want] = [caches[0].codes()?, caches[1].codes()?];
         assert_same_integers("codes", &got, &want);
     }
+    Ok(())
+}
+
+/// Keys and values of any layout, in pieces, through the growth of the cache.
+#[test]
+fn append() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(17);
+    for (d, dtype) in [(64, DType::F32), (80, DType::BF16), (128, DType::F16), (33, DType::F32), (250, DType::BF16)] {
+        let config = PqConfig { pq_dim: 1, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 1.0)?;
+        let [mut cache, mut on_cpu] =
+            [attn.new_cache([2, 3, d], 10, dtype, &gpu)?, attn.new_cache([2, 3, d], 10, dtype, &Device::Cpu)?];
+        for (s, strides) in [1, 300, 1, 1, 700, 2].into_iter().zip(STRIDES.into_iter().cycle()) {
+            let [keys, cpu_keys] = pair(&mut rng, &gpu, &[2, 3, s, d], dtype, strides)?;
+            let [values, cpu_values] = pair(&mut rng, &gpu, &[2, 3, s, d], dtype, Strides::Contiguous)?;
+            cache.append(&keys, &values)?;
+            on_cpu.append(&cpu_keys, &cpu_values)?;
+            if s == 700 {
+                cache.truncate(900)?;
+                on_cpu.truncate(900)?;
+            }
+        }
+        assert_same_bits(&format!("keys {d} {dtype:?}"), &cache.keys()?, &on_cpu.keys()?)?;
+        assert_same_bits(&format!("values {d} {dtype:?}"), &cache.values()?, &on_cpu.values()?)?;
+    }
+    Ok(())
+}
+
+/// What `launch` launches, as a graph.
+fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let stream = gpu.as_cuda_device()?.cuda_stream();
+    stream.synchronize().w()?;
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let launched = launch();
+    let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).w();
+    launched?;
+    Ok(graph?.expect("a graph that is not empty"))
+}
+
+/// A step that is captured once and replayed as the sequence grows, to the end of the cache's room and beyond, against
+/// the same steps one by one.
+#[test]
+fn replayed_steps_equal_eager_ones() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    for (dtype, selection, heavy, is_dense) in [
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false),
+        (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false),
+        (DType::BF16, Selection::PerQueryHead, Heavy::Fraction(0.07), true),
+    ] {
+        let mut rng = Rng(18);
+        let ([b, h, h_kv, d], prompt, steps) = ([2, 8, 2, 64], 500, 400);
+        let config = PqConfig { heavy, pq_dim: 8, pq_bits: 6, window: 16, selection, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 0.125)?;
+        let forward = if is_dense { PqAttention::forward_dense } else { PqAttention::forward };
+        let mut random = |heads, s| pair(&mut rng, &gpu, &[b, heads, s, d], dtype, Strides::Contiguous);
+        let prompt_keys = random(h_kv, prompt)?[0].clone();
+        let queries = random(h, 2 + steps)?[0].clone();
+        let (keys, values) = (random(h_kv, 2 + steps)?[0].clone(), random(h_kv, 2 + steps)?[0].clone());
+        let at = |step| -> Result<[Tensor; 3]> {
+            let one = |all: &Tensor| all.narrow(2, step, 1)?.contiguous();
+            Ok([one(&queries)?, one(&keys)?, one(&values)?])
+        };
+        // Room for the prompt, the first step, the replays and one more.
+        let room = prompt + steps + 2;
+        let [mut eager, mut replayed] =
+            [attn.new_cache([b, h_kv, d], room, dtype, &gpu)?, attn.new_cache([b, h_kv, d], room, dtype, &gpu)?];
+        for cache in [&mut eager, &mut replayed] {
+            cache.append(&prompt_keys, &prompt_keys)?;
+            let [query, key, value] = at(0)?;
+            forward(&attn, &query, &key, &value, cache)?;
+        }
+
+        let inputs = at(0)?.map(|tensor| tensor.copy());
+        let [query, key, value] = inputs;
+        let (query, key, value) = (query?, key?, value?);
+        let out = query.zeros_like()?;
+        let graph = capture(&gpu, || out.slice_set(&forward(&attn, &query, &key, &value, &mut replayed)?, 0, 0))?;
+        for step in 1..=steps {
+            let [next_query, next_key, next_value] = at(step)?;
+            query.slice_set(&next_query, 0, 0)?;
+            key.slice_set(&next_key, 0, 0)?;
+            value.slice_set(&next_value, 0, 0)?;
+            graph.launch().w()?;
+            let want = forward(&attn, &next_query, &next_key, &next_value, &mut eager)?;
+            assert_same_bits(&format!("{dtype:?} {selection:?} {is_dense} step {step}"), &out, &want)?;
+        }
+        // The capture counted as the first of them.
+        replayed.advance(steps - 1)?;
+        assert_eq!(replayed.len(), eager.len());
+        assert_same_bits("keys", &replayed.keys()?, &eager.keys()?)?;
+        let [query, key, value] = at(1 + steps)?;
+        let got = forward(&attn, &query, &key, &value, &mut replayed)?;
+        assert_same_bits("the step after", &got, &forward(&attn, &query, &key, &value, &mut eager)?)?;
+
+        // There is no room left: a replay appends nothing, and says nothing, but the host does.
+        let before = replayed.keys()?.copy()?;
+        graph.launch().w()?;
+        assert_same_bits("full", &replayed.keys()?, &before)?;
+        assert!(replayed.advance(1).unwrap_err().to_string().contains("advance: expected at most 0 steps"));
+    }
+    Ok(())
+}
+
+/// What a captured step must not do is an error.
+#[test]
+fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
+    let gpu = gpu_or_skip!();
+    let mut rng = Rng(19);
+    let config = PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, ..PqConfig::default() };
+    let attn = PqAttention::new(config, 0.125)?;
+    let mut random =
+        |s| Ok::<_, candle_core::Error>(pair(&mut rng, &gpu, &[1, 2, s, 64], DType::F32, STRIDES[0])?[0].clone());
+    let (prompt, one) = (random(200)?, random(1)?);
+    let message = |result: Result<CudaGraph>| result.err().expect("an error").to_string();
+
+    let mut cache = attn.new_cache([1, 2, 64], 300, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    let untrained = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(untrained.contains("training"), "{untrained}");
+
+    let mut cache = attn.new_cache([1, 2, 64], 300, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    cache.build_index()?;
+    let unallocated = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(unallocated.contains("a step of these sizes before"), "{unallocated}");
+
+    let mut cache = attn.new_cache([1, 2, 64], 200, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    let full = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(full.contains("growth"), "{full}");
     Ok(())
 }
 

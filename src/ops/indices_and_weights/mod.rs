@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::launch;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -87,15 +89,20 @@ impl Plan {
         let arg = Arg::new(OP, "heavy", heavy);
         arg.is(DType::U32)?;
         let heavy: View<3> = arg.view("[b, lists, k]")?;
-        let Geometry { n, sink, window, .. } = geometry;
+        let n = geometry.n;
         if u32::try_from(n).is_err() {
             bail!("{OP}: n: expected at most u32::MAX keys, got {n}");
         }
         if n == 0 && heavy.dims[2] > 0 {
             return arg.fail("no positions for n 0", format_args!("{} a list", heavy.dims[2]));
         }
+        Ok(Self::of(heavy, geometry))
+    }
+
+    pub(super) fn of(heavy: View<3>, geometry: Geometry) -> Self {
+        let Geometry { n, sink, window, .. } = geometry;
         let list_len = sink.saturating_add(window).saturating_add(heavy.dims[2]).min(n);
-        Ok(Self { heavy, geometry, list_len })
+        Self { heavy, geometry, list_len }
     }
 }
 

@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::{bail, CudaStorage};
@@ -88,7 +90,7 @@ pub(crate) struct CoarsePlan {
 }
 
 impl Plan {
-    fn new(
+    pub(super) fn new(
         op: &'static str,
         query: &Tensor,
         codes: &Tensor,

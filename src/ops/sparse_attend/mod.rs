@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -160,7 +162,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    fn new(
+    pub(super) fn new(
         op: &'static str,
         query: &Tensor,
         keys: &Tensor,
