@@ -309,7 +309,7 @@ impl PqKvCache {
     /// Adds the values of keys that were just encoded to the sums of their clusters; where there are no sums, those of all
     /// encoded keys.
     fn sum_values(&mut self, added: Range<usize>) -> Result<()> {
-        let (dims, first) = (self.dims(), self.config.init_offset());
+        let ([b, h_kv, head_dim], first) = (self.dims(), self.config.init_offset());
         let (Some(index), Some(codes), Tail::ClusterMeans) = (&mut self.index, &self.coarse_codes, self.config.tail)
         else {
             return Ok(());
@@ -317,10 +317,7 @@ impl PqKvCache {
         // Taken: after an error there are none, rather than some that lack these.
         let (before, start) = match index.clusters.take() {
             Some(clusters) => (clusters, added.start),
-            None => {
-                let [b, h_kv, head_dim] = dims;
-                (ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], codes.device())?, first)
-            }
+            None => (ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], codes.device())?, first),
         };
         let added = start..added.end;
         let part = |x: &Tensor| x.narrow(2, added.start, added.len());

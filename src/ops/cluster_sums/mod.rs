@@ -67,7 +67,8 @@ impl ClusterSums {
 /// - `before`: what the sums start from
 ///
 /// # Errors
-/// Shapes or dtypes other than these, `head_dim` above 256, more than 256 clusters, or a code that is no cluster's.
+/// Shapes or dtypes other than these, `head_dim` above 256, more than 256 clusters, a code that is no cluster's, or
+/// tensors on a GPU.
 ///
 /// # Numerics
 /// f32, one value after the other in ascending position: the same bits however the keys are cut into calls.

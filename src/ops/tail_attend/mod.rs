@@ -26,7 +26,7 @@ const OP: &str = "tail_attend";
 /// - returns `out` `[b, h, 1, head_dim]` f32, zeros where all candidates are listed, and `lse`, there negative infinity
 ///
 /// # Errors
-/// Shapes or dtypes other than these, a code that is no cluster's, or a `scale` that is not finite.
+/// Shapes or dtypes other than these, a code that is no cluster's, a `scale` that is not finite, or tensors on a GPU.
 ///
 /// # Numerics
 /// f32, shifted by the largest product of the unlisted candidates. The order of summation depends on positions alone, so
