@@ -8,6 +8,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::{PoisonError, RwLock};
 
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph};
 use candle_core::cuda_backend::WrapErr;
@@ -29,13 +30,17 @@ fn gpu() -> Option<Device> {
     }
 }
 
+/// Held by every test, and alone by those that capture: what others do meanwhile on the default stream, such as to free
+/// memory, would end a capture.
+static GPU: RwLock<()> = RwLock::new(());
+
 macro_rules! gpu_or_skip {
-    () => {
+    ($lock:ident) => {{
         match gpu() {
-            Some(gpu) => gpu,
+            Some(gpu) => (gpu, GPU.$lock().unwrap_or_else(PoisonError::into_inner)),
             None => return Ok(()),
         }
-    };
+    }};
 }
 
 /// A tensor of `dims` in some layout, on the GPU and on the CPU.
@@ -109,7 +114,7 @@ const PQ_SHAPES: [[usize; 6]; 10] = [
 
 #[test]
 fn encode() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(1);
     for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
         for dtype in DTYPES {
@@ -130,7 +135,7 @@ fn encode() -> Result<()> {
 
 #[test]
 fn encode_nan() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(2);
     for n in [3, 200] {
         let [centroids, _] = pair(&mut rng, &gpu, &[1, 1, 4, 16, 16], DType::F32, Strides::Contiguous)?;
@@ -142,7 +147,7 @@ fn encode_nan() -> Result<()> {
 
 #[test]
 fn score() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(3);
     for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
         for (dtype, group) in DTYPES.into_iter().zip([1, 4, 3]).chain([(DType::F32, 2), (DType::F32, 7)]) {
@@ -164,7 +169,7 @@ fn score() -> Result<()> {
 
 #[test]
 fn score_of_many_keys_and_of_none() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(4);
     for n in [0, 2047, 2048, 2049, 50_001] {
         let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 128], DType::BF16, Strides::Contiguous)?;
@@ -178,7 +183,7 @@ fn score_of_many_keys_and_of_none() -> Result<()> {
 
 #[test]
 fn topk() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(5);
     for (rows, n) in [(1, 1), (3, 31), (2, 1024), (1, 8193), (5, 20_000), (1, 300_000), (40, 9000), (300, 700)] {
         for levels in [1, 3, 64, usize::MAX] {
@@ -201,7 +206,7 @@ fn topk() -> Result<()> {
 
 #[test]
 fn topk_of_strided_scores() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(6);
     for strides in STRIDES {
         let [scores, cpu_scores] = pair(&mut rng, &gpu, &[2, 3, 5000], DType::F32, strides)?;
@@ -214,7 +219,7 @@ fn topk_of_strided_scores() -> Result<()> {
 
 #[test]
 fn group_mass() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(7);
     for (h_kv, group, n) in [(1, 1, 1), (2, 4, 300), (1, 3, 8193), (2, 16, 100), (1, 20, 33), (2, 4, 40_000)] {
         for (strides, scale) in STRIDES.into_iter().zip([0.125, 3.0, -1.0, 0.0]) {
@@ -229,7 +234,7 @@ fn group_mass() -> Result<()> {
 
 #[test]
 fn indices_and_weights() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(8);
     for (n, sink, window, init_offset) in [
         (1usize, 4, 64, 4usize),
@@ -300,7 +305,7 @@ fn to_device(selected: &Selected, device: &Device) -> Result<Selected> {
 
 #[test]
 fn attend() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(9);
     for d in [64, 80, 96, 128, 256, 1, 33, 250] {
         for (h_kv, group) in [(2, 1), (1, 2), (2, 3), (2, 4), (1, 7), (1, 8), (1, 16), (1, 24)] {
@@ -334,7 +339,7 @@ fn attend() -> Result<()> {
 /// Keys and values that no list names hold NaN.
 #[test]
 fn attend_reads_listed_positions_only() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(10);
     let (n, d) = (900, 128);
     let selected = lists(&mut rng, 1, 1, n, 150)?;
@@ -354,7 +359,7 @@ fn attend_reads_listed_positions_only() -> Result<()> {
 
 #[test]
 fn causal_softmax() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(11);
     for (rows, queries, n, first) in [(1, 1, 1, 0), (12, 4, 100, 96), (12, 4, 1000, 10), (30, 10, 257, 200)] {
         let cpu = rng.tensor(&[2, 2, rows, n], DType::F32);
@@ -368,7 +373,7 @@ fn causal_softmax() -> Result<()> {
 
 #[test]
 fn kmeans() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(12);
     for (dims, pq_dim, pq_bits, max_keys) in [
         ([1, 2, 400, 64], 8, 6, 1000),
@@ -401,7 +406,7 @@ fn kmeans() -> Result<()> {
 /// Fewer distinct keys than centroids: clusters stay empty and are drawn anew.
 #[test]
 fn kmeans_with_empty_clusters() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(13);
     let distinct = rng.tensor(&[1, 1, 10, 64], DType::F32);
     let cpu = Tensor::cat(&vec![distinct; 60], 2)?;
@@ -412,7 +417,7 @@ fn kmeans_with_empty_clusters() -> Result<()> {
 
 #[test]
 fn reruns_are_equal_to_the_bit() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(14);
     let (h, h_kv, n, d) = (8, 2, 20_000, 128);
     let [query, _] = pair(&mut rng, &gpu, &[1, h, 1, d], DType::BF16, Strides::Contiguous)?;
@@ -443,7 +448,7 @@ fn reruns_are_equal_to_the_bit() -> Result<()> {
 /// Prefill and a decode across retraining, against the CPU.
 #[test]
 fn forward() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     for (dtype, selection, tolerance) in [
         (DType::F32, Selection::PerQueryHead, 1e-4),
         (DType::F32, Selection::PerKvHead, 1e-4),
@@ -473,7 +478,7 @@ fn forward() -> Result<()> {
 /// Keys and values of any layout, in pieces, through the growth of the cache.
 #[test]
 fn append() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(17);
     for (d, dtype) in [(64, DType::F32), (80, DType::BF16), (128, DType::F16), (33, DType::F32), (250, DType::BF16)] {
         let config = PqConfig { pq_dim: 1, ..PqConfig::default() };
@@ -512,7 +517,7 @@ fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGrap
 /// the same steps one by one.
 #[test]
 fn replayed_steps_equal_eager_ones() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(write);
     for (dtype, selection, heavy, is_dense) in [
         (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false),
         (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false),
@@ -575,7 +580,7 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
 /// What a captured step must not do is an error.
 #[test]
 fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(write);
     let mut rng = Rng(19);
     let config = PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, ..PqConfig::default() };
     let attn = PqAttention::new(config, 0.125)?;
@@ -605,7 +610,7 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
 /// Offsets beyond 2^31 elements: K and V of 4 M keys, of which a few are not zero.
 #[test]
 fn four_million_keys() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(16);
     let (h_kv, n, d) = (9, 4 << 20, 64);
     let keys = Tensor::zeros((1, h_kv, n, d), DType::BF16, &gpu)?;
@@ -638,7 +643,7 @@ fn four_million_keys() -> Result<()> {
 /// The published indexer's decode steps: codes, selection, weights, attention output.
 #[test]
 fn golden_cases() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     // Asked for when the test runs: the program may have been built on another machine.
     let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("the variable that cargo sets");
     let folder = Path::new(&root).join("tests/golden");
