@@ -40,8 +40,8 @@ pub struct PqConfig {
     /// takes too.
     pub max_train_keys: usize,
     /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their
-    /// cluster's centroid leaves of each key, which a byte more of index a key pays for: with 256, half the `pq_dim`
-    /// loses no more.
+    /// cluster's centroid leaves of each key, at one more byte of index a key: with 256, half the `pq_dim` loses little
+    /// more. Not on a GPU yet.
     pub coarse: usize,
     /// What stands for the keys that are not selected.
     pub tail: Tail,

@@ -354,7 +354,7 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     assert_eq!(cache.memory().index_bytes, 0);
     cache.build_index()?;
     let (coarse_codes, coarse, sums, counts) =
-        (2 * 3 * (2000 - 3), 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
+        (2 * 3 * 221 * 9, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
     assert_eq!(cache.memory().index_bytes, codes + codebook + coarse_codes + coarse + sums + counts);
     Ok(())
 }

@@ -382,10 +382,10 @@ fn naive_decode(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32
     let (want, want_coarse) = codebook.encode(&cache.keys()?.narrow(2, start, codes.dim(2)?)?)?;
     assert_same_bits(&codes, &want, "codes");
     assert_same_bits(&coarse_codes, &want_coarse.expect("coarse codes"), "coarse codes");
-    // Values of whole windows, as many as the candidates need.
-    let summed = range.len().next_multiple_of(config.window.max(1));
-    let (_, means) =
-        clusters_of(&cache.values()?.narrow(2, start, summed)?, &coarse_codes.narrow(2, 0, summed)?, config.coarse)?;
+    // Of the keys that have codes: full blocks of them, from the first on.
+    let summed = (n - start) / (config.window + 1) * (config.window + 1);
+    assert_eq!(coarse_codes.dim(2)?, summed);
+    let (_, means) = clusters_of(&cache.values()?.narrow(2, start, summed)?, &coarse_codes, config.coarse)?;
     let of_candidates = |codes: &Tensor| codes.narrow(2, range.start - start, range.len());
     let (codes, coarse_codes) = (of_candidates(&codes)?, of_candidates(&coarse_codes)?);
     let coarse = codebook.coarse().expect("clusters");
@@ -419,8 +419,9 @@ fn naive_decode(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32
 #[test]
 fn a_cluster_a_key_is_dense_attention() -> Result<()> {
     let mut rng = Rng(9);
-    let config = PqConfig { sink: 2, window: 4, heavy: Heavy::Keys(1), coarse: 64, ..small() };
-    let (sink, window, n, d) = (config.sink, config.window, 2 + 64 + 4, 16);
+    // 64 candidates are 8 blocks, so the clusters have no values of others.
+    let config = PqConfig { sink: 2, window: 7, heavy: Heavy::Keys(1), coarse: 64, ..small() };
+    let (sink, window, n, d) = (config.sink, config.window, 2 + 64 + 7, 16);
     assert!(!config.is_dense(n));
     let (keys, values) = (rng.tensor(&[1, 2, n, d], DType::F32), rng.tensor(&[1, 2, n, d], DType::F32));
     let query = rng.tensor(&[1, 6, 1, d], DType::F32);

@@ -77,7 +77,7 @@ struct SelectionPlan {
 
 impl Plan {
     fn new(query: &Tensor, sequences: &Sequences, index: Option<(&Index, &PqConfig)>, scale: f32) -> Result<Self> {
-        let mut attend = sparse_attend::Plan::new(OP, query, &sequences.keys, &sequences.values, None, scale)?;
+        let mut attend = sparse_attend::Plan::new(OP, query, &sequences.keys, &sequences.values, None, None, scale)?;
         let capacity = attend.keys.dims[2];
         let Some((index, config)) = index else {
             return Ok(Self { step: Step::of_candidates(capacity, 0), selection: None, attend });
@@ -96,7 +96,7 @@ impl Plan {
 
 impl SelectionPlan {
     fn new(query: &Tensor, index: &Index, config: &PqConfig, capacity: usize, scale: f32) -> Result<Self> {
-        let score = score::Plan::new(query, &index.codes, &index.centroids)?;
+        let score = score::Plan::new(OP, query, &index.codes, &index.centroids, None)?;
         let ([b, h, ..], [_, h_kv, room, _]) = (score.query.dims, score.codes.dims);
         let scores = View::contiguous([b, h, room]);
         let (mass, lists) = match config.selection {

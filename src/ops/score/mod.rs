@@ -45,6 +45,9 @@ pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tenso
 /// - `coarse_codes`: `[b, h_kv, n]` u8, the cluster of each key
 /// - `coarse_centroids`: `[b, h_kv, n_clusters, head_dim]` f32, 2 to 256 clusters (a power of two)
 ///
+/// # Errors
+/// As [`score`], for these too.
+///
 /// # Numerics
 /// The coarse term is the first of the sum.
 pub fn residual_score(

@@ -109,6 +109,9 @@ pub fn sparse_attend(
 /// # Shapes
 /// - `tail`: as [`tail_attend`](super::tail_attend()) returns it, `out` `[b, h, 1, head_dim]` f32
 ///
+/// # Errors
+/// As [`sparse_attend`], for a tail of another shape or dtype.
+///
 /// # Numerics
 /// Where the LSE of `tail` is negative infinity the result is that of [`sparse_attend`], to the bit.
 pub fn sparse_attend_with_tail(

@@ -48,25 +48,23 @@ pub(super) fn run(
             })
             .collect();
         let counts = &counts[plan.counts.at(&[b, kv])..][..n_clusters];
-        let mean_at = |cluster| &sums[plan.sums.at(&[b, kv, cluster])..][..head_dim];
-        *lse = attend(&blocks, counts, mean_at, out);
+        let sums_at = |cluster| &sums[plan.sums.at(&[b, kv, cluster])..][..head_dim];
+        *lse = attend(&blocks, counts, sums_at, out);
     });
     Ok((out, lse))
 }
 
 /// The candidates that each list has, ascending.
 fn listed(plan: &Plan, selected: &Selected) -> Result<Vec<Vec<usize>>> {
-    let n = plan.scores.dims[2];
-    let mut lists = plan.lists.attended(OP, selected, usize::MAX)?;
-    lists
-        .par_iter_mut()
-        .map(|list| {
-            let candidates = list.iter().filter_map(|&(position, _)| (position as usize).checked_sub(plan.init_offset));
-            let mut candidates: Vec<_> = candidates.filter(|&t| t < n).collect();
-            candidates.sort_unstable();
-            Ok(candidates)
-        })
-        .collect()
+    let candidates = |list: Vec<(u32, f32)>| {
+        let candidates = list.into_iter().filter_map(|(position, _)| (position as usize).checked_sub(plan.init_offset));
+        let mut candidates: Vec<_> = candidates.filter(|&t| t < plan.scores.dims[2]).collect();
+        candidates.sort_unstable();
+        candidates
+    };
+    // Positions behind the candidates are none of this op's business, however large.
+    let lists = plan.lists.attended(OP, selected, usize::MAX)?;
+    Ok(lists.into_iter().map(candidates).collect())
 }
 
 /// What the candidates of a block weigh.
