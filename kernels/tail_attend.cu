@@ -80,7 +80,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
         // At most 2^40 - 1; NaN, which is no largest score, weighs nothing.
         const u64 weight = min(__float2ull_rz(exp2f(x[i] - largest) * 0x1p40f), (1ull << 40) - 1);
         if (weight == 0) continue;
-        const u32 cluster = codes[(first + i * THREADS + threadIdx.x) * p.codes.strides[2]] & (p.n_clusters - 1);
+        const u32 cluster = codes[(first + i * THREADS + threadIdx.x) * p.codes.strides[2]];  // passed over if none
         const u32 upper = static_cast<u32>(weight >> 20), lower = static_cast<u32>(weight & 0xfffff);
         if (upper) atomicAdd(&high[cluster], upper);
         if (lower) atomicAdd(&low[cluster], lower);

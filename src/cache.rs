@@ -4,9 +4,9 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
 use crate::config::{PqConfig, Tail};
+use crate::ops::{ClusterSums, Coarse};
 #[cfg(feature = "cuda")]
 use crate::{cuda::Lens, ops};
-use crate::ops::{ClusterSums, Coarse};
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
@@ -444,8 +444,9 @@ impl PqKvCache {
             }
         }
         // Every step of a graph that was captured with an index encodes the block that it fills.
+        let end = self.blocks_end(self.len);
         if let Some(trained) = &mut self.trained {
-            (self.encoded, trained.summed) = (self.blocks_end(self.len), self.blocks_end(self.len));
+            (self.encoded, trained.summed) = (end, end);
         }
         Ok(())
     }

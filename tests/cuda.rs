@@ -13,8 +13,8 @@ use std::sync::{PoisonError, RwLock};
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, IndexOp, Result, Tensor};
-use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected, PADDING};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection};
+use candle_pq_attn::ops::{self, ClusterSums, Geometry, KmeansOptions, Selected, PADDING};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection, Tail};
 use common::{integers, lay_out, numbers, Rng, Strides, DTYPES, STRIDES};
 
 fn gpu() -> Option<Device> {
@@ -449,15 +449,27 @@ fn reruns_are_equal_to_the_bit() -> Result<()> {
 #[test]
 fn forward() -> Result<()> {
     let (gpu, _guard) = gpu_or_skip!(read);
-    for (dtype, selection, tolerance) in [
-        (DType::F32, Selection::PerQueryHead, 1e-4),
-        (DType::F32, Selection::PerKvHead, 1e-4),
-        (DType::BF16, Selection::PerQueryHead, 2e-2),
-        (DType::F16, Selection::PerKvHead, 2e-2),
+    for (dtype, selection, (coarse, tail), tolerance) in [
+        (DType::F32, Selection::PerQueryHead, (0, Tail::None), 1e-4),
+        (DType::F32, Selection::PerKvHead, (0, Tail::None), 1e-4),
+        (DType::BF16, Selection::PerQueryHead, (0, Tail::None), 2e-2),
+        (DType::F16, Selection::PerKvHead, (0, Tail::None), 2e-2),
+        (DType::F32, Selection::PerQueryHead, (16, Tail::ClusterMeans), 1e-4),
+        (DType::F32, Selection::PerKvHead, (32, Tail::ClusterMeans), 1e-4),
+        (DType::BF16, Selection::PerKvHead, (16, Tail::ClusterMeans), 2e-2),
+        (DType::F32, Selection::PerKvHead, (8, Tail::None), 1e-4),
     ] {
         let mut rng = Rng(15);
-        let config =
-            PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, selection, ..PqConfig::default() };
+        let config = PqConfig {
+            heavy: Heavy::Keys(20),
+            pq_dim: 8,
+            pq_bits: 5,
+            window: 16,
+            selection,
+            coarse,
+            tail,
+            ..PqConfig::default()
+        };
         let attn = PqAttention::new(config, 0.125)?;
         let mut caches =
             [attn.new_cache([2, 2, 64], 0, dtype, &gpu)?, attn.new_cache([2, 2, 64], 0, dtype, &Device::Cpu)?];
@@ -467,10 +479,20 @@ fn forward() -> Result<()> {
             let [values, cpu_values] = pair(&mut rng, &gpu, &[2, 2, s, 64], dtype, Strides::Transposed)?;
             let got = attn.forward(&query, &keys, &values, &mut caches[0])?;
             let want = attn.forward(&cpu_query, &cpu_keys, &cpu_values, &mut caches[1])?;
-            assert_close(&format!("{dtype:?} {selection:?} at {}", caches[0].len()), &got, &want, tolerance);
+            assert_close(&format!("{dtype:?} {selection:?} {tail:?} at {}", caches[0].len()), &got, &want, tolerance);
+            if caches[0].len() == 300 {
+                caches.iter_mut().try_for_each(|cache| cache.truncate(260))?;
+            }
         }
         let [got, want] = [caches[0].codes()?, caches[1].codes()?];
         assert_same_integers("codes", &got, &want);
+        if let [Some(got), Some(want)] = [caches[0].coarse_codes()?, caches[1].coarse_codes()?] {
+            assert_same_integers("clusters", &got, &want);
+        }
+        if let [Some(got), Some(want)] = [caches[0].clusters(), caches[1].clusters()] {
+            assert_same_bits("sums", &got.sums, &want.sums)?;
+            assert_same_integers("counts", &got.counts, &want.counts);
+        }
     }
     Ok(())
 }
@@ -501,6 +523,142 @@ fn append() -> Result<()> {
     Ok(())
 }
 
+/// Sizes of `[b, h, h_kv, n, head_dim]`, clusters and where the candidates begin.
+const TAIL_SHAPES: [([usize; 5], usize, usize); 7] = [
+    ([1, 4, 2, 300, 64], 16, 0),
+    ([2, 6, 2, 257, 128], 256, 5),
+    ([1, 8, 1, 9000, 80], 64, 4),
+    ([1, 3, 3, 1, 128], 2, 300),
+    ([1, 16, 1, 4096, 96], 256, 0),
+    ([2, 2, 1, 20_001, 256], 128, 4),
+    ([1, 1, 1, 8193, 33], 4, 1),
+];
+
+#[test]
+fn residual_score() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(20);
+    for ([b, h, h_kv, n, d], n_clusters, _) in TAIL_SHAPES {
+        for (dtype, strides) in DTYPES.into_iter().zip([STRIDES[0], STRIDES[1], STRIDES[2]]) {
+            let (pq_dim, bits) = if d % 8 == 0 { (8, 8) } else { (d, 3) };
+            let [query, cpu_query] = pair(&mut rng, gpu, &[b, h, 1, d], dtype, strides)?;
+            let [codes_of_residuals, cpu_codes] = codes(&mut rng, gpu, &[b, h_kv, n, pq_dim], 1 << bits, strides)?;
+            let dims = [b, h_kv, pq_dim, 1 << bits, d / pq_dim];
+            let [centroids, cpu_centroids] = pair(&mut rng, gpu, &dims, DType::F32, strides)?;
+            let [clusters, cpu_clusters] = codes(&mut rng, gpu, &[b, h_kv, n], n_clusters, strides)?;
+            let [coarse, cpu_coarse] = pair(&mut rng, gpu, &[b, h_kv, n_clusters, d], DType::F32, strides)?;
+            let got = ops::residual_score(&query, &codes_of_residuals, &centroids, &clusters, &coarse)?;
+            let want = ops::residual_score(&cpu_query, &cpu_codes, &cpu_centroids, &cpu_clusters, &cpu_coarse)?;
+            assert_same_bits(&format!("{:?} {dtype:?} {strides:?}", [b, h, h_kv, n, d]), &got, &want)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cluster_sums() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(21);
+    for ([b, _, h_kv, n, d], n_clusters, _) in TAIL_SHAPES {
+        for (dtype, strides) in DTYPES.into_iter().zip([STRIDES[1], STRIDES[2], STRIDES[3]]) {
+            let [values, cpu_values] = pair(&mut rng, gpu, &[b, h_kv, n, d], dtype, strides)?;
+            let [codes, cpu_codes] = codes(&mut rng, gpu, &[b, h_kv, n], n_clusters, strides)?;
+            let mut got = ClusterSums::empty([b, h_kv, n_clusters, d], gpu)?;
+            let mut want = ClusterSums::empty([b, h_kv, n_clusters, d], &Device::Cpu)?;
+            let cut = rng.below(n + 1);
+            for (start, len) in [(0, cut), (cut, n - cut)] {
+                let part = |x: &Tensor| x.narrow(2, start, len);
+                got = ops::cluster_sums(&part(&values)?, &part(&codes)?, &got)?;
+                want = ops::cluster_sums(&part(&cpu_values)?, &part(&cpu_codes)?, &want)?;
+            }
+            let what = format!("{:?} {n_clusters} {dtype:?} {strides:?}", [b, h_kv, n, d]);
+            assert_same_bits(&what, &got.sums, &want.sums)?;
+            assert_same_integers(&what, &got.counts, &want.counts);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn tail_attend() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(22);
+    for ([b, h, h_kv, n, d], n_clusters, init_offset) in TAIL_SHAPES {
+        for (count, scale, strides) in [(h, 0.5f32, STRIDES[1]), (h_kv, -0.25, STRIDES[2]), (h_kv, 20.0, STRIDES[3])] {
+            let [scores, cpu_scores] = pair(&mut rng, gpu, &[b, h, n], DType::F32, strides)?;
+            let [codes, cpu_codes] = codes(&mut rng, gpu, &[b, h_kv, n], n_clusters, strides)?;
+            let [values, cpu_values] = pair(&mut rng, gpu, &[b, h_kv, n, d], DType::F32, STRIDES[0])?;
+            // Half of the keys, so that some clusters have none.
+            let half = |x: &Tensor| x.narrow(2, 0, n.div_ceil(2));
+            let sums = |values: &Tensor, codes: &Tensor, device: &Device| {
+                let empty = ClusterSums::empty([b, h_kv, n_clusters, d], device)?;
+                ops::cluster_sums(&half(values)?, &half(codes)?, &empty)
+            };
+            let (clusters, cpu_clusters) = (sums(&values, &codes, gpu)?, sums(&cpu_values, &cpu_codes, &Device::Cpu)?);
+            let selected = lists(&mut rng, b, count, n + init_offset + 3, (n / 2).min(500))?;
+            let on_gpu = to_device(&selected, gpu)?;
+            let got = ops::tail_attend(&scores, &codes, &clusters, &on_gpu, init_offset, scale)?;
+            let want = ops::tail_attend(&cpu_scores, &cpu_codes, &cpu_clusters, &selected, init_offset, scale)?;
+            let what = format!("{:?} {count} {scale}", [b, h, h_kv, n, d]);
+            assert_close(&what, &got.out, &want.out, 1e-5);
+            assert_close(&what, &got.lse, &want.lse, 1e-5);
+
+            // Merged with attention to the listed positions.
+            let total = n + init_offset + 3;
+            for dtype in DTYPES {
+                let [query, cpu_query] = pair(&mut rng, gpu, &[b, h, 1, d], dtype, STRIDES[0])?;
+                let [keys, cpu_keys] = pair(&mut rng, gpu, &[b, h_kv, total, d], dtype, STRIDES[0])?;
+                let all = ops::sparse_attend_with_tail(&query, &keys, &keys, &on_gpu, &got, 0.1)?;
+                let cpu_all = ops::sparse_attend_with_tail(&cpu_query, &cpu_keys, &cpu_keys, &selected, &want, 0.1)?;
+                assert_close(&what, &all.out, &cpu_all.out, tolerance(dtype).max(1e-5));
+                assert_close(&what, &all.lse, &cpu_all.lse, 1e-5);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Offsets common to all scores, one huge score, equal scores; all listed.
+#[test]
+fn tail_attend_at_the_extremes() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(23);
+    let (n, d) = (6000, 64);
+    let [values, cpu_values] = pair(&mut rng, gpu, &[1, 1, n, d], DType::F32, STRIDES[0])?;
+    let [codes, cpu_codes] = codes(&mut rng, gpu, &[1, 1, n], 16, STRIDES[0])?;
+    let sums = |values, codes, device| ops::cluster_sums(values, codes, &ClusterSums::empty([1, 1, 16, d], device)?);
+    let (clusters, cpu_clusters) = (sums(&values, &codes, gpu)?, sums(&cpu_values, &cpu_codes, &Device::Cpu)?);
+    let random = rng.tensor(&[1, 1, n], DType::F32);
+    let mut huge = random.flatten_all()?.to_vec1::<f32>()?;
+    huge[4999] = 3e4;
+    for (what, scores) in [
+        ("up", (&random + 1e4)?),
+        ("down", (&random - 1e4)?),
+        ("huge", Tensor::from_vec(huge, (1, 1, n), &Device::Cpu)?),
+        ("equal", random.ones_like()?),
+    ] {
+        for attended in [0, 10, n] {
+            let positions: Vec<u32> = (0..attended as u32).collect();
+            let selected = Selected {
+                indices: Tensor::from_vec(positions, (1, 1, attended), &Device::Cpu)?,
+                lens: Tensor::full(attended as u32, (1, 1), &Device::Cpu)?,
+                weights: Tensor::ones((1, 1, attended), DType::F32, &Device::Cpu)?,
+            };
+            let on_gpu = to_device(&selected, gpu)?;
+            let got = ops::tail_attend(&scores.to_device(gpu)?, &codes, &clusters, &on_gpu, 0, 1.0)?;
+            let want = ops::tail_attend(&scores, &cpu_codes, &cpu_clusters, &selected, 0, 1.0)?;
+            assert_close(&format!("{what} {attended}"), &got.out, &want.out, 1e-5);
+            assert_close(&format!("{what} {attended}"), &got.lse, &want.lse, 1e-6);
+            assert!(numbers(&got.out).iter().all(|x| x.is_finite()), "{what} {attended}");
+        }
+    }
+    Ok(())
+}
+
 /// What `launch` launches, as a graph.
 fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     let stream = gpu.as_cuda_device()?.cuda_stream();
@@ -518,14 +676,18 @@ fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGrap
 #[test]
 fn replayed_steps_equal_eager_ones() -> Result<()> {
     let (gpu, _guard) = gpu_or_skip!(write);
-    for (dtype, selection, heavy, is_dense) in [
-        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false),
-        (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false),
-        (DType::BF16, Selection::PerQueryHead, Heavy::Fraction(0.07), true),
+    for (dtype, selection, heavy, is_dense, (coarse, tail)) in [
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false, (0, Tail::None)),
+        (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false, (0, Tail::None)),
+        (DType::BF16, Selection::PerQueryHead, Heavy::Fraction(0.07), true, (0, Tail::None)),
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false, (32, Tail::ClusterMeans)),
+        (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false, (16, Tail::ClusterMeans)),
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), true, (32, Tail::ClusterMeans)),
     ] {
         let mut rng = Rng(18);
         let ([b, h, h_kv, d], prompt, steps) = ([2, 8, 2, 64], 500, 400);
-        let config = PqConfig { heavy, pq_dim: 8, pq_bits: 6, window: 16, selection, ..PqConfig::default() };
+        let config =
+            PqConfig { heavy, pq_dim: 8, pq_bits: 6, window: 16, selection, coarse, tail, ..PqConfig::default() };
         let attn = PqAttention::new(config, 0.125)?;
         let forward = if is_dense { PqAttention::forward_dense } else { PqAttention::forward };
         let mut random = |heads, s| pair(&mut rng, &gpu, &[b, heads, s, d], dtype, Strides::Contiguous);
@@ -542,6 +704,7 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
             [attn.new_cache([b, h_kv, d], room, dtype, &gpu)?, attn.new_cache([b, h_kv, d], room, dtype, &gpu)?];
         for cache in [&mut eager, &mut replayed] {
             cache.append(&prompt_keys, &prompt_keys)?;
+            cache.build_index()?;
             let [query, key, value] = at(0)?;
             forward(&attn, &query, &key, &value, cache)?;
         }
@@ -565,6 +728,10 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
         assert_eq!(replayed.len(), eager.len());
         assert_same_bits("keys", &replayed.keys()?, &eager.keys()?)?;
         let [query, key, value] = at(1 + steps)?;
+        if let [Some(got), Some(want)] = [replayed.clusters(), eager.clusters()] {
+            assert_same_bits("sums", &got.sums, &want.sums)?;
+            assert_same_integers("counts", &got.counts, &want.counts);
+        }
         let got = forward(&attn, &query, &key, &value, &mut replayed)?;
         assert_same_bits("the step after", &got, &forward(&attn, &query, &key, &value, &mut eager)?)?;
 

@@ -30,13 +30,14 @@ pub(crate) use append::append;
 pub use causal_softmax::causal_softmax;
 pub use cluster_sums::{cluster_sums, ClusterSums};
 #[cfg(feature = "cuda")]
-pub(crate) use decode::{decode, Index, Sequences, Workspace};
+pub(crate) use decode::{decode, Sequences, Workspace};
 pub use encode::encode;
 #[cfg(feature = "cuda")]
 pub(crate) use encode::{encode_into, Due};
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
+pub(crate) use score::Coarse;
 pub use score::{residual_score, score};
 pub use sparse_attend::{dense_attend, sparse_attend, sparse_attend_with_tail, Attended};
 pub use tail_attend::tail_attend;

@@ -12,7 +12,8 @@ use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shap
 use super::arg::{with_unit_rows, View};
 use super::indices_and_weights::{Geometry, Lists};
 use super::side_output::SideOutput;
-use super::{group_mass, indices_and_weights, score, sparse_attend, topk, Attended};
+use super::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk, Attended};
+use crate::cache::Index;
 use crate::config::{PqConfig, Selection};
 use crate::cuda::{Lens, Step};
 pub(crate) use workspace::Workspace;
@@ -28,15 +29,8 @@ pub(crate) struct Sequences<'a> {
     pub(crate) lens: &'a Lens,
 }
 
-/// What the keys to attend to are found by.
-pub(crate) struct Index {
-    /// `[b, h_kv, capacity - init_offset, pq_dim]`: those of the first candidate on.
-    pub(crate) codes: Tensor,
-    /// `[b, h_kv, pq_dim, n_centroids, pq_len]`
-    pub(crate) centroids: Tensor,
-}
-
-/// Attends to all keys, or with an index to those that matter to `query`, `[b, h, 1, head_dim]`.
+/// Attends to all keys, or with an index (of all positions that there is room for) to those that matter to `query`,
+/// `[b, h, 1, head_dim]`.
 ///
 /// # Errors
 /// Shapes and dtypes that the single ops would refuse, or a step that is captured before one has been run: it would
@@ -73,6 +67,7 @@ struct SelectionPlan {
     mass: Option<group_mass::Plan>,
     topk: topk::Plan,
     lists: indices_and_weights::Plan,
+    tail: Option<tail_attend::Plan>,
 }
 
 impl Plan {
@@ -83,20 +78,18 @@ impl Plan {
             return Ok(Self { step: Step::of_candidates(capacity, 0), selection: None, attend });
         };
         let selection = SelectionPlan::new(query, index, config, capacity, scale)?;
-        let [b, lists, _] = selection.lists.heavy.dims;
-        let dims = [b, lists, selection.lists.list_len];
-        attend.lists = Some(Lists {
-            indices: View::contiguous(dims),
-            lens: View::contiguous([b, lists]),
-            weights: View::contiguous(dims),
-        });
+        attend.lists = Some(selection.attended());
+        if selection.tail.is_some() {
+            let [b, h, ..] = attend.query.dims;
+            attend.tail = Some((View::contiguous(attend.query.dims), View::contiguous([b, h])));
+        }
         Ok(Self { step: Step::of_config(config, capacity), selection: Some(selection), attend })
     }
 }
 
 impl SelectionPlan {
     fn new(query: &Tensor, index: &Index, config: &PqConfig, capacity: usize, scale: f32) -> Result<Self> {
-        let score = score::Plan::new(OP, query, &index.codes, &index.centroids, None)?;
+        let score = score::Plan::new(OP, query, &index.codes, &index.centroids, index.coarse.as_ref())?;
         let ([b, h, ..], [_, h_kv, room, _]) = (score.query.dims, score.codes.dims);
         let scores = View::contiguous([b, h, room]);
         let (mass, lists) = match config.selection {
@@ -107,12 +100,25 @@ impl SelectionPlan {
         let k = config.heavy.count(capacity).min(config.candidates(capacity).len());
         let (sink, window, init_offset) = (config.sink, config.window, config.init_offset());
         let geometry = Geometry { n: capacity, sink, window, init_offset };
-        Ok(Self {
+        let mut plan = Self {
             score,
             mass,
             topk: topk::Plan { rows: b * lists, n: room, k },
             lists: indices_and_weights::Plan::of(View::contiguous([b, lists, k]), geometry),
-        })
+            tail: None,
+        };
+        if let (Some(coarse), Some(clusters)) = (&plan.score.coarse, &index.clusters) {
+            let attended = plan.attended();
+            plan.tail = Some(tail_attend::Plan::of(scores, coarse.codes, clusters, attended, init_offset, scale)?);
+        }
+        Ok(plan)
+    }
+
+    /// The lists that a step leaves.
+    fn attended(&self) -> Lists {
+        let [b, lists, _] = self.lists.heavy.dims;
+        let dims = [b, lists, self.lists.list_len];
+        Lists { indices: View::contiguous(dims), lens: View::contiguous([b, lists]), weights: View::contiguous(dims) }
     }
 }
 

@@ -40,6 +40,10 @@ pub(super) struct Buffers {
     pub(super) indices: Buffer,
     pub(super) list_lens: Buffer,
     pub(super) weights: Buffer,
+    pub(super) tail_masses: Buffer,
+    pub(super) tail_shifts: Buffer,
+    pub(super) tail_out: Buffer,
+    pub(super) tail_lse: Buffer,
     pub(super) partials: Buffer,
     pub(super) attend_stats: Buffer,
 }

@@ -123,7 +123,8 @@ impl Kernels {
         if self.blocks == 0 {
             return Ok(());
         }
-        let guards = coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
+        let guards =
+            coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
         let (clusters, coarse) = match &guards {
             None => (None, None),
             Some((codes, centroids)) => (Some(cuda::storage_of(OP, codes)?), Some(cuda::storage_of(OP, centroids)?)),
@@ -135,7 +136,11 @@ impl Kernels {
         let launch = self.lut.launch().input(query)?.input(centroids)?.input_or_null(coarse)?.output(tables)?;
         launch.value(&params).run([tiles, subspaces, self.tables], LUT_THREADS as u32, 0)?;
         let launch = self.score.launch().input(codes)?.input_or_null(clusters)?.input(tables)?.input_or_null(lens)?;
-        launch.output(scores)?.value(&params).run([self.blocks, self.tables, 1], SCORE_THREADS as u32, self.shared_bytes)
+        launch.output(scores)?.value(&params).run(
+            [self.blocks, self.tables, 1],
+            SCORE_THREADS as u32,
+            self.shared_bytes,
+        )
     }
 }
 

@@ -1,6 +1,6 @@
 use candle_core::{CudaStorage, DType, Result};
 
-use super::{Plan, Selected};
+use super::{Attended, Plan, Selected};
 use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 use crate::ops::arg::View;
 
@@ -14,6 +14,8 @@ struct Attend {
     indices: DeviceView<3>,
     list_lens: DeviceView<2>,
     weights: DeviceView<3>,
+    tail_out: DeviceView<4>,
+    tail_lse: DeviceView<2>,
     step: Step,
     h: u32,
     h_kv: u32,
@@ -36,6 +38,7 @@ const MIN_RUN: usize = 64;
 pub(super) fn run(
     plan: &Plan,
     selected: Option<&Selected>,
+    tail: Option<&Attended>,
     query: &CudaStorage,
     keys: &CudaStorage,
     values: &CudaStorage,
@@ -57,8 +60,13 @@ pub(super) fn run(
             Some([indices?, lens?, weights?])
         }
     };
-    let tensors = [query, keys, values];
-    kernels.run(Step::of_candidates(n, 0), None, tensors, lists, [&mut partials, &mut stats, &mut out, &mut lse])?;
+    let guards = tail.map(|tail| [&tail.out, &tail.lse].map(|tensor| tensor.storage_and_layout().0));
+    let tail = match &guards {
+        None => None,
+        Some([out, lse]) => Some([cuda::storage_of(plan.op, out)?, cuda::storage_of(plan.op, lse)?]),
+    };
+    let (step, tensors) = (Step::of_candidates(n, 0), [query, keys, values]);
+    kernels.run(step, None, tensors, lists, tail, [&mut partials, &mut stats, &mut out, &mut lse])?;
     Ok((out, lse))
 }
 
@@ -91,6 +99,8 @@ impl Kernels {
             indices: plan.lists.map_or(DeviceView::NONE, |lists| lists.indices.device()),
             list_lens: plan.lists.map_or(DeviceView::NONE, |lists| lists.lens.device()),
             weights: plan.lists.map_or(DeviceView::NONE, |lists| lists.weights.device()),
+            tail_out: plan.tail.map_or(DeviceView::NONE, |(out, _)| out.device()),
+            tail_lse: plan.tail.map_or(DeviceView::NONE, |(_, lse)| lse.device()),
             step: Step::of_candidates(n, 0),
             h: u32_of(op, "h", h)?,
             h_kv: u32_of(op, "h_kv", h_kv)?,
@@ -124,13 +134,14 @@ impl Kernels {
     }
 
     /// Attends to the positions of `lists` (indices, lens, weights), or to all of sequences of `lens`, of which the plan
-    /// has at least as many.
+    /// has at least as many, and adds the `tail` (output, LSE).
     pub(crate) fn run(
         &self,
         step: Step,
         lens: Option<&CudaStorage>,
         [query, keys, values]: [&CudaStorage; 3],
         lists: Option<[&CudaStorage; 3]>,
+        tail: Option<[&CudaStorage; 2]>,
         [partials, stats, out, lse]: [&mut CudaStorage; 4],
     ) -> Result<()> {
         let params = Params(Attend { step, ..self.params });
@@ -140,7 +151,9 @@ impl Kernels {
         let launch = launch.input_or_null(lens)?.output(partials)?.output(stats)?.value(&params);
         launch.run(self.grid, THREADS as u32, 0)?;
         let launch = self.merge.launch().input(partials)?.input(stats)?.input_or_null(list_lens)?;
-        let launch = launch.input_or_null(lens)?.output(out)?.output(lse)?.value(&params);
+        let [tail_out, tail_lse] = tail.map_or([None; 2], |tail| tail.map(Some));
+        let launch = launch.input_or_null(lens)?.input_or_null(tail_out)?.input_or_null(tail_lse)?;
+        let launch = launch.output(out)?.output(lse)?.value(&params);
         launch.run([self.grid[2] * self.params.h as usize, 1, 1], THREADS as u32, 0)
     }
 }

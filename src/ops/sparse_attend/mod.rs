@@ -244,10 +244,8 @@ impl CustomOp3 for Attend {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        if self.tail.is_some() {
-            bail!("{}: expected a CPU, the GPU has no kernel for it yet", self.plan.op);
-        }
-        let (out, lse) = cuda::run(&self.plan, self.selected.as_ref(), query, keys, values)?;
+        let (selected, tail) = (self.selected.as_ref(), self.tail.as_ref());
+        let (out, lse) = cuda::run(&self.plan, selected, tail, query, keys, values)?;
         self.lse.put_cuda(lse, (b, h));
         Ok((out, self.plan.query.dims.as_slice().into()))
     }

@@ -1,7 +1,13 @@
 //! Attention to the keys that were not selected, by the means of their clusters.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
@@ -79,19 +85,28 @@ impl Plan {
         if h == 0 || h_kv == 0 || !h.is_multiple_of(h_kv) {
             return codes_arg.fail(&format!("an h_kv that divides h {h}"), format_args!("{h_kv}"));
         }
+        let codes = Arg::new(OP, "codes", &codes.unsqueeze(3)?).view("[b, h_kv, n, 1]")?;
+        let lists = Lists::serving(OP, selected, [b, h, h_kv])?;
+        Self::of(scores, codes, clusters, lists, init_offset, scale)
+    }
+
+    /// Of views that are known to agree.
+    pub(super) fn of(
+        scores: View<3>,
+        codes: View<4>,
+        clusters: &ClusterSums,
+        lists: Lists,
+        init_offset: usize,
+        scale: f32,
+    ) -> Result<Self> {
+        let [b, h_kv, ..] = codes.dims;
         clusters.check(OP, [b, h_kv])?;
         if !scale.is_finite() {
             bail!("{OP}: scale: expected a finite number, got {scale}");
         }
-        Ok(Self {
-            scores,
-            codes: Arg::new(OP, "codes", &codes.unsqueeze(3)?).view("[b, h_kv, n, 1]")?,
-            sums: Arg::new(OP, "sums", &clusters.sums).view("[b, h_kv, n_clusters, head_dim]")?,
-            counts: Arg::new(OP, "counts", &clusters.counts).view("[b, h_kv, n_clusters]")?,
-            lists: Lists::serving(OP, selected, [b, h, h_kv])?,
-            init_offset,
-            scale,
-        })
+        let sums = Arg::new(OP, "sums", &clusters.sums).view("[b, h_kv, n_clusters, head_dim]")?;
+        let counts = Arg::new(OP, "counts", &clusters.counts).view("[b, h_kv, n_clusters]")?;
+        Ok(Self { scores, codes, sums, counts, lists, init_offset, scale })
     }
 }
 
@@ -120,5 +135,21 @@ impl CustomOp3 for TailAttend {
         let (out, lse) = cpu::run(&self.plan, &self.counts, &self.selected, scores, codes, sums)?;
         self.lse.put_cpu(CpuStorage::F32(lse), (b, h));
         Ok((CpuStorage::F32(out), (b, h, 1, head_dim).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        scores: &CudaStorage,
+        _: &Layout,
+        codes: &CudaStorage,
+        _: &Layout,
+        sums: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let ([b, h, _], [.., head_dim]) = (self.plan.scores.dims, self.plan.sums.dims);
+        let (out, lse) = cuda::run(&self.plan, &self.counts, &self.selected, [scores, codes, sums])?;
+        self.lse.put_cuda(lse, (b, h));
+        Ok((out, (b, h, 1, head_dim).into()))
     }
 }
