@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
 use serde_json::json;
 
 struct Case {
@@ -30,6 +30,9 @@ struct Case {
     window: usize,
     heavy: usize,
     selection: Selection,
+    /// Clusters, whose means are the tail.
+    coarse: usize,
+    tail: Tail,
     /// Encodes a key and writes the weights by position in each step, as the published indexer does.
     as_seed: bool,
 }
@@ -48,10 +51,15 @@ const GQA: Case = Case {
     window: 64,
     heavy: 328,
     selection: Selection::PerKvHead,
+    coarse: 0,
+    tail: Tail::None,
     as_seed: false,
 };
 
-const CASES: [Case; 6] = [
+/// A cluster and 8 x 8 bits of the residual.
+const RESIDUAL: Case = Case { pq_dim: 8, coarse: 256, ..GQA };
+
+const CASES: [Case; 10] = [
     Case {
         name: "seed-w0",
         h_kv: 32,
@@ -71,7 +79,14 @@ const CASES: [Case; 6] = [
     Case { name: "gqa-128k", n: 131_072, heavy: 1311, ..GQA },
     Case { name: "gqa-128k-by-query", n: 131_072, heavy: 1311, selection: Selection::PerQueryHead, ..GQA },
     Case { name: "batch8-32k", b: 8, ..GQA },
+    Case { name: "residual-32k", ..RESIDUAL },
+    Case { name: "tail-32k", tail: Tail::ClusterMeans, ..RESIDUAL },
+    Case { name: "residual-128k", n: 131_072, heavy: 1311, ..RESIDUAL },
+    Case { name: "tail-128k", n: 131_072, heavy: 1311, tail: Tail::ClusterMeans, ..RESIDUAL },
 ];
+
+/// What is measured: the `i`-th of some calls.
+type Call<'a> = &'a dyn Fn(usize) -> Result<()>;
 
 /// One layer of a model.
 struct Layer {
@@ -80,6 +95,18 @@ struct Layer {
     codes: Tensor,
     centroids: Tensor,
     query: Tensor,
+}
+
+impl Layer {
+    fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            keys: self.keys.to_device(device)?,
+            values: self.values.to_device(device)?,
+            codes: self.codes.to_device(device)?,
+            centroids: self.centroids.to_device(device)?,
+            query: self.query.to_device(device)?,
+        })
+    }
 }
 
 impl Case {
@@ -120,22 +147,33 @@ impl Case {
             .collect()
     }
 
-    /// Caches of a few layers, with room for the tokens that are measured.
-    fn caches(&self, attn: &PqAttention, layers: &[Layer]) -> Result<Vec<PqKvCache>> {
-        const COUNT: usize = 4;
+    fn config(&self) -> PqConfig {
+        PqConfig {
+            sink: self.sink,
+            window: self.window,
+            heavy: Heavy::Keys(self.heavy),
+            pq_dim: self.pq_dim,
+            pq_bits: self.pq_bits,
+            selection: self.selection,
+            coarse: self.coarse,
+            tail: self.tail,
+            ..PqConfig::default()
+        }
+    }
+
+    /// A layer's cache, with room for the tokens that are measured, indexed with the codebook of another device.
+    fn cache(&self, attn: &PqAttention, layer: &Layer, codebook: &Codebook) -> Result<PqKvCache> {
         const ROOM: usize = 4096;
-        layers
-            .iter()
-            .take(COUNT)
-            .map(|layer| {
-                let device = layer.keys.device();
-                let mut cache = attn.new_cache([self.b, self.h_kv, self.d], self.n + ROOM, self.dtype, device)?;
-                cache.append(&layer.keys, &layer.values)?;
-                cache.set_codebook(Codebook::new(layer.centroids.clone(), None)?)?;
-                cache.build_index()?;
-                Ok(cache)
-            })
-            .collect()
+        let device = layer.keys.device();
+        let mut cache = attn.new_cache([self.b, self.h_kv, self.d], self.n + ROOM, self.dtype, device)?;
+        cache.append(&layer.keys, &layer.values)?;
+        let here = Codebook::new(codebook.centroids()?.to_device(device)?, None)?;
+        cache.set_codebook(match codebook.coarse() {
+            None => here,
+            Some(coarse) => here.with_coarse(coarse.to_device(device)?)?,
+        })?;
+        cache.build_index()?;
+        Ok(cache)
     }
 
     fn score(&self, layer: &Layer) -> Result<Tensor> {
@@ -171,13 +209,7 @@ impl Case {
     /// The device's results against the CPU's.
     fn check(&self, layer: &Layer) -> Result<()> {
         let cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
-        let on_cpu = Layer {
-            keys: cpu(&layer.keys)?,
-            values: cpu(&layer.values)?,
-            codes: cpu(&layer.codes)?,
-            centroids: cpu(&layer.centroids)?,
-            query: cpu(&layer.query)?,
-        };
+        let on_cpu = layer.to_device(&Device::Cpu)?;
         let selected = self.index(layer)?;
         let (out, dense) = (self.attend(layer, &selected)?, self.dense(layer)?);
         let selected =
@@ -189,15 +221,43 @@ impl Case {
         // The softmax of group_mass rounds differently: a key at the edge of the budget may give way to its equal.
         let allowed = if self.selection == Selection::PerKvHead { got.len() / 100 } else { 0 };
         assert!(differ <= allowed, "{}: {differ} of {} positions differ from the CPU's", self.name, got.len());
-        for (what, got, want) in
-            [("attend", out, self.attend(&on_cpu, &selected)?), ("dense", dense, self.dense(&on_cpu)?)]
-        {
-            let difference = (cpu(&got)?.to_dtype(DType::F32)? - want.to_dtype(DType::F32)?)?;
-            let norm = |tensor: &Tensor| -> Result<f32> { tensor.sqr()?.sum_all()?.sqrt()?.to_scalar() };
-            let error = norm(&difference)? / norm(&want.to_dtype(DType::F32)?)?;
-            assert!(error < 1e-2, "{}: {what} is off by {error}", self.name);
-        }
+        self.assert_close("attend", &out, &self.attend(&on_cpu, &selected)?)?;
+        self.assert_close("dense", &dense, &self.dense(&on_cpu)?)
+    }
+
+    fn assert_close(&self, what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+        let difference = (got.to_device(&Device::Cpu)?.to_dtype(DType::F32)? - want.to_dtype(DType::F32)?)?;
+        let norm = |tensor: &Tensor| -> Result<f32> { tensor.sqr()?.sum_all()?.sqrt()?.to_scalar() };
+        let error = norm(&difference)? / norm(&want.to_dtype(DType::F32)?)?;
+        assert!(error < 1e-2, "{}: {what} is off by {error}", self.name);
         Ok(())
+    }
+
+    /// A token's forward, checked against the CPU's.
+    fn run_forward(
+        &self,
+        layers: &[Layer],
+        bytes: usize,
+        report: &dyn Fn(&str, usize, Call) -> Result<()>,
+    ) -> Result<()> {
+        let attn = PqAttention::new(self.config(), self.scale())?;
+        let codebook = Codebook::train(&layers[0].keys.narrow(2, 0, self.n.min(8192))?, &self.config())?;
+        let caches: Result<Vec<_>> = layers.iter().take(4).map(|layer| self.cache(&attn, layer, &codebook)).collect();
+        let caches = RefCell::new(caches?);
+        let new = |x: &Tensor| x.narrow(2, 0, 1)?.contiguous();
+        let (query, key, value) = (&layers[0].query, new(&layers[0].keys)?, new(&layers[0].values)?);
+        {
+            let mut on_cpu = self.cache(&attn, &layers[0].to_device(&Device::Cpu)?, &codebook)?;
+            let cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
+            let want = attn.forward(&cpu(query)?, &cpu(&key)?, &cpu(&value)?, &mut on_cpu)?;
+            let cache = &mut caches.borrow_mut()[0];
+            self.assert_close("forward", &attn.forward(query, &key, &value, cache)?, &want)?;
+        }
+        report("forward", bytes, &|i| {
+            let mut caches = caches.borrow_mut();
+            let layer = i % caches.len();
+            attn.forward(query, &key, &value, &mut caches[layer]).map(drop)
+        })
     }
 
     fn run(&self, device: &Device, copy_gb_per_s: f64, json: bool) -> Result<()> {
@@ -215,8 +275,8 @@ impl Case {
         let train_keys = layers[0].keys.narrow(2, 0, self.n.min(32_768))?;
         let at = |i: usize| &layers[i % layers.len()];
 
-        let report = |what: &str, bytes: usize, call: &dyn Fn(usize) -> Result<()>| -> Result<()> {
-            for times in measure(device, call)? {
+        let print = |what: &str, bytes: usize, times: Vec<Times>| {
+            for times in times {
                 let gb_per_s = bytes as f64 / times.us[1] / 1e3;
                 let row = json!({
                     "case": self.name, "what": what, "mode": times.mode, "us_p20": round(times.us[0]),
@@ -232,8 +292,19 @@ impl Case {
                     ),
                 }
             }
+        };
+        let report = |what: &str, bytes: usize, call: Call| -> Result<()> {
+            print(what, bytes, measure(device, call)?);
             Ok(())
         };
+        self.run_forward(&layers, codes_bytes + centroids_bytes + attended_bytes, &report)?;
+        if self.coarse > 0 {
+            // Eager alone: what it gathers its sample by comes from the host.
+            let train = |_| Codebook::train(&train_keys, &self.config()).map(drop);
+            let times = Times { mode: "eager", us: percentiles(eager(device, &train)?), launches: 0 };
+            print("train", train_keys.elem_count() * element, vec![times]);
+            return Ok(());
+        }
         report("lut", centroids_bytes, &|i| {
             let codes = at(i).codes.narrow(2, 0, 1)?;
             ops::score(&at(i).query, &codes, &at(i).centroids).map(drop)
@@ -248,25 +319,6 @@ impl Case {
         report("step", codes_bytes + centroids_bytes + attended_bytes, &|i| {
             self.attend(at(i), &self.index(at(i))?).map(drop)
         })?;
-        let config = PqConfig {
-            sink: self.sink,
-            window: self.window,
-            heavy: Heavy::Keys(self.heavy),
-            pq_dim: self.pq_dim,
-            pq_bits: self.pq_bits,
-            selection: self.selection,
-            ..PqConfig::default()
-        };
-        let attn = PqAttention::new(config, self.scale())?;
-        let caches = RefCell::new(self.caches(&attn, &layers)?);
-        let new = |x: &Tensor| x.narrow(2, 0, 1)?.contiguous();
-        let (query, key, value) = (&layers[0].query, new(&layers[0].keys)?, new(&layers[0].values)?);
-        report("forward", codes_bytes + centroids_bytes + attended_bytes, &|i| {
-            let mut caches = caches.borrow_mut();
-            let layer = i % caches.len();
-            attn.forward(query, &key, &value, &mut caches[layer]).map(drop)
-        })?;
-        drop(caches);
         report("dense", 2 * kv_bytes, &|i| self.dense(at(i)).map(drop))?;
         report("encode", new_keys.elem_count() * element, &|i| {
             ops::encode(&new_keys, &at(i).centroids, None).map(drop)
@@ -292,7 +344,7 @@ fn percentiles(mut us: Vec<f64>) -> [f64; 3] {
 }
 
 /// The wall time of single calls: 50 of them, fewer of long ones.
-fn eager(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<f64>> {
+fn eager(device: &Device, call: Call) -> Result<Vec<f64>> {
     let time = |i| -> Result<f64> {
         let start = Instant::now();
         call(i)?;
@@ -307,12 +359,12 @@ fn eager(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<f64>
 }
 
 #[cfg(not(feature = "cuda"))]
-fn measure(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<Times>> {
+fn measure(device: &Device, call: Call) -> Result<Vec<Times>> {
     Ok(vec![Times { mode: "eager", us: percentiles(eager(device, call)?), launches: 0 }])
 }
 
 #[cfg(feature = "cuda")]
-fn measure(device: &Device, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<Times>> {
+fn measure(device: &Device, call: Call) -> Result<Vec<Times>> {
     let eager = percentiles(eager(device, call)?);
     match device {
         Device::Cuda(cuda) => {
@@ -335,7 +387,7 @@ mod graph {
     const CALLS: usize = 20;
 
     /// The time of a call in a replayed graph, in µs, and the launches of one call: kernels, fills and copies.
-    pub fn measure(device: &CudaDevice, call: &dyn Fn(usize) -> Result<()>) -> Result<(Vec<f64>, usize)> {
+    pub fn measure(device: &CudaDevice, call: Call) -> Result<(Vec<f64>, usize)> {
         let stream = device.cuda_stream();
         stream.synchronize().w()?;
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;

@@ -53,7 +53,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
   codes += p.codes.at(b, kv);
   indices += p.indices.at(b, list);
   weights += p.weights.at(b, list);
-  const float scale = p.scale * LOG2_E;
   for (u64 tile = blockIdx.x; tile * TILE < n; tile += gridDim.x) {
     const u64 first = tile * TILE;
     const u32 count = static_cast<u32>(min(static_cast<u64>(TILE), n - first));
@@ -70,7 +69,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const u32 t = i * THREADS + threadIdx.x;
-      x[i] = t < count && !(listed[t / 32] >> t % 32 & 1) ? scores[first + t] * scale : -INFINITY;
+      x[i] = t < count && !(listed[t / 32] >> t % 32 & 1) ? scores[first + t] * p.scale : -INFINITY;
       largest = fmaxf(largest, x[i]);
     }
     largest = block_max<WARPS>(largest);
@@ -78,7 +77,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
 #pragma unroll
       for (int i = 0; i < EACH; i++) {
         // At most 2^40 - 1; NaN, which is no largest score, weighs nothing.
-        const u64 weight = min(__float2ull_rz(exp2f(x[i] - largest) * 0x1p40f), (1ull << 40) - 1);
+        const u64 weight = min(__float2ull_rz(exp2f((x[i] - largest) * LOG2_E) * 0x1p40f), (1ull << 40) - 1);
         if (weight == 0) continue;
         const u32 cluster = codes[(first + i * THREADS + threadIdx.x) * p.codes.strides[2]];  // passed over if none
         const u32 upper = static_cast<u32>(weight >> 20), lower = static_cast<u32>(weight & 0xfffff);
@@ -119,7 +118,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_attend(
   const u32 count = c < p.n_clusters ? counts[p.counts.at(b, kv, c)] : 0;
   if (count > 0 && top > -INFINITY) {
 #pragma unroll 8
-    for (u32 tile = 0; tile < tiles; tile++) mass += exp2f(shifts[tile] - top) * masses[tile * p.n_clusters + c];
+    for (u32 tile = 0; tile < tiles; tile++) mass += exp2f((shifts[tile] - top) * LOG2_E) * masses[tile * p.n_clusters + c];
   }
   weights[c] = mass == 0 ? 0 : mass / count;
   const float total = block_sum<WARPS>(mass);  // and the weights have been written
@@ -132,5 +131,5 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_attend(
     }
     out[static_cast<u64>(row) * p.head_dim + e] = total == 0 ? 0 : x / total;
   }
-  if (threadIdx.x == 0) lse[row] = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
+  if (threadIdx.x == 0) lse[row] = total == 0 ? -INFINITY : top + logf(total);
 }

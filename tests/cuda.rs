@@ -34,10 +34,12 @@ fn gpu() -> Option<Device> {
 /// memory, would end a capture.
 static GPU: RwLock<()> = RwLock::new(());
 
+/// The lock, then the device: in this order, so that the device goes first.
 macro_rules! gpu_or_skip {
     ($lock:ident) => {{
+        let guard = GPU.$lock().unwrap_or_else(PoisonError::into_inner);
         match gpu() {
-            Some(gpu) => (gpu, GPU.$lock().unwrap_or_else(PoisonError::into_inner)),
+            Some(gpu) => (guard, gpu),
             None => return Ok(()),
         }
     }};
@@ -114,7 +116,7 @@ const PQ_SHAPES: [[usize; 6]; 10] = [
 
 #[test]
 fn encode() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(1);
     for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
         for dtype in DTYPES {
@@ -135,7 +137,7 @@ fn encode() -> Result<()> {
 
 #[test]
 fn encode_nan() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(2);
     for n in [3, 200] {
         let [centroids, _] = pair(&mut rng, &gpu, &[1, 1, 4, 16, 16], DType::F32, Strides::Contiguous)?;
@@ -147,7 +149,7 @@ fn encode_nan() -> Result<()> {
 
 #[test]
 fn score() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(3);
     for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
         for (dtype, group) in DTYPES.into_iter().zip([1, 4, 3]).chain([(DType::F32, 2), (DType::F32, 7)]) {
@@ -169,7 +171,7 @@ fn score() -> Result<()> {
 
 #[test]
 fn score_of_many_keys_and_of_none() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(4);
     for n in [0, 2047, 2048, 2049, 50_001] {
         let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 128], DType::BF16, Strides::Contiguous)?;
@@ -183,7 +185,7 @@ fn score_of_many_keys_and_of_none() -> Result<()> {
 
 #[test]
 fn topk() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(5);
     for (rows, n) in [(1, 1), (3, 31), (2, 1024), (1, 8193), (5, 20_000), (1, 300_000), (40, 9000), (300, 700)] {
         for levels in [1, 3, 64, usize::MAX] {
@@ -206,7 +208,7 @@ fn topk() -> Result<()> {
 
 #[test]
 fn topk_of_strided_scores() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(6);
     for strides in STRIDES {
         let [scores, cpu_scores] = pair(&mut rng, &gpu, &[2, 3, 5000], DType::F32, strides)?;
@@ -219,7 +221,7 @@ fn topk_of_strided_scores() -> Result<()> {
 
 #[test]
 fn group_mass() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(7);
     for (h_kv, group, n) in [(1, 1, 1), (2, 4, 300), (1, 3, 8193), (2, 16, 100), (1, 20, 33), (2, 4, 40_000)] {
         for (strides, scale) in STRIDES.into_iter().zip([0.125, 3.0, -1.0, 0.0]) {
@@ -234,7 +236,7 @@ fn group_mass() -> Result<()> {
 
 #[test]
 fn indices_and_weights() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(8);
     for (n, sink, window, init_offset) in [
         (1usize, 4, 64, 4usize),
@@ -305,7 +307,7 @@ fn to_device(selected: &Selected, device: &Device) -> Result<Selected> {
 
 #[test]
 fn attend() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(9);
     for d in [64, 80, 96, 128, 256, 1, 33, 250] {
         for (h_kv, group) in [(2, 1), (1, 2), (2, 3), (2, 4), (1, 7), (1, 8), (1, 16), (1, 24)] {
@@ -339,7 +341,7 @@ fn attend() -> Result<()> {
 /// Keys and values that no list names hold NaN.
 #[test]
 fn attend_reads_listed_positions_only() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(10);
     let (n, d) = (900, 128);
     let selected = lists(&mut rng, 1, 1, n, 150)?;
@@ -359,7 +361,7 @@ fn attend_reads_listed_positions_only() -> Result<()> {
 
 #[test]
 fn causal_softmax() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(11);
     for (rows, queries, n, first) in [(1, 1, 1, 0), (12, 4, 100, 96), (12, 4, 1000, 10), (30, 10, 257, 200)] {
         let cpu = rng.tensor(&[2, 2, rows, n], DType::F32);
@@ -373,7 +375,7 @@ fn causal_softmax() -> Result<()> {
 
 #[test]
 fn kmeans() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(12);
     for (dims, pq_dim, pq_bits, max_keys) in [
         ([1, 2, 400, 64], 8, 6, 1000),
@@ -406,7 +408,7 @@ fn kmeans() -> Result<()> {
 /// Fewer distinct keys than centroids: clusters stay empty and are drawn anew.
 #[test]
 fn kmeans_with_empty_clusters() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(13);
     let distinct = rng.tensor(&[1, 1, 10, 64], DType::F32);
     let cpu = Tensor::cat(&vec![distinct; 60], 2)?;
@@ -417,7 +419,7 @@ fn kmeans_with_empty_clusters() -> Result<()> {
 
 #[test]
 fn reruns_are_equal_to_the_bit() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(14);
     let (h, h_kv, n, d) = (8, 2, 20_000, 128);
     let [query, _] = pair(&mut rng, &gpu, &[1, h, 1, d], DType::BF16, Strides::Contiguous)?;
@@ -448,7 +450,7 @@ fn reruns_are_equal_to_the_bit() -> Result<()> {
 /// Prefill and a decode across retraining, against the CPU.
 #[test]
 fn forward() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     for (dtype, selection, (coarse, tail), tolerance) in [
         (DType::F32, Selection::PerQueryHead, (0, Tail::None), 1e-4),
         (DType::F32, Selection::PerKvHead, (0, Tail::None), 1e-4),
@@ -500,7 +502,7 @@ fn forward() -> Result<()> {
 /// Keys and values of any layout, in pieces, through the growth of the cache.
 #[test]
 fn append() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(17);
     for (d, dtype) in [(64, DType::F32), (80, DType::BF16), (128, DType::F16), (33, DType::F32), (250, DType::BF16)] {
         let config = PqConfig { pq_dim: 1, ..PqConfig::default() };
@@ -536,7 +538,7 @@ const TAIL_SHAPES: [([usize; 5], usize, usize); 7] = [
 
 #[test]
 fn residual_score() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let gpu = &gpu;
     let mut rng = Rng(20);
     for ([b, h, h_kv, n, d], n_clusters, _) in TAIL_SHAPES {
@@ -558,7 +560,7 @@ fn residual_score() -> Result<()> {
 
 #[test]
 fn cluster_sums() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let gpu = &gpu;
     let mut rng = Rng(21);
     for ([b, _, h_kv, n, d], n_clusters, _) in TAIL_SHAPES {
@@ -583,7 +585,7 @@ fn cluster_sums() -> Result<()> {
 
 #[test]
 fn tail_attend() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let gpu = &gpu;
     let mut rng = Rng(22);
     for ([b, h, h_kv, n, d], n_clusters, init_offset) in TAIL_SHAPES {
@@ -598,7 +600,7 @@ fn tail_attend() -> Result<()> {
                 ops::cluster_sums(&half(values)?, &half(codes)?, &empty)
             };
             let (clusters, cpu_clusters) = (sums(&values, &codes, gpu)?, sums(&cpu_values, &cpu_codes, &Device::Cpu)?);
-            let selected = lists(&mut rng, b, count, n + init_offset + 3, (n / 2).min(500))?;
+            let selected = lists(&mut rng, b, count, n + init_offset + 3, (n / 2).clamp(1, 500))?;
             let on_gpu = to_device(&selected, gpu)?;
             let got = ops::tail_attend(&scores, &codes, &clusters, &on_gpu, init_offset, scale)?;
             let want = ops::tail_attend(&cpu_scores, &cpu_codes, &cpu_clusters, &selected, init_offset, scale)?;
@@ -624,7 +626,7 @@ fn tail_attend() -> Result<()> {
 /// Offsets common to all scores, one huge score, equal scores; all listed.
 #[test]
 fn tail_attend_at_the_extremes() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let gpu = &gpu;
     let mut rng = Rng(23);
     let (n, d) = (6000, 64);
@@ -675,7 +677,7 @@ fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGrap
 /// the same steps one by one.
 #[test]
 fn replayed_steps_equal_eager_ones() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(write);
+    let (_guard, gpu) = gpu_or_skip!(write);
     for (dtype, selection, heavy, is_dense, (coarse, tail)) in [
         (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false, (0, Tail::None)),
         (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false, (0, Tail::None)),
@@ -728,6 +730,8 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
         assert_eq!(replayed.len(), eager.len());
         assert_same_bits("keys", &replayed.keys()?, &eager.keys()?)?;
         let [query, key, value] = at(1 + steps)?;
+        // Dense steps leave the index to the next sparse one.
+        [&mut replayed, &mut eager].into_iter().try_for_each(|cache| cache.build_index())?;
         if let [Some(got), Some(want)] = [replayed.clusters(), eager.clusters()] {
             assert_same_bits("sums", &got.sums, &want.sums)?;
             assert_same_integers("counts", &got.counts, &want.counts);
@@ -747,7 +751,7 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
 /// What a captured step must not do is an error.
 #[test]
 fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(write);
+    let (_guard, gpu) = gpu_or_skip!(write);
     let mut rng = Rng(19);
     let config = PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, ..PqConfig::default() };
     let attn = PqAttention::new(config, 0.125)?;
@@ -777,7 +781,7 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
 /// Offsets beyond 2^31 elements: K and V of 4 M keys, of which a few are not zero.
 #[test]
 fn four_million_keys() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(16);
     let (h_kv, n, d) = (9, 4 << 20, 64);
     let keys = Tensor::zeros((1, h_kv, n, d), DType::BF16, &gpu)?;
@@ -810,7 +814,7 @@ fn four_million_keys() -> Result<()> {
 /// The published indexer's decode steps: codes, selection, weights, attention output.
 #[test]
 fn golden_cases() -> Result<()> {
-    let (gpu, _guard) = gpu_or_skip!(read);
+    let (_guard, gpu) = gpu_or_skip!(read);
     // Asked for when the test runs: the program may have been built on another machine.
     let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("the variable that cargo sets");
     let folder = Path::new(&root).join("tests/golden");
