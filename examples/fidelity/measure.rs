@@ -84,7 +84,10 @@ impl Task<'_> {
                 })?)),
             };
             let heavy = method.has_budget().then_some(heavy);
-            let share = heavy.map(|heavy| heavy.count(self.subject.keys()) as f64 / self.subject.keys() as f64);
+            let share = heavy.map(|heavy| match heavy {
+                Heavy::Fraction(share) => share,
+                Heavy::Keys(keys) => keys as f64 / self.subject.keys() as f64,
+            });
             runs.push(Run { heavy: heavy.map(|heavy| heavy.to_string()), share, layers, model });
         }
         let bytes_per_key = method.bytes_per_key(self.subject.head_dim()?);

@@ -26,7 +26,7 @@ const COLORS: [RGBColor; 12] = [
 
 const FONT: &str = "sans-serif";
 const PANEL: i32 = 430;
-const SIZE: (u32, u32) = (1180, 460);
+const SIZE: (u32, u32) = (1240, 460);
 
 /// A figure of a run, if it was measured.
 type Figure = fn(&Run) -> Option<f64>;
@@ -85,7 +85,7 @@ fn panel(
     let (x, y) = (range(budgets.iter().copied(), 1.15), range(heights, 1.3));
 
     let mut chart = ChartBuilder::on(area)
-        .caption(title, (FONT, 17))
+        .caption(title, (FONT, 21))
         .margin(12)
         .x_label_area_size(42)
         .y_label_area_size(58)
@@ -100,13 +100,13 @@ fn panel(
         .x_desc("keys chosen, % of all")
         .x_label_formatter(&|x| format!("{:.3}", x).trim_end_matches('0').trim_end_matches('.').to_string())
         .y_label_formatter(&|y| y.to_string())
-        .label_style((FONT, 13))
-        .axis_desc_style((FONT, 14))
+        .label_style((FONT, 16))
+        .axis_desc_style((FONT, 17))
         .draw()?;
     for (method, color) in methods {
         let style = color.stroke_width(2);
         if let Some(y) = flat(method) {
-            chart.draw_series(DashedLineSeries::new([(x.0, y), (x.1, y)], 6, 4, style))?;
+            chart.draw_series(LineSeries::new([(x.0, y), (x.1, y)], color.stroke_width(1)))?;
         }
         let points = points(method);
         chart.draw_series(LineSeries::new(points.iter().copied(), style))?;
@@ -117,7 +117,7 @@ fn panel(
 
 fn legend(area: &DrawingArea<SVGBackend, Shift>, methods: &[(&MethodReport, RGBColor)]) -> Result<()> {
     for (index, (method, color)) in methods.iter().enumerate() {
-        let y = 46 + 26 * index as i32;
+        let y = 52 + 28 * index as i32;
         area.draw(&PathElement::new([(8, y), (34, y)], color.stroke_width(3)))?;
         let bytes = match method.bytes_per_key {
             None => "reads the keys".to_string(),
@@ -125,7 +125,7 @@ fn legend(area: &DrawingArea<SVGBackend, Shift>, methods: &[(&MethodReport, RGBC
             Some(bytes) => format!("{bytes} bytes a key"),
         };
         let text = format!("{} ({bytes})", method.label);
-        area.draw(&Text::new(text, (42, y - 7), (FONT, 13)))?;
+        area.draw(&Text::new(text, (42, y - 8), (FONT, 16)))?;
     }
     Ok(())
 }

@@ -6,6 +6,9 @@ mod oracle;
 mod pq;
 mod quest;
 
+#[cfg(test)]
+pub use quest::bounds;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
