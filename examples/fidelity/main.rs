@@ -95,10 +95,9 @@ fn measure(args: &Args) -> Result<Report> {
     let (prefills, dense) = (task.prefills()?, task.dense()?);
     let steps = methods.iter().map(|method| task.steps(method.as_ref())).sum();
     let progress = bar(steps, "{msg} {wide_bar} {percent}%, {eta} left")?;
-    let run = |(name, method): (&String, &Box<dyn methods::Method>)| {
-        task.run(name, method.as_ref(), &prefills, &dense, &progress)
-    };
-    let methods = args.methods.iter().zip(&methods).map(run).collect::<Result<_>>()?;
+    let methods = args.methods.iter().zip(&methods);
+    let methods = methods.map(|(name, method)| task.run(name, method.as_ref(), &prefills, &dense, &progress));
+    let methods = methods.collect::<Result<_>>()?;
     progress.finish_and_clear();
     Ok(Report {
         model: args.model.clone(),
