@@ -26,7 +26,7 @@ const COLORS: [RGBColor; 12] = [
 
 const FONT: &str = "sans-serif";
 const PANEL: i32 = 430;
-const SIZE: (u32, u32) = (1240, 460);
+const SIZE: (u32, u32) = (1280, 460);
 
 /// A figure of a run, if it was measured.
 type Figure = fn(&Run) -> Option<f64>;
