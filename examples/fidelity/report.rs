@@ -22,6 +22,7 @@ pub struct Report {
     pub window: usize,
     pub seed: u64,
     pub train_tokens: usize,
+    pub max_train_keys: usize,
     pub version: &'static str,
     pub dense: ModelFigures,
     pub methods: Vec<MethodReport>,

@@ -11,14 +11,17 @@ use crate::cli::{Args, Layers};
 use crate::common::cli::usage_error;
 use crate::common::config::ModelConfig;
 use crate::common::decoder::Decoder;
+use crate::common::smollm2;
 use crate::common::source::Checkpoint;
 use crate::common::testing::{tiny_config, tiny_tensors, write_directory};
+use crate::common::tokenizer::Codec;
 use crate::common::weights::Weights;
 use crate::measure::dense;
 use crate::methods::{self, bounds, Prefill, Settings};
 use crate::subject::Subject;
 
-const SETTINGS: Settings = Settings { sink: 4, window: 20, seed: 0, train_keys: usize::MAX };
+const SETTINGS: Settings =
+    Settings { sink: 4, window: 20, seed: 0, train_keys: usize::MAX, max_train_keys: usize::MAX };
 
 /// A layer's queries at the last positions, with keys that they tell apart.
 struct Example {
@@ -284,6 +287,18 @@ fn queries_do_not_depend_on_each_other() -> Result<()> {
             assert!(off(&alone, &together.narrow(1, i, 1)?)? < 1e-5, "{method}, query {i}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn the_bundled_text_fills_the_models_context() -> Result<()> {
+    let Some(file) = smollm2::cached().ok().filter(|file| file.is_file()) else {
+        eprintln!("skipped: run the example once to fetch the model");
+        return Ok(());
+    };
+    let codec = Codec::new(&mut Checkpoint::open(file.to_str().unwrap())?)?;
+    let tokens = codec.encode_plain(&Args::try_parse_from(["fidelity"])?.text()?.content)?.len();
+    assert!(tokens > 8_192, "{tokens} tokens");
     Ok(())
 }
 

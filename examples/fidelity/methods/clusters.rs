@@ -158,13 +158,12 @@ impl Index {
         let d = keys.dim(D::Minus1)?;
         ensure!(d.is_multiple_of(pq_dim), "codes: expected a divisor of head_dim {d}, got {pq_dim}");
         let kmeans = |keys: &Tensor, pq_dim, pq_bits| -> Result<Tensor> {
-            let defaults = PqConfig::default();
             let options = KmeansOptions {
                 pq_dim,
                 pq_bits,
-                iters: defaults.kmeans_iters,
+                iters: PqConfig::default().kmeans_iters,
                 metric: Metric::Euclidean,
-                max_keys: defaults.max_train_keys,
+                max_keys: prefill.settings.max_train_keys,
                 seed: prefill.settings.seed,
             };
             Ok(ops::kmeans(keys, &options)?.0)

@@ -50,6 +50,8 @@ pub struct Settings {
     pub seed: u64,
     /// Codebooks see the first so many keys of the prefill.
     pub train_keys: usize,
+    /// Of which they see at most so many, spread evenly.
+    pub max_train_keys: usize,
 }
 
 /// One layer's keys and values when decoding begins.

@@ -38,7 +38,13 @@ impl Method for Pq {
 
     fn observe(&self, prefill: &Prefill) -> Result<Box<dyn Layer>> {
         let settings = prefill.settings;
-        let config = PqConfig { sink: settings.sink, window: settings.window, seed: settings.seed, ..self.0.clone() };
+        let config = PqConfig {
+            sink: settings.sink,
+            window: settings.window,
+            seed: settings.seed,
+            max_train_keys: settings.max_train_keys,
+            ..self.0.clone()
+        };
         let keys = prefill.training_keys()?.unsqueeze(0)?;
         config.validate(keys.dim(3)?)?;
         Ok(Box::new(Trained { codebook: Codebook::train(&keys, &config)?, config }))
