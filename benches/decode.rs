@@ -5,13 +5,15 @@
 //! Results are checked against the CPU first. Inputs rotate over more memory than the GPU's second-level cache holds,
 //! as the layers of a model do. `graph` is the time of a call within a replayed CUDA graph of 20 calls; `eager` the wall
 //! time of one call and a synchronization. `bytes` is the least that a call must read, and the percentage is of the
-//! bandwidth of a large copy on the same device.
+//! bandwidth of a large copy on the same device. `forward` is a token's `PqAttention::forward`, whose keys are appended and
+//! encoded as they come; `step` is the ops one by one.
 
+use std::cell::RefCell;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected};
-use candle_pq_attn::{Metric, Selection};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection};
 use serde_json::json;
 
 struct Case {
@@ -114,6 +116,24 @@ impl Case {
                 let (keys, values) = if i % 2 == 0 { first.clone() } else { second.clone() };
                 let (codes, centroids) = (codes.copy()?, centroids.copy()?);
                 Ok(Layer { keys, values, codes, centroids, query: random(self.h, 1)? })
+            })
+            .collect()
+    }
+
+    /// Caches of a few layers, with room for the tokens that are measured.
+    fn caches(&self, attn: &PqAttention, layers: &[Layer]) -> Result<Vec<PqKvCache>> {
+        const COUNT: usize = 4;
+        const ROOM: usize = 4096;
+        layers
+            .iter()
+            .take(COUNT)
+            .map(|layer| {
+                let device = layer.keys.device();
+                let mut cache = attn.new_cache([self.b, self.h_kv, self.d], self.n + ROOM, self.dtype, device)?;
+                cache.append(&layer.keys, &layer.values)?;
+                cache.set_codebook(Codebook::new(layer.centroids.clone(), None)?)?;
+                cache.build_index()?;
+                Ok(cache)
             })
             .collect()
     }
@@ -228,6 +248,25 @@ impl Case {
         report("step", codes_bytes + centroids_bytes + attended_bytes, &|i| {
             self.attend(at(i), &self.index(at(i))?).map(drop)
         })?;
+        let config = PqConfig {
+            sink: self.sink,
+            window: self.window,
+            heavy: Heavy::Keys(self.heavy),
+            pq_dim: self.pq_dim,
+            pq_bits: self.pq_bits,
+            selection: self.selection,
+            ..PqConfig::default()
+        };
+        let attn = PqAttention::new(config, self.scale())?;
+        let caches = RefCell::new(self.caches(&attn, &layers)?);
+        let new = |x: &Tensor| x.narrow(2, 0, 1)?.contiguous();
+        let (query, key, value) = (&layers[0].query, new(&layers[0].keys)?, new(&layers[0].values)?);
+        report("forward", codes_bytes + centroids_bytes + attended_bytes, &|i| {
+            let mut caches = caches.borrow_mut();
+            let layer = i % caches.len();
+            attn.forward(query, &key, &value, &mut caches[layer]).map(drop)
+        })?;
+        drop(caches);
         report("dense", 2 * kv_bytes, &|i| self.dense(at(i)).map(drop))?;
         report("encode", new_keys.elem_count() * element, &|i| {
             ops::encode(&new_keys, &at(i).centroids, None).map(drop)
@@ -347,7 +386,7 @@ fn copy_bandwidth(device: &Device) -> Result<f64> {
         #[cfg(feature = "cuda")]
         Device::Cuda(cuda) => {
             let src = cuda.alloc_zeros::<u8>(count)?;
-            let dst = std::cell::RefCell::new(cuda.alloc_zeros::<u8>(count)?);
+            let dst = RefCell::new(cuda.alloc_zeros::<u8>(count)?);
             measure(device, &|_| cuda.memcpy_dtod(&src, &mut *dst.borrow_mut()))?
         }
         _ => {

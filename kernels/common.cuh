@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cstdint>
 
 using u8 = uint8_t;
@@ -33,6 +34,45 @@ struct View {
     return position;
   }
 };
+
+// Which keys of a sequence a decode step is about. Step in src/cuda has the same layout.
+//
+// All counts follow from the sequence's length. In a decode step that is in device memory (`lens`), so that a captured
+// graph serves a sequence that grows; without `lens` it is `n`.
+struct Step {
+  u64 n;  // where there are lens: the most there may be
+  u64 sink;
+  u64 window;
+  u64 init_offset;
+  u64 heavy;     // so many heavy keys,
+  double share;  // or this share of all
+
+  __device__ u64 length(const u32* lens, u64 b) const { return lens ? min(static_cast<u64>(lens[b]), n) : n; }
+
+  // Keys that can be selected: those from init_offset on that have left the window.
+  __device__ u64 candidates(u64 length) const {
+    return length > window + init_offset ? length - window - init_offset : 0;
+  }
+
+  // Keys to select. The share is rounded up as Heavy::count does in src/config.rs.
+  __device__ u64 selected(u64 length) const {
+    const double keys = __dmul_rn(__dmul_rn(share, static_cast<double>(length)), 1.0 - 4.0 * DBL_EPSILON);
+    return min(heavy + static_cast<u64>(ceil(keys)), candidates(length));
+  }
+
+  // Where the keys to encode begin: at 0 without `lens`, else with the last `block` keys of a sequence if they are due.
+  // Blocks follow each other from init_offset on, and are due when they are full.
+  __device__ bool find_due(const u32* lens, u64 b, u64 block, u64* begin) const {
+    *begin = 0;
+    if (!lens) return true;
+    const u64 keys = length(lens, b);
+    if (keys <= init_offset || (keys - init_offset) % block != 0) return false;
+    *begin = keys - block;
+    return true;
+  }
+};
+
+__device__ inline u64 ceil_div(u64 x, u64 y) { return (x + y - 1) / y; }
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }

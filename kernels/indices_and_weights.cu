@@ -6,24 +6,20 @@ constexpr u32 PADDING = UINT32_MAX;
 
 struct List {
   View<3> heavy;
-  u64 n;
-  u64 sink;
-  u64 window_start;  // at least sink
-  u64 init_offset;
+  Step step;
   u32 lists;  // a batch element
-  u32 k;
   u32 list_len;
 };
 
-// How many of the ascending `heavy` lie before `position`.
-__device__ u32 count_before(const u32* heavy, const List& p, u64 position) {
-  u32 low = 0, high = p.k;
+// How many of the `k` ascending `heavy` lie before `position`.
+__device__ u32 count_before(const u32* heavy, u32 k, u64 init_offset, u64 position) {
+  u32 low = 0, high = k;
   // The usual answers first: none, and all.
-  if (high > 0 && p.init_offset + heavy[0] >= position) high = 0;
-  if (high > 0 && p.init_offset + heavy[high - 1] < position) low = high;
+  if (high > 0 && init_offset + heavy[0] >= position) high = 0;
+  if (high > 0 && init_offset + heavy[high - 1] < position) low = high;
   while (low < high) {
     const u32 middle = low + (high - low) / 2;
-    if (p.init_offset + heavy[middle] < position) {
+    if (init_offset + heavy[middle] < position) {
       low = middle + 1;
     } else {
       high = middle;
@@ -35,28 +31,32 @@ __device__ u32 count_before(const u32* heavy, const List& p, u64 position) {
 // Sink, heavy keys between sink and window, window: each entry for itself, since the heavy keys ascend.
 // Grid: (tiles of a list, b * lists).
 extern "C" __global__ __launch_bounds__(THREADS) void indices_and_weights(
-    const u32* heavy,  // [b, lists, k]
-    u32* indices,      // [b, lists, list_len]
-    float* weights,    // [b, lists, list_len]
-    u32* lens,         // [b, lists]
+    const u32* heavy,        // [b, lists, k]
+    const u32* lens,         // [b], or null: then heavy holds step.heavy keys
+    u32* indices,            // [b, lists, list_len]
+    float* weights,          // [b, lists, list_len]
+    u32* list_lens,          // [b, lists]
     const List p) {
   __shared__ u32 first, last;
   const u32 row = blockIdx.y;
   heavy += p.heavy.at(row / p.lists, row % p.lists);
-  if (threadIdx.x == 0) first = count_before(heavy, p, p.sink);
-  if (threadIdx.x == 32) last = count_before(heavy, p, p.window_start);
+  const u64 n = p.step.length(lens, row / p.lists), init_offset = p.step.init_offset;
+  const u32 k = static_cast<u32>(lens ? p.step.selected(n) : p.step.heavy);
+  const u64 sink = min(p.step.sink, n), window_start = max(n - min(p.step.window, n), sink);
+  if (threadIdx.x == 0) first = count_before(heavy, k, init_offset, sink);
+  if (threadIdx.x == 32) last = count_before(heavy, k, init_offset, window_start);
   __syncthreads();
-  const u64 window_from = p.sink + (last - first), len = window_from + (p.n - p.window_start);
-  if (blockIdx.x == 0 && threadIdx.x == 0) lens[row] = static_cast<u32>(len);
+  const u64 window_from = sink + (last - first), len = window_from + (n - window_start);
+  if (blockIdx.x == 0 && threadIdx.x == 0) list_lens[row] = static_cast<u32>(len);
   const u64 i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= p.list_len) return;
   u64 position = PADDING;
-  if (i < p.sink) {
+  if (i < sink) {
     position = i;
   } else if (i < window_from) {
-    position = p.init_offset + heavy[first + (i - p.sink)];
+    position = init_offset + heavy[first + (i - sink)];
   } else if (i < len) {
-    position = p.window_start + (i - window_from);
+    position = window_start + (i - window_from);
   }
   indices[static_cast<u64>(row) * p.list_len + i] = static_cast<u32>(position);
   weights[static_cast<u64>(row) * p.list_len + i] = i < len ? 1.0f : 0.0f;

@@ -93,7 +93,7 @@ __device__ void draw(const T* keys, const float* phi, float* centroids, u64* ran
     }
     __syncwarp();
     float* centroid = centroids + (static_cast<u64>(blockIdx.x) * p.n_centroids + i) * columns;
-    for (u32 c = lane; c < columns; c += 32) centroid[c] = vectors.coordinate(vectors[sample], c);
+    for (u32 c = lane; c < columns; c += 32) centroid[c] = vectors.coordinate(sample, c);
   }
   if (lane == 0) random[blockIdx.x] = numbers.state;
 }
@@ -172,7 +172,7 @@ __device__ void update(const T* keys, const float* phi, const u8* codes, u32* so
     const u32 c = i / columns, j = i % columns, count = counts[c];
     if (count == 0) continue;
     const u32* members = sorted + starts[c];
-    const auto value = [&](u32 s) { return vectors.coordinate(vectors[members[s]], j); };
+    const auto value = [&](u32 s) { return vectors.coordinate(members[s], j); };
     double sum = 0;
     u32 s = 0;
     for (; s + 4 <= count; s += 4) {
@@ -190,7 +190,7 @@ __device__ void update(const T* keys, const float* phi, const u8* codes, u32* so
     for (u32 c = 0; c < p.n_centroids; c++) {
       if (counts[c] > 0) continue;
       const u64 sample = numbers.below(p.samples);
-      for (u32 j = lane; j < columns; j += 32) centroids[c * columns + j] = vectors.coordinate(vectors[sample], j);
+      for (u32 j = lane; j < columns; j += 32) centroids[c * columns + j] = vectors.coordinate(sample, j);
     }
     if (lane == 0) random[blockIdx.x] = numbers.state;
   }

@@ -20,8 +20,20 @@ struct SubVectors {
   u32 len;
   bool augmented;
   float phi;
+  // The cluster of each key, and what to subtract from its sub-vector; null for nothing.
+  const u8* clusters = nullptr;
+  u64 cluster_stride;
+  const float* coarse = nullptr;
+  u64 coarse_stride;
 
-  __device__ const T* operator[](u64 i) const { return first + (count == n ? i : i * n / count) * stride; }
+  __device__ u64 position(u64 i) const { return count == n ? i : i * n / count; }
+
+  __device__ const T* operator[](u64 i) const { return first + position(i) * stride; }
+
+  // What to subtract from sub-vector `i`.
+  __device__ const float* base(u64 i) const {
+    return coarse ? coarse + clusters[position(i) * cluster_stride] * coarse_stride : nullptr;
+  }
 
   __device__ float norm(const T* x) const {
     float sum = 0;
@@ -32,8 +44,12 @@ struct SubVectors {
   // The coordinate that the inner-product metric adds.
   __device__ float augmentation(float norm) const { return __fsqrt_rn(fmaxf(phi - norm, 0.0f)); }
 
-  // Coordinate `j` of the sub-vector at `x`, the augmentation being the last one.
-  __device__ float coordinate(const T* x, u32 j) const { return j < len ? widen(x[j]) : augmentation(norm(x)); }
+  // Coordinate `j` of sub-vector `i`, the augmentation being the last one.
+  __device__ float coordinate(u64 i, u32 j) const {
+    const T* x = (*this)[i];
+    if (j >= len) return augmentation(norm(x));
+    return coarse ? widen(x[j]) - base(i)[j] : widen(x[j]);
+  }
 
   __device__ u32 columns() const { return len + augmented; }
 };
@@ -75,10 +91,11 @@ __device__ void nearest_by_thread(const SubVectors<T>& vectors, const Centroids&
   for (int e = 0; e < EACH; e++) {
     const u64 i = block * NEAREST_TILE<LEN> + e * NEAREST_THREADS + threadIdx.x;
     const T* from = vectors[min(i, vectors.count - 1)];
+    const float* base = vectors.base(min(i, vectors.count - 1));
     float norm = 0;
 #pragma unroll
     for (int j = 0; j < LEN; j++) {
-      x[e][j] = widen(from[j]);
+      x[e][j] = base ? widen(from[j]) - base[j] : widen(from[j]);
       norm = add_square(norm, x[e][j]);
     }
     augmentation[e] = vectors.augmentation(norm);
@@ -128,8 +145,7 @@ __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& c
   if (i >= vectors.count) return;
 
   float* x = coordinates[warp];
-  const T* from = vectors[i];
-  for (u32 j = lane; j < vectors.columns(); j += 32) x[j] = vectors.coordinate(from, j);
+  for (u32 j = lane; j < vectors.columns(); j += 32) x[j] = vectors.coordinate(i, j);
   __syncwarp();
 
   float best = INFINITY;

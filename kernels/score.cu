@@ -1,4 +1,5 @@
 // PQ scores: LUT[m][c] = query_m . centroid[m][c], then score[t] = sum over m of LUT[m][codes[t][m]]; the CPU's bits.
+// Where the codes are of residuals, the sum starts with query . coarse[clusters[t]], from one more table.
 //
 // One look-up serves several query heads of a group: an entry holds a lane for each. Two launches:
 // 1. The tables, a thread an entry.
@@ -9,14 +10,17 @@ struct Score {
   View<4> query;
   View<4> codes;
   View<5> centroids;
-  u64 n;
-  u64 keys_per_block;
+  View<4> clusters;
+  View<5> coarse;  // of one subspace, as long as the key
+  Step step;
+  u64 row;  // distance of the scores' rows
   u32 h_kv;
   u32 group;
   u32 parts;  // tables of a group: its heads in bundles of LANES
   u32 pq_dim;
   u32 pq_len;
   u32 n_centroids;
+  u32 n_clusters;  // 0 for none
 };
 
 constexpr int LUT_THREADS = 128;
@@ -28,26 +32,32 @@ struct alignas(4 * LANES) Entry {
   float x[LANES];
 };
 
-// Grid: (tiles of centroids, pq_dim, b * h_kv * parts).
+// Entries of the tables that serve some heads: the clusters' come last.
+__device__ inline u32 table_entries(const Score& p) { return p.pq_dim * p.n_centroids + p.n_clusters; }
+
+// Grid: (tiles of centroids, pq_dim and one more for the clusters, b * h_kv * parts).
 template <int LANES, class T>
-__device__ void lut(const T* query, const float* centroids, Entry<LANES>* tables, const Score& p) {
+__device__ void lut(const T* query, const float* centroids, const float* coarse, Entry<LANES>* tables, const Score& p) {
   const u32 m = blockIdx.y, pair = blockIdx.z / p.parts, b = pair / p.h_kv, kv = pair % p.h_kv;
   const u32 c = blockIdx.x * LUT_THREADS + threadIdx.x;
-  if (c >= p.n_centroids) return;
-  const u32 first = blockIdx.z % p.parts * LANES;
-  const float* centroid = centroids + p.centroids.at(b, kv, m, c);
+  const bool is_coarse = m == p.pq_dim;
+  if (c >= (is_coarse ? p.n_clusters : p.n_centroids)) return;
+  const u32 first = blockIdx.z % p.parts * LANES, len = is_coarse ? p.pq_dim * p.pq_len : p.pq_len;
+  const float* centroid = is_coarse ? coarse + p.coarse.at(b, kv, 0, c) : centroids + p.centroids.at(b, kv, m, c);
+  const u64 stride = is_coarse ? p.coarse.strides[4] : p.centroids.strides[4];
+  const T* sub_query = query + (is_coarse ? 0 : m * p.pq_len);
   Entry<LANES> entry = {};
 #pragma unroll 8
-  for (u32 j = 0; j < p.pq_len; j++) {
-    const float x = centroid[j * p.centroids.strides[4]];
+  for (u32 j = 0; j < len; j++) {
+    const float x = centroid[j * stride];
 #pragma unroll
     for (int l = 0; l < LANES; l++) {
       if (first + l >= p.group) continue;
-      const float q = widen(query[p.query.at(b, kv * p.group + first + l) + m * p.pq_len + j]);
+      const float q = widen(sub_query[p.query.at(b, kv * p.group + first + l) + j]);
       entry.x[l] = add_product(entry.x[l], q, x);
     }
   }
-  tables[(static_cast<u64>(blockIdx.z) * p.pq_dim + m) * p.n_centroids + c] = entry;
+  tables[static_cast<u64>(blockIdx.z) * table_entries(p) + m * p.n_centroids + c] = entry;
 }
 
 // `BYTES` code bytes, loaded at once.
@@ -58,10 +68,15 @@ struct alignas(BYTES) CodeBytes {
 
 // Grid: (runs of keys, b * h_kv * parts).
 template <int LANES, int BYTES, bool SHARED>
-__device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores, const Score& p) {
+__device__ void score(const u8* codes, const u8* clusters, const Entry<LANES>* tables, const u32* lens, float* scores,
+                      const Score& p) {
   extern __shared__ __align__(16) u8 shared[];
   const u32 pair = blockIdx.y / p.parts, b = pair / p.h_kv, kv = pair % p.h_kv;
-  const u32 entries = p.pq_dim * p.n_centroids, mask = p.n_centroids - 1;
+  const u64 n = p.step.candidates(p.step.length(lens, b));
+  const u64 keys_per_block = max(ceil_div(n, gridDim.x), u64{SCORE_THREADS});
+  const u64 begin = blockIdx.x * keys_per_block, end = min(begin + keys_per_block, n);
+  if (begin >= end) return;
+  const u32 entries = table_entries(p), mask = p.n_centroids - 1;
   const Entry<LANES>* table = tables + static_cast<u64>(blockIdx.y) * entries;
   if (SHARED) {
     Entry<LANES>* copy = reinterpret_cast<Entry<LANES>*>(shared);
@@ -70,13 +85,19 @@ __device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores
     table = copy;
   }
   const u32 first = blockIdx.y % p.parts * LANES, heads = min(static_cast<u32>(LANES), p.group - first);
-  float* rows = scores + (static_cast<u64>(pair) * p.group + first) * p.n;
+  float* rows = scores + (static_cast<u64>(pair) * p.group + first) * p.row;
   const u8* head_codes = codes + p.codes.at(b, kv);
-  const u64 begin = blockIdx.x * p.keys_per_block, end = min(begin + p.keys_per_block, p.n);
   for (u64 t = begin + threadIdx.x; t < end; t += SCORE_THREADS) {
     const u8* key = head_codes + t * p.codes.strides[2];
     float sums[LANES] = {};
+    if (p.n_clusters) {
+      const u32 cluster = clusters[p.clusters.at(b, kv, t)] & (p.n_clusters - 1);
+      const Entry<LANES> entry = table[p.pq_dim * p.n_centroids + cluster];
+#pragma unroll
+      for (int l = 0; l < LANES; l++) sums[l] = entry.x[l];
+    }
     const Entry<LANES>* subspace = table;
+#pragma unroll 1
     for (u32 m = 0; m < p.pq_dim; m += BYTES) {
       const CodeBytes<BYTES> bytes = *reinterpret_cast<const CodeBytes<BYTES>*>(key + m);
 #pragma unroll
@@ -90,7 +111,7 @@ __device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores
     }
 #pragma unroll
     for (int l = 0; l < LANES; l++) {
-      if (l < heads) rows[l * p.n + t] = sums[l];
+      if (l < heads) rows[l * p.row + t] = sums[l];
     }
   }
 }
@@ -99,20 +120,23 @@ __device__ void score(const u8* codes, const Entry<LANES>* tables, float* scores
   extern "C" __global__ __launch_bounds__(LUT_THREADS) void score_lut_##suffix##_h##LANES(   \
       const type* query,        /* [b, h, 1, head_dim] */                                    \
       const float* centroids,   /* [b, h_kv, pq_dim, n_centroids, pq_len] */                 \
-      float* tables,            /* [b, h_kv, parts, pq_dim, n_centroids, LANES] */           \
+      const float* coarse,      /* [b, h_kv, 1, n_clusters, head_dim], or null */            \
+      float* tables,            /* [b, h_kv, parts, entries, LANES] */                       \
       const Score p) {                                                                       \
-    lut<LANES>(query, centroids, reinterpret_cast<Entry<LANES>*>(tables), p);                \
+    lut<LANES>(query, centroids, coarse, reinterpret_cast<Entry<LANES>*>(tables), p);        \
   }
 #define LUTS(suffix, type) LUT(suffix, type, 1) LUT(suffix, type, 2) LUT(suffix, type, 4)
 FOR_EACH_FLOAT(LUTS)
 
 #define SCORE(LANES, BYTES, name, SHARED)                                                      \
   extern "C" __global__ __launch_bounds__(SCORE_THREADS) void score_h##LANES##_x##BYTES##name( \
-      const u8* codes,      /* [b, h_kv, n, pq_dim] */                                         \
-      const float* tables,  /* [b, h_kv, parts, pq_dim, n_centroids, LANES] */                 \
-      float* scores,        /* [b, h, n] */                                                    \
+      const u8* codes,      /* [b, h_kv, n, pq_dim], from the first candidate on */            \
+      const u8* clusters,   /* [b, h_kv, n, 1], or null */                                     \
+      const float* tables,  /* [b, h_kv, parts, entries, LANES] */                             \
+      const u32* lens,      /* [b], or null */                                                 \
+      float* scores,        /* [b, h, row] */                                                  \
       const Score p) {                                                                         \
-    score<LANES, BYTES, SHARED>(codes, reinterpret_cast<const Entry<LANES>*>(tables), scores, p); \
+    score<LANES, BYTES, SHARED>(codes, clusters, reinterpret_cast<const Entry<LANES>*>(tables), lens, scores, p); \
   }
 #define SCORES(LANES)                                                                      \
   SCORE(LANES, 1, , true) SCORE(LANES, 2, , true) SCORE(LANES, 4, , true) SCORE(LANES, 8, , true) \

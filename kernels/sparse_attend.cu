@@ -14,21 +14,30 @@ struct Attend {
   View<4> keys;
   View<4> values;
   View<3> indices;
-  View<2> lens;
+  View<2> list_lens;
   View<3> weights;
-  u64 n;
-  u64 run;  // positions of a block
+  View<4> tail_out;
+  View<2> tail_lse;
+  Step step;  // for the length
   u32 h;
   u32 h_kv;
   u32 head_dim;
   u32 lists;           // a batch element
   u32 heads_per_list;  // query heads that share a list
   u32 list_len;
-  u32 runs;
+  u32 runs;  // the most there may be
   float scale;
 };
 
 constexpr int THREADS = 128;
+
+// Positions of a run, at least.
+constexpr u64 MIN_RUN = 64;
+
+// Positions of a run of `count`: as even as multiples of MIN_RUN allow.
+__device__ inline u64 run_length(u64 count, u32 runs) {
+  return max(ceil_div(ceil_div(count, runs), MIN_RUN), u64{1}) * MIN_RUN;
+}
 
 // Keys in flight a group of threads: as many as registers allow.
 template <int HEADS>
@@ -72,12 +81,12 @@ struct Run {
   u32 first_head;  // of the heads that this block serves
   u32 heads;
 
-  __device__ Run(const T* all_keys, const T* all_values, const u32* all_indices, const u32* lens,
-                 const float* all_weights, u32 heads_per_block, const Attend& p) {
+  __device__ Run(const T* all_keys, const T* all_values, const u32* all_indices, const u32* list_lens,
+                 const float* all_weights, const u32* lens, u32 heads_per_block, const Attend& p) {
     const u32 bundles = (p.heads_per_list + heads_per_block - 1) / heads_per_block;
     const u32 list = blockIdx.y / bundles, first_in_list = blockIdx.y % bundles * heads_per_block;
     b = blockIdx.z;
-    n = p.n;
+    n = p.step.length(lens, b);
     first_head = list * p.heads_per_list + first_in_list;
     heads = min(heads_per_block, p.heads_per_list - first_in_list);
     const u32 kv = first_head / (p.h / p.h_kv);
@@ -85,14 +94,15 @@ struct Run {
     values = all_values + p.values.at(b, kv);
     indices = all_indices;
     weights = all_weights;
-    end = p.n;
+    end = n;
     if (indices) {
-      end = min(lens[p.lens.at(b, list)], p.list_len);
+      end = min(list_lens[p.list_lens.at(b, list)], p.list_len);
       indices += p.indices.at(b, list);
       weights += p.weights.at(b, list);
     }
-    begin = min(blockIdx.x * p.run, end);
-    end = min(begin + p.run, end);
+    const u64 length = run_length(end, p.runs);
+    begin = min(blockIdx.x * length, end);
+    end = min(begin + length, end);
   }
 
   // Position of the `i`-th entry, and its weight: 0 beyond the run and for padding, which must not be read from K and V.
@@ -399,25 +409,42 @@ __device__ void attend_by_mma(const T* query, const Run<T>& run, float* partials
   found.write(run, partials, stats, p);
 }
 
+// Attention over other keys, to add to that over the listed ones: [b, h, head_dim] and [b, h]; null for none.
+struct Tail {
+  const float* out;
+  const float* lse;
+};
+
 // Grid: b * h; a thread an element.
 template <class T>
-__device__ void merge(const float* partials, const float2* stats, T* out, float* lse, u32 runs, u32 head_dim) {
-  const u64 row = blockIdx.x;
-  partials += row * runs * head_dim;
-  stats += row * runs;
+__device__ void merge(const float* partials, const float2* stats, const u32* list_lens, const u32* lens,
+                      const Tail& tail, T* out, float* lse, const Attend& p) {
+  const u64 row = blockIdx.x, b = row / p.h;
+  const u64 count = list_lens ? min(list_lens[p.list_lens.at(b, row % p.h / p.heads_per_list)], p.list_len)
+                              : p.step.length(lens, b);
+  const u32 runs = static_cast<u32>(ceil_div(count, run_length(count, p.runs)));
+  partials += row * p.runs * p.head_dim;
+  stats += row * p.runs;
   float top = -INFINITY;
 #pragma unroll 16
   for (u32 run = 0; run < runs; run++) top = fmaxf(top, stats[run].x);
-  for (u32 e = threadIdx.x; e < head_dim; e += THREADS) {
+  const float tail_shift = tail.lse ? tail.lse[p.tail_lse.at(b, row % p.h)] * LOG2_E : -INFINITY;
+  top = fmaxf(top, tail_shift);
+  for (u32 e = threadIdx.x; e < p.head_dim; e += THREADS) {
     float total = 0, x = 0;
 #pragma unroll 16
     for (u32 run = 0; run < runs; run++) {
       const float factor = exp2f(stats[run].x - finite(top));
       total += factor * stats[run].y;
-      x += factor * partials[static_cast<u64>(run) * head_dim + e];
+      x += factor * partials[static_cast<u64>(run) * p.head_dim + e];
+    }
+    if (tail_shift != -INFINITY) {
+      const float factor = exp2f(tail_shift - finite(top));
+      total += factor;
+      x += factor * tail.out[p.tail_out.at(b, row % p.h) + e];
     }
     // Nothing attended, or only scores of negative infinity: zeros.
-    out[row * head_dim + e] = narrow<T>(total == 0 ? 0 : x / total);
+    out[row * p.head_dim + e] = narrow<T>(total == 0 ? 0 : x / total);
     if (e == 0) lse[row] = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
   }
 }
@@ -428,12 +455,13 @@ __device__ void merge(const float* partials, const float2* stats, T* out, float*
       const type* keys,      /* [b, h_kv, n, head_dim] */                                      \
       const type* values,    /* [b, h_kv, n, head_dim] */                                      \
       const u32* indices,    /* [b, lists, list_len]; null for all positions, as the next two */ \
-      const u32* lens,       /* [b, lists] */                                                  \
+      const u32* list_lens,  /* [b, lists] */                                                  \
       const float* weights,  /* [b, lists, list_len] */                                        \
+      const u32* lens,       /* [b], or null */                                                \
       float* partials,       /* [b, h, runs, head_dim] */                                      \
       float2* stats,         /* [b, h, runs]: shift, sum */                                    \
       const Attend p) {                                                                        \
-    attend(query, Run<type>(keys, values, indices, lens, weights, HEADS, p), partials, stats, p); \
+    attend(query, Run<type>(keys, values, indices, list_lens, weights, lens, HEADS, p), partials, stats, p); \
   }
 
 #define BY_FMA(suffix, type, LANES, HEADS, shape, ALIGNED) \
@@ -463,9 +491,13 @@ BY_MMA_ALIGNED(bf16, __nv_bfloat16)
   extern "C" __global__ __launch_bounds__(THREADS) void attend_merge_##suffix( \
       const float* partials, /* [b, h, runs, head_dim] */                      \
       const float2* stats,   /* [b, h, runs] */                                \
+      const u32* list_lens,  /* [b, lists], null for all positions */          \
+      const u32* lens,       /* [b], or null */                                \
+      const float* tail_out, /* [b, h, 1, head_dim], or null */                \
+      const float* tail_lse, /* [b, h], or null */                             \
       type* out,             /* [b, h, head_dim] */                            \
       float* lse,            /* [b, h] */                                      \
-      const u32 runs, const u32 head_dim) {                                    \
-    merge(partials, stats, out, lse, runs, head_dim);                          \
+      const Attend p) {                                                        \
+    merge(partials, stats, list_lens, lens, Tail{tail_out, tail_lse}, out, lse, p); \
   }
 FOR_EACH_FLOAT(MERGE)

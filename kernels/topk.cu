@@ -128,13 +128,14 @@ struct Run {
 };
 
 template <bool KEEP>
-__device__ __forceinline__ void topk(const float* scores, Workspace* workspace, u32* positions, u32 n, u32 k, u32 parts) {
+__device__ __forceinline__ void topk(const float* scores, Workspace* workspace, u32* positions, u64 n, u32 k, u32 part,
+                                     u32 parts) {
   __shared__ u32 histogram[BINS];
   __shared__ u32 digit_found, wanted_left;
-  const u32 part = blockIdx.x % parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const u64 run_len = (static_cast<u64>(n) + parts * WARPS - 1) / (parts * WARPS);
-  const u64 begin = min((part * WARPS + warp) * run_len, static_cast<u64>(n));
-  const Run<KEEP> run(scores, begin, min(begin + run_len, static_cast<u64>(n)));
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u64 run_len = ceil_div(n, parts * WARPS);
+  const u64 begin = min((part * WARPS + warp) * run_len, n);
+  const Run<KEEP> run(scores, begin, min(begin + run_len, n));
 
   u32 threshold = 0, wanted = k, round = 0;
 #pragma unroll
@@ -214,14 +215,37 @@ __device__ __forceinline__ void topk(const float* scores, Workspace* workspace, 
   });
 }
 
-#define KERNEL(name, KEEP)                                                            \
-  extern "C" __global__ __launch_bounds__(THREADS, 1) void name(                      \
-      const float* scores,   /* [rows, n], rows `stride` apart */                     \
-      Workspace* workspace,  /* [rows], null where parts is 1 */                      \
-      u32* positions,        /* [rows, k] */                                          \
-      const u64 offset, const u64 stride, const u32 n, const u32 k, const u32 parts) { \
-    const u64 row = blockIdx.x / parts;                                               \
-    topk<KEEP>(scores + offset + row * stride, workspace + row, positions + row * k, n, k, parts); \
+struct TopK {
+  Step step;
+  u64 offset;
+  u64 stride;           // of the rows
+  u32 k;                // distance of the rows of positions
+  u32 parts;            // blocks a row
+  u32 rows_per_length;  // rows of a sequence
+};
+
+// Scores of a block whose threads keep them.
+constexpr u64 KEPT_SCORES = KEPT * THREADS;
+
+// Grid: rows * parts.
+extern "C" __global__ __launch_bounds__(THREADS, 1) void topk(
+    const float* scores,   // [rows, n], rows `stride` apart
+    const u32* lens,       // [b], or null
+    Workspace* workspace,  // [rows], null where there is one part
+    u32* positions,        // [rows, k]
+    const TopK p) {
+  const u32 part = blockIdx.x % p.parts;
+  const u64 row = blockIdx.x / p.parts, length = p.step.length(lens, row / p.rows_per_length);
+  const u64 n = p.step.candidates(length);
+  const u32 k = static_cast<u32>(p.step.selected(length));
+  // With fewer scores a part, waiting for each other would cost more than it gives.
+  const u32 parts = static_cast<u32>(min(max(ceil_div(n, KEPT_SCORES), u64{1}), u64{p.parts}));
+  if (part >= parts || k == 0) return;
+  scores += p.offset + row * p.stride;
+  positions += row * p.k;
+  if (n <= parts * KEPT_SCORES) {
+    topk<true>(scores, workspace + row, positions, n, k, part, parts);
+  } else {
+    topk<false>(scores, workspace + row, positions, n, k, part, parts);
   }
-KERNEL(topk, false)
-KERNEL(topk_kept, true)
+}

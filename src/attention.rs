@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
-use crate::cache::PqKvCache;
+use crate::cache::{Index, PqKvCache};
 use crate::config::{PqConfig, Selection};
-use crate::ops::{self, Attended, Geometry, Selected};
+use crate::ops::{self, Attended, Coarse, Geometry, Selected};
 
 /// Causal self-attention over a [`PqKvCache`].
 ///
@@ -35,6 +35,8 @@ pub struct PqAttention {
     config: PqConfig,
     scale: f32,
     prefill: Option<Prefill>,
+    #[cfg(feature = "cuda")]
+    workspace: ops::Workspace,
 }
 
 /// Dense causal attention of the caller's own; see [`PqAttention::with_prefill`].
@@ -58,7 +60,13 @@ impl PqAttention {
         if !(scale.is_finite() && scale > 0.0) {
             bail!("PqAttention: scale: expected a positive finite number, got {scale}");
         }
-        Ok(Self { config, scale, prefill: None })
+        Ok(Self {
+            config,
+            scale,
+            prefill: None,
+            #[cfg(feature = "cuda")]
+            workspace: ops::Workspace::default(),
+        })
     }
 
     /// Has `attend` compute the dense causal attention of prefill, such as a call of candle-flash-attn.
@@ -135,7 +143,7 @@ impl PqAttention {
             _ => self.prefill(query, cache),
         };
         if out.is_err() {
-            cache.truncate(before)?;
+            cache.undo_append(before)?;
         }
         out
     }
@@ -164,6 +172,14 @@ impl PqAttention {
 
     /// One query a head over the whole cache.
     fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
+        #[cfg(feature = "cuda")]
+        if cache.is_capturing()? {
+            cache.encode_in_replays()?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(sequences) = cache.on_gpu()? {
+            return ops::decode(query, &sequences, None, self.scale, &self.workspace);
+        }
         ops::dense_attend(query, &cache.keys()?, &cache.values()?, self.scale)
     }
 
@@ -172,20 +188,43 @@ impl PqAttention {
         if self.config.is_dense(cache.len()) {
             return self.dense_decode(query, cache);
         }
-        let selected = self.select(query, cache)?;
-        ops::sparse_attend(query, &cache.keys()?, &cache.values()?, &selected, self.scale)
+        let index = cache.index()?;
+        #[cfg(feature = "cuda")]
+        if let Some(sequences) = cache.on_gpu()? {
+            return ops::decode(query, &sequences, Some((&index, &self.config)), self.scale, &self.workspace);
+        }
+        let ([_, h_kv, _], n) = (cache.dims(), cache.len());
+        let Index { codes, centroids, coarse, clusters } = &index;
+        let scores = match coarse {
+            Some(Coarse { codes: clusters, centroids: coarse }) => {
+                ops::residual_score(query, codes, centroids, clusters, coarse)?
+            }
+            None => ops::score(query, codes, centroids)?,
+        };
+        let selected = self.select(&scores, h_kv, n)?;
+        let tail = match (coarse, clusters) {
+            (Some(coarse), Some(clusters)) => {
+                let first = self.config.candidates(n).start;
+                Some(ops::tail_attend(&scores, &coarse.codes, clusters, &selected, first, self.scale)?)
+            }
+            _ => None,
+        };
+        let (keys, values) = (cache.keys()?, cache.values()?);
+        match tail {
+            None => ops::sparse_attend(query, &keys, &values, &selected, self.scale),
+            Some(tail) => ops::sparse_attend_with_tail(query, &keys, &values, &selected, &tail, self.scale),
+        }
     }
 
-    /// Scores the candidates and lists what to attend to.
-    fn select(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Selected> {
-        let ([_, h_kv, _], n) = (cache.dims(), cache.len());
-        let (codebook, codes) = cache.index()?;
-        let scores = ops::score(query, &codes, &codebook.centroids()?)?;
-        let scores = match self.config.selection {
-            Selection::PerQueryHead => scores,
-            Selection::PerKvHead => ops::group_mass(&scores, h_kv, self.scale)?,
+    /// Lists what to attend to of `n` keys by the scores of the candidates.
+    fn select(&self, scores: &Tensor, h_kv: usize, n: usize) -> Result<Selected> {
+        let heavy = match self.config.selection {
+            Selection::PerQueryHead => ops::topk(scores, self.config.heavy.count(n))?,
+            Selection::PerKvHead => {
+                let mass = ops::group_mass(scores, h_kv, self.scale)?;
+                ops::topk(&mass, self.config.heavy.count(n))?
+            }
         };
-        let heavy = ops::topk(&scores, self.config.heavy.count(n))?;
         let geometry = Geometry {
             n,
             sink: self.config.sink,

@@ -3,7 +3,10 @@
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
-use crate::config::PqConfig;
+use crate::config::{PqConfig, Tail};
+use crate::ops::{ClusterSums, Coarse};
+#[cfg(feature = "cuda")]
+use crate::{cuda::Lens, ops};
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
@@ -12,7 +15,8 @@ use crate::config::PqConfig;
 ///   copied.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
-///   does not have to serve a long answer. Keys are encoded in blocks, just before the first of them leaves the window.
+///   does not have to serve a long answer. Keys are encoded in blocks of `window + 1`, when a block is full, which is
+///   before its first key can be selected. With [`Tail::ClusterMeans`] their values are added to their clusters' then.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
 ///
@@ -21,20 +25,38 @@ use crate::config::PqConfig;
 #[derive(Debug)]
 pub struct PqKvCache {
     config: PqConfig,
-    keys: Tensor,
-    values: Tensor,
+    /// Keys, then values: `[2, b, h_kv, capacity, head_dim]`.
+    kv: Tensor,
+    /// `[b, h_kv, capacity, pq_dim]`
     codes: Tensor,
+    /// `[b, h_kv, capacity]`, with coarse clusters.
+    coarse_codes: Option<Tensor>,
     len: usize,
-    index: Option<Index>,
+    /// On a GPU, what `len` will be when the launches so far are done.
+    #[cfg(feature = "cuda")]
+    lens: Option<Lens>,
+    trained: Option<Trained>,
     /// Keys from `init_offset` up to here have codes.
     encoded: usize,
 }
 
 #[derive(Debug)]
-struct Index {
+struct Trained {
     codebook: Codebook,
     /// End of the keys it was trained on; None for a codebook that was handed in.
-    trained: Option<usize>,
+    end: Option<usize>,
+    /// What the values of each cluster sum to, with a tail.
+    clusters: Option<ClusterSums>,
+    /// Keys from `init_offset` up to here are in these sums.
+    summed: usize,
+}
+
+/// What a decode step searches.
+pub(crate) struct Index {
+    pub(crate) codes: Tensor,
+    pub(crate) centroids: Tensor,
+    pub(crate) coarse: Option<Coarse>,
+    pub(crate) clusters: Option<ClusterSums>,
 }
 
 /// Bytes in use, as opposed to reserved.
@@ -42,7 +64,7 @@ struct Index {
 pub struct Memory {
     /// Keys and values.
     pub kv_bytes: usize,
-    /// Codes and codebook.
+    /// Codes, codebook and sums of clusters.
     pub index_bytes: usize,
 }
 
@@ -67,14 +89,31 @@ impl PqKvCache {
         }
         check_capacity([batch, kv_heads, head_dim], capacity, dtype)?;
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(device) = device {
-            crate::cuda::prepare(device)?;
-        }
-        let keys = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
-        let values = Tensor::zeros((batch, kv_heads, capacity, head_dim), dtype, device)?;
+        let lens = match device {
+            Device::Cuda(device) => {
+                crate::cuda::prepare(device)?;
+                Some(Lens::new(device, batch)?)
+            }
+            _ => None,
+        };
+        let kv = Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?;
         let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
+        let coarse_codes = match config.coarse {
+            0 => None,
+            _ => Some(Tensor::zeros((batch, kv_heads, capacity), DType::U8, device)?),
+        };
         let encoded = config.init_offset();
-        Ok(Self { config, keys, values, codes, len: 0, index: None, encoded })
+        Ok(Self {
+            config,
+            kv,
+            codes,
+            coarse_codes,
+            len: 0,
+            #[cfg(feature = "cuda")]
+            lens,
+            trained: None,
+            encoded,
+        })
     }
 
     /// Appends keys and values, `[b, h_kv, s, head_dim]` each, any `s` and any strides.
@@ -92,10 +131,19 @@ impl PqKvCache {
             return Ok(());
         }
         self.reserve(added)?;
-        self.keys.slice_set(&keys.contiguous()?, 2, self.len)?;
-        self.values.slice_set(&values.contiguous()?, 2, self.len)?;
+        self.write(keys, values)?;
         self.len += added;
         Ok(())
+    }
+
+    /// Writes keys and values behind the last ones, where there is room.
+    fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(lens) = &mut self.lens {
+            return ops::append(&self.kv, lens, keys, values);
+        }
+        self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len)?;
+        self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len)
     }
 
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
@@ -108,8 +156,8 @@ impl PqKvCache {
             let (expected, got) = (self.dtype().as_str(), tensor.dtype().as_str());
             bail!("PqKvCache: {name}: expected dtype {expected}, got {got}");
         }
-        if !tensor.device().same_device(self.keys.device()) {
-            let (expected, got) = (self.keys.device().location(), tensor.device().location());
+        if !tensor.device().same_device(self.kv.device()) {
+            let (expected, got) = (self.kv.device().location(), tensor.device().location());
             bail!("PqKvCache: {name}: expected device {expected:?}, got {got:?}");
         }
         Ok(())
@@ -121,78 +169,179 @@ impl PqKvCache {
     /// More memory than can be addressed, or than the device has (a CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
-        let (needed, capacity) = (self.len.saturating_add(additional), self.keys.dims()[2]);
+        let (needed, capacity) = (self.len.saturating_add(additional), self.capacity());
         if needed <= capacity {
             return Ok(());
         }
         let capacity = needed.max(2 * capacity).max(SMALLEST);
         check_capacity(self.dims(), capacity, self.dtype())?;
-        let grown = |old: &Tensor| {
+        self.forbid_capture("growth", "reserve room for all steps")?;
+        let grown = |old: &Tensor, dim: usize| {
             let mut dims = old.dims().to_vec();
-            dims[2] = capacity;
+            dims[dim] = capacity;
             let new = Tensor::zeros(dims, old.dtype(), old.device())?;
-            if old.elem_count() > 0 {
-                new.slice_set(old, 2, 0)?;
+            // Head by head: Candle's copy counts in 32 bits on a GPU.
+            let (from, to) = (old.flatten_to(dim - 1)?, new.flatten_to(dim - 1)?);
+            for head in 0..if self.len > 0 { from.dims()[0] } else { 0 } {
+                to.get(head)?.slice_set(&from.get(head)?, 0, 0)?;
             }
             Ok::<_, candle_core::Error>(new)
         };
-        (self.keys, self.values, self.codes) = (grown(&self.keys)?, grown(&self.values)?, grown(&self.codes)?);
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2)).transpose()?;
+        (self.kv, self.codes) = (grown(&self.kv, 3)?, grown(&self.codes, 2)?);
+        self.coarse_codes = coarse_codes;
         Ok(())
     }
 
     /// Brings the index up to date now, rather than in the next decode step: trains the codebook if one is due, and
-    /// encodes every key. Does nothing while there are fewer keys than centroids.
+    /// encodes all full blocks of keys. Does nothing while there are fewer keys than centroids or clusters.
     ///
     /// # Errors
     /// What the device gives.
     pub fn build_index(&mut self) -> Result<()> {
         self.train_if_due()?;
-        self.encode_up_to(self.len)
+        self.encode_blocks()
     }
 
-    /// Codebook and codes of all candidates.
-    pub(crate) fn index(&mut self) -> Result<(&Codebook, Tensor)> {
-        self.train_if_due()?;
+    /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
+    /// is room for.
+    pub(crate) fn index(&mut self) -> Result<Index> {
+        self.build_index()?;
         let candidates = self.config.candidates(self.len);
-        self.encode_up_to(candidates.end)?;
-        match &self.index {
-            None => bail!(
-                "PqKvCache: index: expected at least n_centroids {} keys from init_offset {} on, got {} keys",
-                self.config.n_centroids(),
+        let positions = match self.kv.device().is_cuda() {
+            true => candidates.start..self.capacity(),
+            false => candidates,
+        };
+        let of_positions = |codes: &Tensor| codes.narrow(2, positions.start, positions.len());
+        let Some(trained) = &self.trained else {
+            bail!(
+                "PqKvCache: index: expected at least {} keys (n_centroids, coarse) from init_offset {} on, got {} keys",
+                self.config.min_train_keys(),
                 self.config.init_offset(),
                 self.len
-            ),
-            Some(index) => Ok((&index.codebook, self.codes.narrow(2, candidates.start, candidates.len())?)),
+            )
+        };
+        let coarse = match (&self.coarse_codes, trained.codebook.coarse()) {
+            (Some(codes), Some(centroids)) => {
+                Some(Coarse { codes: of_positions(codes)?, centroids: centroids.clone() })
+            }
+            _ => None,
+        };
+        Ok(Index {
+            codes: of_positions(&self.codes)?,
+            centroids: trained.codebook.centroids()?,
+            coarse,
+            clusters: trained.clusters.clone(),
+        })
+    }
+
+    /// Keys and values of all positions that there is room for, if they are on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(&self) -> Result<Option<ops::Sequences<'_>>> {
+        match &self.lens {
+            None => Ok(None),
+            Some(lens) => Ok(Some(ops::Sequences { keys: self.kv.get(0)?, values: self.kv.get(1)?, lens })),
         }
     }
 
     fn train_if_due(&mut self) -> Result<()> {
         let start = self.config.init_offset();
         let trainable = self.len.saturating_sub(start);
-        let due = match &self.index {
-            None => trainable >= self.config.n_centroids(),
-            Some(Index { trained: None, .. }) => false,
-            Some(Index { trained: Some(end), .. }) => {
+        let due = match &self.trained {
+            None => trainable >= self.config.min_train_keys(),
+            Some(Trained { end: None, .. }) => false,
+            Some(Trained { end: Some(end), .. }) => {
                 let trained = end - start;
                 trained < self.config.max_train_keys && trainable >= 2 * trained
             }
         };
         if due {
-            let codebook = Codebook::train(&self.keys.narrow(2, start, trainable)?, &self.config)?;
-            self.index = Some(Index { codebook, trained: Some(self.len) });
-            self.encoded = start;
+            self.forbid_capture("training", "call build_index")?;
+            let codebook = Codebook::train(&self.kv.get(0)?.narrow(2, start, trainable)?, &self.config)?;
+            self.use_codebook(codebook, Some(self.len))?;
         }
         Ok(())
     }
 
-    /// Encodes the keys that have no codes yet if one before `end` is among them: then all, the window's as well, so
-    /// that the next time comes only when those have left it.
-    fn encode_up_to(&mut self, end: usize) -> Result<()> {
-        let Some(index) = &self.index else { return Ok(()) };
+    /// Has no keys encoded by `codebook`, trained on those up to `end`.
+    fn use_codebook(&mut self, codebook: Codebook, end: Option<usize>) -> Result<()> {
+        let [b, h_kv, head_dim] = self.dims();
+        let clusters = match self.config.tail {
+            Tail::None => None,
+            Tail::ClusterMeans => Some(ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], self.kv.device())?),
+        };
+        let start = self.config.init_offset();
+        self.trained = Some(Trained { codebook, end, clusters, summed: start });
+        self.encoded = start;
+        Ok(())
+    }
+
+    /// Keys of a block: what fits the window and the key that leaves it.
+    fn block(&self) -> usize {
+        self.config.window.saturating_add(1)
+    }
+
+    /// End of the full blocks of `len` keys. It is never before the window, so all candidates have codes.
+    fn blocks_end(&self, len: usize) -> usize {
+        let start = self.config.init_offset();
+        start + len.saturating_sub(start) / self.block() * self.block()
+    }
+
+    /// Encodes the full blocks that have no codes yet, and adds their values to their clusters'.
+    fn encode_blocks(&mut self) -> Result<()> {
+        let end = self.blocks_end(self.len);
+        let Some(trained) = &mut self.trained else { return Ok(()) };
+        #[cfg(feature = "cuda")]
+        if self.kv.device().is_cuda() && crate::cuda::is_capturing(self.kv.device().as_cuda_device()?)? {
+            return self.encode_in_replays();
+        }
         if self.encoded < end {
-            let keys = self.keys.narrow(2, self.encoded, self.len - self.encoded)?;
-            self.codes.slice_set(&index.codebook.encode(&keys)?, 2, self.encoded)?;
-            self.encoded = self.len;
+            let codes = (&self.codes, self.coarse_codes.as_ref());
+            trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
+            self.encoded = end;
+        }
+        if let (Some(clusters), Some(codes)) = (&mut trained.clusters, &self.coarse_codes) {
+            if trained.summed < end {
+                let positions = (trained.summed, end - trained.summed);
+                let values = self.kv.get(1)?.narrow(2, positions.0, positions.1)?;
+                clusters.add(&values, &codes.narrow(2, positions.0, positions.1)?)?;
+                trained.summed = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has each replay of the graph that is being captured encode a block if it finds it full.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn encode_in_replays(&mut self) -> Result<()> {
+        let (block, end) = (self.block(), self.blocks_end(self.len));
+        let (Some(trained), Some(lens)) = (&mut self.trained, &self.lens) else { return Ok(()) };
+        if self.encoded + block < end || (trained.clusters.is_some() && trained.summed != self.encoded) {
+            bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
+        }
+        let due = ops::Due { lens, init_offset: self.config.init_offset(), block };
+        let codes = (&self.codes, self.coarse_codes.as_ref());
+        trained.codebook.encode_due(codes, &self.kv.get(0)?, due)?;
+        if let (Some(clusters), Some(codes)) = (&trained.clusters, &self.coarse_codes) {
+            clusters.add_due(&self.kv.get(1)?, codes, due)?;
+        }
+        (self.encoded, trained.summed) = (end, end);
+        Ok(())
+    }
+
+    /// Whether launches are recorded for a CUDA graph rather than run.
+    pub(crate) fn is_capturing(&self) -> Result<bool> {
+        match self.kv.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => crate::cuda::is_capturing(device),
+            _ => Ok(false),
+        }
+    }
+
+    /// Fails where `what` would become a part of a captured graph.
+    fn forbid_capture(&self, what: &str, instead: &str) -> Result<()> {
+        if self.is_capturing()? {
+            bail!("PqKvCache: {what}: expected none while a CUDA graph is captured: {instead} first");
         }
         Ok(())
     }
@@ -215,9 +364,11 @@ impl PqKvCache {
         if codebook.metric() != self.config.metric {
             bail!("PqKvCache: codebook: expected metric {:?}, got {:?}", self.config.metric, codebook.metric());
         }
-        self.index = Some(Index { codebook, trained: None });
-        self.encoded = self.config.init_offset();
-        Ok(())
+        if codebook.coarse().map_or(0, |coarse| coarse.dims()[2]) != self.config.coarse {
+            let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
+            bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
+        }
+        self.use_codebook(codebook, None)
     }
 
     /// Forgets all keys from position `len` on.
@@ -228,21 +379,76 @@ impl PqKvCache {
         if len > self.len {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
         }
-        self.len = len;
-        let start = self.config.init_offset();
-        if matches!(self.index, Some(Index { trained: Some(end), .. }) if end > len) {
-            self.index = None;
-            self.encoded = start;
+        self.set_len(len)?;
+        if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
+            self.trained = None;
+            self.encoded = self.config.init_offset();
         }
-        self.encoded = self.encoded.min(len).max(start);
+        self.encoded = self.encoded.min(self.blocks_end(len));
+        match &mut self.trained {
+            // Summed again by the next step: subtracting would leave traces in the last bits.
+            Some(Trained { clusters: Some(clusters), summed, .. }) if *summed > self.encoded => {
+                *summed = self.config.init_offset();
+                clusters.clear()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes back what [`append`](Self::append) just did, whether it ran or was only recorded for a graph.
+    pub(crate) fn undo_append(&mut self, len: usize) -> Result<()> {
+        if self.is_capturing()? {
+            self.len = len;
+            return Ok(());
+        }
+        self.truncate(len)
+    }
+
+    fn set_len(&mut self, len: usize) -> Result<()> {
+        self.forbid_capture("truncate", "call it")?;
+        #[cfg(feature = "cuda")]
+        if let Some(lens) = &mut self.lens {
+            lens.set(len)?;
+        }
+        self.len = len;
         Ok(())
     }
 
-    /// Forgets all keys, and the codebook unless it was handed in; keeps the memory.
-    pub fn reset(&mut self) {
-        self.len = 0;
-        self.encoded = self.config.init_offset();
-        self.index.take_if(|index| index.trained.is_some());
+    /// Forgets all keys, and the codebook unless it was handed in; keeps the memory. The same as `truncate(0)`.
+    ///
+    /// # Errors
+    /// What the device gives.
+    pub fn reset(&mut self) -> Result<()> {
+        self.truncate(0)
+    }
+
+    /// Takes note of `steps` decode steps that a replayed CUDA graph took, each of one key: the device has moved on
+    /// without the host.
+    ///
+    /// A step of [`PqAttention`](crate::PqAttention) reads lengths from the device, so that it can be captured once and
+    /// replayed as the sequence grows. What the host needs is its own count, for the next step that is no replay. The
+    /// capture itself counts as the first replay. A graph is valid until the cache grows, is truncated or trains, so
+    /// reserve room for all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
+    ///
+    /// # Errors
+    /// More steps than there is room for: replays beyond the capacity append nothing.
+    pub fn advance(&mut self, steps: usize) -> Result<()> {
+        match self.len.checked_add(steps) {
+            Some(len) if len <= self.capacity() => self.len = len,
+            _ => {
+                let (room, len) = (self.capacity() - self.len, self.len);
+                bail!(
+                    "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
+                    self.capacity()
+                )
+            }
+        }
+        // Every step of a graph that was captured with an index encodes the block that it fills.
+        let end = self.blocks_end(self.len);
+        if let Some(trained) = &mut self.trained {
+            (self.encoded, trained.summed) = (end, end);
+        }
+        Ok(())
     }
 
     /// Keys so far, `[b, h_kv, n, head_dim]`: a view.
@@ -250,7 +456,7 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn keys(&self) -> Result<Tensor> {
-        self.keys.narrow(2, 0, self.len)
+        self.kv.get(0)?.narrow(2, 0, self.len)
     }
 
     /// Values so far, `[b, h_kv, n, head_dim]`: a view.
@@ -258,7 +464,7 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn values(&self) -> Result<Tensor> {
-        self.values.narrow(2, 0, self.len)
+        self.kv.get(1)?.narrow(2, 0, self.len)
     }
 
     /// Codes of the keys that have some, `[b, h_kv, encoded - init_offset, pq_dim]` u8: a view.
@@ -266,17 +472,34 @@ impl PqKvCache {
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
     pub fn codes(&self) -> Result<Tensor> {
+        self.of_encoded(&self.codes)
+    }
+
+    /// Clusters of the keys that have codes, `[b, h_kv, encoded - init_offset]` u8: a view; None without coarse clusters.
+    ///
+    /// # Errors
+    /// None in practice; narrowing a tensor returns a result.
+    pub fn coarse_codes(&self) -> Result<Option<Tensor>> {
+        self.coarse_codes.as_ref().map(|codes| self.of_encoded(codes)).transpose()
+    }
+
+    fn of_encoded(&self, codes: &Tensor) -> Result<Tensor> {
         let start = self.config.init_offset();
-        match self.index {
-            None => self.codes.narrow(2, 0, 0),
-            Some(_) if self.encoded <= start => self.codes.narrow(2, 0, 0),
-            Some(_) => self.codes.narrow(2, start, self.encoded - start),
+        match self.trained {
+            None => codes.narrow(2, 0, 0),
+            Some(_) if self.encoded <= start => codes.narrow(2, 0, 0),
+            Some(_) => codes.narrow(2, start, self.encoded - start),
         }
+    }
+
+    /// What the values of each cluster sum to, over the keys that have codes; None without [`Tail::ClusterMeans`].
+    pub fn clusters(&self) -> Option<&ClusterSums> {
+        self.trained.as_ref()?.clusters.as_ref()
     }
 
     /// The codebook, once there is one.
     pub fn codebook(&self) -> Option<&Codebook> {
-        self.index.as_ref().map(|index| &index.codebook)
+        self.trained.as_ref().map(|trained| &trained.codebook)
     }
 
     /// Keys so far, `n`.
@@ -291,7 +514,7 @@ impl PqKvCache {
 
     /// Keys that fit before the next growth.
     pub fn capacity(&self) -> usize {
-        self.keys.dims()[2]
+        self.kv.dims()[3]
     }
 
     /// The config it was made with.
@@ -301,22 +524,24 @@ impl PqKvCache {
 
     /// `[b, h_kv, head_dim]`
     pub fn dims(&self) -> [usize; 3] {
-        let dims = self.keys.dims();
-        [dims[0], dims[1], dims[3]]
+        let dims = self.kv.dims();
+        [dims[1], dims[2], dims[4]]
     }
 
     /// The dtype of keys and values.
     pub fn dtype(&self) -> DType {
-        self.keys.dtype()
+        self.kv.dtype()
     }
 
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
         let [b, h_kv, head_dim] = self.dims();
         let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.dtype().size_in_bytes();
-        let encoded = if self.index.is_some() { self.encoded - self.config.init_offset() } else { 0 };
-        let codebook = self.codebook().map_or(0, Codebook::bytes);
-        Memory { kv_bytes, index_bytes: b * h_kv * encoded * self.config.pq_dim + codebook }
+        let encoded = if self.trained.is_some() { self.encoded - self.config.init_offset() } else { 0 };
+        let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
+        let (codebook, clusters) =
+            (self.codebook().map_or(0, Codebook::bytes), self.clusters().map_or(0, ClusterSums::bytes));
+        Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The centroids of one layer's keys.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -9,17 +10,22 @@ use crate::config::{Metric, PqConfig};
 use crate::ops::{self, KmeansOptions};
 
 /// Centroids for every (batch, KV head, subspace), trained on keys and fixed from then on.
+///
+/// With coarse clusters there are also centroids of whole keys, and those of the subspaces are of residuals: of what the
+/// centroid nearest to a key leaves of it.
 #[derive(Debug, Clone)]
 pub struct Codebook {
     centroids: Tensor,
     phi: Option<Tensor>,
+    /// `[b, h_kv, n_clusters, head_dim]`
+    coarse: Option<Tensor>,
 }
 
 impl Codebook {
-    /// Trains on `keys`, `[b, h_kv, n, head_dim]`; see [`ops::kmeans`].
+    /// Trains on `keys`, `[b, h_kv, n, head_dim]`; see [`ops::kmeans`]. Clusters and residuals are of the same sample.
     ///
     /// # Errors
-    /// A config that does not suit the keys, or fewer keys than `config.n_centroids()`.
+    /// A config that does not suit the keys, or fewer keys than centroids or clusters.
     pub fn train(keys: &Tensor, config: &PqConfig) -> Result<Self> {
         let options = KmeansOptions {
             pq_dim: config.pq_dim,
@@ -29,8 +35,16 @@ impl Codebook {
             max_keys: config.max_train_keys,
             seed: config.seed,
         };
-        let (centroids, phi) = ops::kmeans(keys, &options)?;
-        Ok(Self { centroids, phi })
+        if config.coarse == 0 {
+            let (centroids, phi) = ops::kmeans(keys, &options)?;
+            return Ok(Self { centroids, phi, coarse: None });
+        }
+        let whole = KmeansOptions { pq_dim: 1, pq_bits: config.coarse.ilog2() as usize, ..options };
+        let coarse = ops::kmeans(keys, &whole)?.0.squeeze(2)?;
+        let sample = sample(keys, config.max_train_keys)?;
+        let residuals = residuals(&sample, &coarse, &nearest(&sample, &coarse)?)?;
+        let (centroids, phi) = ops::kmeans(&residuals, &options)?;
+        Self { centroids, phi, coarse: None }.with_coarse(coarse)
     }
 
     /// From centroids `[b, h_kv, pq_dim, n_centroids, pq_len]` f32; with `phi` `[b, h_kv, pq_dim]` f32 they are of the
@@ -64,15 +78,98 @@ impl Codebook {
         if columns <= usize::from(phi.is_some()) {
             bail!("Codebook: centroids: expected a pq_len of at least 1, got {:?}", centroids.dims());
         }
-        Ok(Self { centroids, phi })
+        Ok(Self { centroids, phi, coarse: None })
     }
 
-    /// Codes `[b, h_kv, n, pq_dim]` u8 of `keys` `[b, h_kv, n, head_dim]`; see [`ops::encode`].
+    /// The same centroids, of residuals to the clusters whose centroids are `coarse`, `[b, h_kv, n_clusters, head_dim]`
+    /// f32.
+    ///
+    /// # Errors
+    /// Another shape or dtype, or a codebook of the inner-product metric.
+    pub fn with_coarse(self, coarse: Tensor) -> Result<Self> {
+        let [b, h_kv, pq_dim, _] = self.dims();
+        let head_dim = pq_dim * self.pq_len();
+        match *coarse.dims() {
+            [cb, ch, 2..=256, cd] if [cb, ch, cd] == [b, h_kv, head_dim] && coarse.dim(2)?.is_power_of_two() => {}
+            _ => bail!(
+                "Codebook: coarse: expected [{b}, {h_kv}, 2, 4, 8, ... or 256, {head_dim}], got {:?}",
+                coarse.dims()
+            ),
+        }
+        if coarse.dtype() != DType::F32 {
+            bail!("Codebook: coarse: expected dtype f32, got {}", coarse.dtype().as_str());
+        }
+        if self.phi.is_some() {
+            bail!("Codebook: coarse: expected centroids of the Euclidean metric, got InnerProduct");
+        }
+        Ok(Self { coarse: Some(coarse), ..self })
+    }
+
+    /// Codes `[b, h_kv, n, pq_dim]` u8 of `keys` `[b, h_kv, n, head_dim]`, and with coarse clusters those of the keys,
+    /// `[b, h_kv, n]` u8; see [`ops::encode`].
     ///
     /// # Errors
     /// Keys of other dimensions than those trained on.
-    pub fn encode(&self, keys: &Tensor) -> Result<Tensor> {
-        ops::encode(keys, &self.centroids, self.phi.as_ref())
+    pub fn encode(&self, keys: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        // Keys of which there are residuals at a time: a prompt's would be twice the size of its keys, or four times.
+        const BLOCK: usize = 4096;
+        let Some(coarse) = &self.coarse else {
+            return Ok((ops::encode(keys, &self.centroids, self.phi.as_ref())?, None));
+        };
+        let clusters = nearest(keys, coarse)?;
+        let n = keys.dim(2)?;
+        let block = |start: usize| {
+            let part = |x: &Tensor| x.narrow(2, start, BLOCK.min(n - start));
+            ops::encode(&residuals(&part(keys)?, coarse, &part(&clusters)?)?, &self.centroids, None)
+        };
+        // An empty block where there are no keys.
+        let codes: Result<Vec<_>> = (0..n.max(1)).step_by(BLOCK).map(block).collect();
+        Ok((Tensor::cat(&codes?, 2)?, Some(clusters)))
+    }
+
+    /// Writes the codes of the keys at `positions` of a cache in place, and their clusters; `[b, h_kv, capacity, ...]` each.
+    pub(crate) fn encode_into(
+        &self,
+        (codes, coarse_codes): (&Tensor, Option<&Tensor>),
+        keys: &Tensor,
+        positions: Range<usize>,
+    ) -> Result<()> {
+        let at_positions = |tensor: &Tensor| tensor.narrow(2, positions.start, positions.len());
+        let keys = at_positions(keys)?;
+        #[cfg(feature = "cuda")]
+        if keys.device().is_cuda() {
+            let coarse_codes = coarse_codes.map(at_positions).transpose()?;
+            return self.encode_on_gpu((&at_positions(codes)?, coarse_codes.as_ref()), &keys, None);
+        }
+        let (new, new_coarse) = self.encode(&keys)?;
+        codes.slice_set(&new, 2, positions.start)?;
+        match (coarse_codes, new_coarse) {
+            (Some(coarse_codes), Some(new)) => coarse_codes.slice_set(&new, 2, positions.start),
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`encode_into`](Self::encode_into), for the block that the GPU finds due.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn encode_due(&self, codes: (&Tensor, Option<&Tensor>), keys: &Tensor, due: ops::Due) -> Result<()> {
+        self.encode_on_gpu(codes, keys, Some(due))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encode_on_gpu(
+        &self,
+        (codes, coarse_codes): (&Tensor, Option<&Tensor>),
+        keys: &Tensor,
+        due: Option<ops::Due>,
+    ) -> Result<()> {
+        let coarse = match (coarse_codes, &self.coarse) {
+            (Some(codes), Some(centroids)) => {
+                ops::encode_into(&codes.unsqueeze(3)?, keys, &centroids.unsqueeze(2)?, None, None, due)?;
+                Some(ops::Coarse { codes: codes.clone(), centroids: centroids.clone() })
+            }
+            _ => None,
+        };
+        ops::encode_into(codes, keys, &self.centroids, self.phi.as_ref(), coarse.as_ref(), due)
     }
 
     /// Centroids without the augmentation, for [`ops::score`]: `[b, h_kv, pq_dim, n_centroids, pq_len]`.
@@ -81,6 +178,11 @@ impl Codebook {
     /// None in a codebook that was made here.
     pub fn centroids(&self) -> Result<Tensor> {
         self.centroids.narrow(4, 0, self.pq_len())
+    }
+
+    /// Centroids of the coarse clusters, `[b, h_kv, n_clusters, head_dim]`, where there are any.
+    pub fn coarse(&self) -> Option<&Tensor> {
+        self.coarse.as_ref()
     }
 
     /// Elements of a sub-vector.
@@ -104,11 +206,11 @@ impl Codebook {
 
     /// Bytes of the centroids.
     pub fn bytes(&self) -> usize {
-        let phi = self.phi.as_ref().map_or(0, Tensor::elem_count);
-        (self.centroids.elem_count() + phi) * size_of::<f32>()
+        let tensors = [Some(&self.centroids), self.phi.as_ref(), self.coarse.as_ref()];
+        tensors.into_iter().flatten().map(Tensor::elem_count).sum::<usize>() * size_of::<f32>()
     }
 
-    /// Writes a safetensors file with `centroids` and, for the inner-product metric, `phi`.
+    /// Writes a safetensors file with `centroids` and, where there are any, `phi` and `coarse`.
     ///
     /// # Errors
     /// What writing the file gives.
@@ -116,6 +218,9 @@ impl Codebook {
         let mut tensors = HashMap::from([("centroids", self.centroids.clone())]);
         if let Some(phi) = &self.phi {
             tensors.insert("phi", phi.clone());
+        }
+        if let Some(coarse) = &self.coarse {
+            tensors.insert("coarse", coarse.clone());
         }
         candle_core::safetensors::save(&tensors, path)
     }
@@ -126,9 +231,43 @@ impl Codebook {
     /// What reading the file gives, a missing `centroids`, or tensors that are no codebook.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let mut tensors = candle_core::safetensors::load(&path, device)?;
-        match tensors.remove("centroids") {
-            Some(centroids) => Self::new(centroids, tensors.remove("phi")),
-            None => bail!("Codebook: expected a tensor `centroids` in {}, found none", path.as_ref().display()),
+        let Some(centroids) = tensors.remove("centroids") else {
+            bail!("Codebook: expected a tensor `centroids` in {}, found none", path.as_ref().display());
+        };
+        let codebook = Self::new(centroids, tensors.remove("phi"))?;
+        match tensors.remove("coarse") {
+            None => Ok(codebook),
+            Some(coarse) => codebook.with_coarse(coarse),
         }
     }
+}
+
+/// The keys that [`ops::kmeans`] trains on: at most `max`, spread evenly.
+fn sample(keys: &Tensor, max: usize) -> Result<Tensor> {
+    let (b, h_kv, n, head_dim) = keys.dims4()?;
+    if n <= max {
+        return Ok(keys.clone());
+    }
+    let positions: Vec<i64> = (0..max as u128).map(|i| (i * n as u128 / max as u128) as i64).collect();
+    let positions = Tensor::from_vec(positions, max, keys.device())?;
+    // Head by head: Candle gathers from tensors without gaps, and only a head's keys are one in a cache.
+    let head =
+        |i: usize| keys.narrow(0, i / h_kv, 1)?.narrow(1, i % h_kv, 1)?.contiguous()?.index_select(&positions, 2);
+    let heads: Result<Vec<_>> = (0..b * h_kv).map(head).collect();
+    Tensor::cat(&heads?, 0)?.reshape((b, h_kv, max, head_dim))
+}
+
+/// The cluster of each key, `[b, h_kv, n]` u8.
+fn nearest(keys: &Tensor, coarse: &Tensor) -> Result<Tensor> {
+    ops::encode(keys, &coarse.unsqueeze(2)?, None)?.squeeze(3)
+}
+
+/// Keys minus the centroids of their clusters, in f32.
+fn residuals(keys: &Tensor, coarse: &Tensor, clusters: &Tensor) -> Result<Tensor> {
+    let (b, h_kv, n_clusters, head_dim) = coarse.dims4()?;
+    let first: Vec<u32> = (0..b * h_kv).map(|head| (head * n_clusters) as u32).collect();
+    let first = Tensor::from_vec(first, (b, h_kv, 1), keys.device())?;
+    let rows = clusters.to_dtype(DType::U32)?.broadcast_add(&first)?.flatten_all()?;
+    let centroids = coarse.reshape((b * h_kv * n_clusters, head_dim))?.index_select(&rows, 0)?;
+    keys.to_dtype(DType::F32)? - centroids.reshape(keys.shape())?
 }

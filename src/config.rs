@@ -36,8 +36,15 @@ pub struct PqConfig {
     pub pq_bits: usize,
     /// Rounds of k-means: any number; gains fade after 10.
     pub kmeans_iters: usize,
-    /// Trains on at most so many keys, at least `2^pq_bits`; 256 a centroid (the default) is what FAISS takes too.
+    /// Trains on at most so many keys, at least `2^pq_bits` and `coarse`; 256 a centroid (the default) is what FAISS
+    /// takes too.
     pub max_train_keys: usize,
+    /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their
+    /// cluster's centroid leaves of each key, at one more byte of index a key: with 256, half the `pq_dim` loses little
+    /// more. Not on a GPU yet.
+    pub coarse: usize,
+    /// What stands for the keys that are not selected.
+    pub tail: Tail,
     /// First key that is quantized, and so can be selected; by default the one after the sink.
     pub init_offset: Option<usize>,
     /// What the codes approximate best.
@@ -58,6 +65,8 @@ impl Default for PqConfig {
             pq_bits: 8,
             kmeans_iters: 10,
             max_train_keys: 65_536,
+            coarse: 0,
+            tail: Tail::None,
             init_offset: None,
             metric: Metric::Euclidean,
             selection: Selection::PerQueryHead,
@@ -85,6 +94,18 @@ impl PqConfig {
             let n_centroids = self.n_centroids();
             bail!("PqConfig: max_train_keys: expected at least {n_centroids} (2^pq_bits), got {}", self.max_train_keys);
         }
+        if self.coarse != 0 && !(self.coarse.is_power_of_two() && (2..=256).contains(&self.coarse)) {
+            bail!("PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got {}", self.coarse);
+        }
+        if self.max_train_keys < self.coarse {
+            bail!("PqConfig: max_train_keys: expected at least {} (coarse), got {}", self.coarse, self.max_train_keys);
+        }
+        if self.coarse != 0 && self.metric != Metric::Euclidean {
+            bail!("PqConfig: metric: expected Euclidean with coarse clusters, got {:?}", self.metric);
+        }
+        if self.coarse == 0 && self.tail == Tail::ClusterMeans {
+            bail!("PqConfig: coarse: expected at least 2 clusters with a tail of cluster means, got 0");
+        }
         self.heavy.validate()
     }
 
@@ -93,17 +114,22 @@ impl PqConfig {
         1 << self.pq_bits
     }
 
+    /// Keys that a codebook needs at least: one a centroid.
+    pub(crate) fn min_train_keys(&self) -> usize {
+        self.n_centroids().max(self.coarse)
+    }
+
     /// Position of the first key that is quantized.
     pub fn init_offset(&self) -> usize {
         self.init_offset.unwrap_or(self.sink)
     }
 
     /// Whether attention over `n` keys is dense: as long as there is nothing to save or no codebook yet, that is while
-    /// `n <= max(sink + heavy + window, heavy + init_offset + 1 + n_centroids)`.
+    /// `n <= max(sink + heavy + window, heavy + init_offset + 1 + max(n_centroids, coarse))`.
     pub fn is_dense(&self, n: usize) -> bool {
         let heavy = self.heavy.count(n);
         let attended = self.sink.saturating_add(heavy).saturating_add(self.window);
-        let trained = heavy.saturating_add(self.init_offset()).saturating_add(1 + self.n_centroids());
+        let trained = heavy.saturating_add(self.init_offset()).saturating_add(1 + self.min_train_keys());
         n <= attended.max(trained)
     }
 
@@ -186,7 +212,8 @@ impl fmt::Display for Heavy {
 pub enum Metric {
     /// Squared distance: the best reconstruction of the keys.
     Euclidean,
-    /// Inner product, by the augmentation `sqrt(phi - |x|²)`: favours keys of large norm.
+    /// Inner product, by the augmentation `sqrt(phi - |x|²)`: favours keys of large norm. Not with `coarse` clusters,
+    /// whose residuals no longer have the norms of the keys.
     InnerProduct,
 }
 
@@ -198,4 +225,15 @@ pub enum Selection {
     PerQueryHead,
     /// The query heads of a KV head together, by the sum of their softmax: K and V are read once a group.
     PerKvHead,
+}
+
+/// What stands for the keys that a decode step does not attend to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tail {
+    /// Nothing: the attended keys share all the weight.
+    None,
+    /// The mean value of each `coarse` cluster, with the weight that its keys have by their scores: closer to dense
+    /// attention than any selection alone, for one more pass over the scores.
+    ClusterMeans,
 }

@@ -6,8 +6,11 @@
 //! it is compiled for the baseline. No kernel uses fused multiply-add and every reduction has a fixed order, so results
 //! are the same bits on each of them and for any number of threads.
 
-use candle_core::{CpuStorage, Result, WithDType};
+use candle_core::{bail, CpuStorage, Result, Storage, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+
+use crate::ops::arg::View;
 
 /// Lanes of a kernel's accumulators: one AVX-512 register, two of AVX2.
 pub(crate) const LANES: usize = 16;
@@ -86,6 +89,32 @@ pub(crate) use dispatch_float;
 /// The elements of a storage; an error where it holds another type.
 pub(crate) fn slice<T: WithDType>(storage: &CpuStorage) -> Result<&[T]> {
     storage.as_slice::<T>()
+}
+
+/// The elements of a tensor that an op holds beside Candle's three inputs, of which Candle checks the device.
+pub(crate) fn held<'a, T: WithDType>(op: &str, name: &str, storage: &'a Storage) -> Result<&'a [T]> {
+    match storage {
+        Storage::Cpu(storage) => slice(storage),
+        _ => bail!("{op}: {name}: expected a tensor on the device of the other arguments"),
+    }
+}
+
+/// Fails if one of the codes `[b, h_kv, n, codes a key]` is not below `limit`; of 256 every byte is.
+pub(crate) fn check_codes(op: &str, name: &str, view: &View<4>, codes: &[u8], limit: usize) -> Result<()> {
+    if limit == 256 {
+        return Ok(());
+    }
+    let [b, h_kv, n, len] = view.dims;
+    let largest = (0..b * h_kv * n).into_par_iter().map(|row| {
+        let at = view.at(&[row / n / h_kv, row / n % h_kv, row % n]);
+        codes[at..at + len].iter().copied().max().unwrap_or(0)
+    });
+    match largest.max() {
+        Some(code) if usize::from(code) >= limit => {
+            bail!("{op}: {name}: expected codes below n_centroids {limit}, got {code}")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `e^x` to about 2 ulp; 0 below -87.3, no more than `e^88.3`, and NaN for NaN.

@@ -52,4 +52,4 @@ pub mod ops;
 pub use attention::PqAttention;
 pub use cache::{Memory, PqKvCache};
 pub use codebook::Codebook;
-pub use config::{Heavy, Metric, PqConfig, Selection};
+pub use config::{Heavy, Metric, PqConfig, Selection, Tail};

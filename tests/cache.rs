@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
 use common::*;
 use proptest::prelude::*;
 
@@ -19,6 +19,11 @@ fn small() -> PqConfig {
         kmeans_iters: 3,
         ..PqConfig::default()
     }
+}
+
+/// The same with coarse clusters and a tail.
+fn with_tail() -> PqConfig {
+    PqConfig { coarse: 32, tail: Tail::ClusterMeans, ..small() }
 }
 
 fn append(cache: &mut PqKvCache, keys: &Tensor, values: &Tensor, from: usize, to: usize) -> Result<()> {
@@ -36,6 +41,14 @@ fn assert_same_cache(a: &mut PqKvCache, b: &mut PqKvCache, what: &str) -> Result
         (Some(a), Some(b)) => assert_same_bits(&a.centroids()?, &b.centroids()?, what),
         (a, b) => assert_eq!(a.is_some(), b.is_some(), "{what}"),
     }
+    assert_eq!(a.clusters().is_some(), a.codebook().is_some() && a.config().tail == Tail::ClusterMeans, "{what}");
+    if let (Some(a), Some(b)) = (a.clusters(), b.clusters()) {
+        assert_same_bits(&a.sums, &b.sums, what);
+        assert_same_bits(&a.counts, &b.counts, what);
+    }
+    if let (Some(a), Some(b)) = (a.coarse_codes()?, b.coarse_codes()?) {
+        assert_same_bits(&a, &b, what);
+    }
     Ok(())
 }
 
@@ -46,12 +59,12 @@ proptest! {
     #[test]
     fn append_in_pieces_equals_append_all(
         seed in any::<u64>(), cuts in prop::collection::vec(1usize..400, 0..6), capacity in 0usize..500,
-        ip in any::<bool>(), dtype in 0usize..3,
+        kind in 0usize..3, dtype in 0usize..3,
     ) {
         let n = 400;
         let mut rng = Rng(seed);
-        let metric = if ip { Metric::InnerProduct } else { Metric::Euclidean };
-        let attn = PqAttention::new(PqConfig { metric, ..small() }, 0.25).unwrap();
+        let config = [small(), PqConfig { metric: Metric::InnerProduct, ..small() }, with_tail()][kind].clone();
+        let attn = PqAttention::new(config, 0.25).unwrap();
         let (keys, values) = (rng.tensor(&[2, 2, n, 16], DTYPES[dtype]), rng.tensor(&[2, 2, n, 16], DTYPES[dtype]));
         let cache = |capacity| attn.new_cache([2, 2, 16], capacity, DTYPES[dtype], &Device::Cpu).unwrap();
         let (mut whole, mut pieces, mut singles) = (cache(n), cache(capacity), cache(0));
@@ -68,10 +81,10 @@ proptest! {
     /// What was appended and truncated leaves no trace, whether or not the index was built in between.
     #[test]
     fn truncate_equals_never_having_appended(
-        seed in any::<u64>(), kept in 0usize..300, dropped in 1usize..300, build in any::<bool>(),
+        seed in any::<u64>(), kept in 0usize..300, dropped in 1usize..300, build in any::<bool>(), tail in any::<bool>(),
     ) {
         let mut rng = Rng(seed);
-        let attn = PqAttention::new(small(), 0.25).unwrap();
+        let attn = PqAttention::new(if tail { with_tail() } else { small() }, 0.25).unwrap();
         let (keys, values) = (rng.tensor(&[1, 2, 600, 16], DType::F32), rng.tensor(&[1, 2, 600, 16], DType::F32));
         let cache = || attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu).unwrap();
         let (mut a, mut b) = (cache(), cache());
@@ -84,9 +97,53 @@ proptest! {
         append(&mut a, &keys, &values, kept, kept + 50).unwrap();
         append(&mut b, &keys, &values, 0, kept + 50).unwrap();
         assert_same_cache(&mut a, &mut b, "truncated").unwrap();
-        a.reset();
+        a.reset().unwrap();
         append(&mut a, &keys, &values, 0, kept + 50).unwrap();
         assert_same_cache(&mut a, &mut b, "reset").unwrap();
+    }
+
+    /// Whatever was appended, truncated, built and decoded before: a step sees the keys there are, and no other.
+    #[test]
+    fn a_step_depends_on_the_keys_alone(
+        seed in any::<u64>(), history in prop::collection::vec((0usize..120, 0usize..100, any::<bool>()), 0..6),
+        recent in 0usize..30, n in 60usize..300, tail in any::<bool>(), window in 0usize..20,
+    ) {
+        let mut rng = Rng(seed);
+        let config = PqConfig { window, ..if tail { with_tail() } else { small() } };
+        let attn = PqAttention::new(config.clone(), 0.25).unwrap();
+        let (keys, values) = (rng.tensor(&[1, 2, n + 1, 16], DType::F32), rng.tensor(&[1, 2, n + 1, 16], DType::F32));
+        let query = rng.tensor(&[1, 4, 1, 16], DType::F32);
+        // Handed in: when a codebook is trained does depend on the steps before.
+        let codebook = Codebook::train(&rng.tensor(&[1, 2, 100, 16], DType::F32), &config).unwrap();
+        let last = |x: &Tensor| x.narrow(2, n, 1).unwrap();
+        let step = |history: &[(usize, usize, bool)]| -> Result<(Tensor, PqKvCache)> {
+            let mut cache = attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;
+            cache.set_codebook(codebook.clone())?;
+            let mut kept = 0; // keys that the history leaves as they are to be
+            for &(other, truncated, decode) in history {
+                let more = (n - kept).min(other);
+                append(&mut cache, &keys, &values, kept, kept + more)?;
+                append(&mut cache, &values, &keys, 0, other.min(n))?;
+                match decode {
+                    true => attn.forward(&query, &last(&values), &last(&keys), &mut cache).map(drop)?,
+                    false => cache.build_index()?,
+                }
+                kept = (kept + more).saturating_sub(truncated);
+                cache.truncate(kept)?;
+            }
+            // Built shortly before, or not at all.
+            if !history.is_empty() {
+                let built = kept.max(n - recent);
+                append(&mut cache, &keys, &values, kept, built)?;
+                cache.build_index()?;
+                kept = built;
+            }
+            append(&mut cache, &keys, &values, kept, n)?;
+            Ok((attn.forward(&query, &last(&keys), &last(&values), &mut cache)?, cache))
+        };
+        let ((a, mut with), (b, mut without)) = (step(&history).unwrap(), step(&[]).unwrap());
+        assert_same_bits(&a, &b, "step");
+        assert_same_cache(&mut with, &mut without, "cache").unwrap();
     }
 
     /// A list of all positions, in any order, is dense attention.
@@ -201,7 +258,7 @@ fn naive_selection(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: 
     let start = config.init_offset();
     let codes = cache.codes()?;
     let keys = cache.keys()?.narrow(2, start, codes.dim(2)?)?;
-    assert_same_bits(&codes, &codebook.encode(&keys)?, "codes");
+    assert_same_bits(&codes, &codebook.encode(&keys)?.0, "codes");
     assert!(start + codes.dim(2)? >= range.end, "every candidate has codes");
     // Their own scores, which tests/ops.rs compares with a reference: near-ties then fall as they fall there.
     let candidates = codes.narrow(2, range.start - start, range.len())?;
@@ -241,18 +298,20 @@ fn index_follows_the_sequence() -> Result<()> {
     let encoded = |cache: &PqKvCache| {
         let codes = cache.codes()?;
         let keys = cache.keys()?.narrow(2, 3, codes.dim(2)?)?;
-        assert_same_bits(&codes, &cache.codebook().expect("a codebook").encode(&keys)?, "codes");
+        assert_same_bits(&codes, &cache.codebook().expect("a codebook").encode(&keys)?.0, "codes");
         Ok::<_, candle_core::Error>(codes.dim(2)? + 3)
     };
-    assert_eq!(encoded(&cache)?, 61);
-    for n in 62..=61 + 8 {
+    // Blocks of the window and one key more, from position 3 on.
+    assert_eq!(encoded(&cache)?, 3 + 6 * 9);
+    for n in 62..=3 + 7 * 9 - 1 {
         step(&mut cache, 1)?;
-        assert_eq!((cache.len(), encoded(&cache)?), (n, 61), "nothing left the window without a code");
+        assert_eq!((cache.len(), encoded(&cache)?), (n, 57), "no block is full");
+        assert!(n - 8 <= 57, "nothing left the window without a code");
     }
     step(&mut cache, 1)?;
-    assert_eq!(encoded(&cache)?, 70, "the whole window at once");
+    assert_eq!(encoded(&cache)?, 66, "a block at once");
     let first = cache.codebook().expect("a codebook").centroids()?;
-    step(&mut cache, 50)?;
+    step(&mut cache, 60)?;
     step(&mut cache, 1)?;
     let second = cache.codebook().expect("a codebook").centroids()?;
     assert_ne!(numbers(&first), numbers(&second), "trained again when the keys had doubled");
@@ -266,7 +325,7 @@ fn index_follows_the_sequence() -> Result<()> {
     assert!(cache.codebook().is_some(), "all that it was trained on is there");
     step(&mut cache, 30)?;
     step(&mut cache, 1)?;
-    assert_eq!(encoded(&cache)?, 2031, "encoded behind what was kept");
+    assert_eq!(encoded(&cache)?, 3 + 225 * 9, "encoded behind what was kept");
     cache.truncate(600)?;
     assert!(cache.codebook().is_none(), "trained on keys that are gone");
     Ok(())
@@ -286,8 +345,17 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     assert_eq!(capacities, [256, 512, 1024, 2048]);
     assert_eq!((cache.memory().kv_bytes, cache.memory().index_bytes), (2 * 2 * 3 * 16 * 2000 * 2, 0));
     cache.build_index()?;
-    let (codes, codebook) = (2 * 3 * (2000 - 3) * 4, 2 * 3 * 16 * 16 * 4);
+    let (codes, codebook) = (2 * 3 * 221 * 9 * 4, 2 * 3 * 16 * 16 * 4); // 221 full blocks of 9
     assert_eq!(cache.memory().index_bytes, codes + codebook);
+
+    let attn = PqAttention::new(with_tail(), 0.25)?;
+    let mut cache = attn.new_cache([2, 3, 16], 0, DType::BF16, &Device::Cpu)?;
+    (0..2000).try_for_each(|_| cache.append(&key, &key))?;
+    assert_eq!(cache.memory().index_bytes, 0);
+    cache.build_index()?;
+    let (coarse_codes, coarse, sums, counts) =
+        (2 * 3 * 221 * 9, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
+    assert_eq!(cache.memory().index_bytes, codes + codebook + coarse_codes + coarse + sums + counts);
     Ok(())
 }
 
@@ -345,26 +413,27 @@ fn prefill_may_be_handed_in() -> Result<()> {
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
     let mut rng = Rng(4);
-    let attn = PqAttention::new(small(), 0.25)?;
+    let attn = PqAttention::new(with_tail(), 0.25)?;
+    // Candidates of more than a block.
     let inputs: Vec<_> =
-        [400, 1].into_iter().map(|s| [6, 2, 2].map(|heads| rng.tensor(&[1, heads, s, 16], DType::F32))).collect();
+        [5000, 1].into_iter().map(|s| [6, 2, 2].map(|heads| rng.tensor(&[1, heads, s, 16], DType::F32))).collect();
     let run = || -> Result<Vec<Tensor>> {
         let mut cache = attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;
-        let mut outs = vec![];
-        for [q, k, v] in &inputs {
-            outs.push(attn.forward(q, k, v, &mut cache)?);
-        }
+        let [_, k, v] = &inputs[0];
+        cache.append(k, v)?;
+        let [query, k, v] = &inputs[1];
+        let mut outs = vec![attn.forward(query, k, v, &mut cache)?];
         outs.push(cache.codebook().expect("a codebook").centroids()?);
         outs.push(cache.codes()?);
-        let query = &inputs[1][0];
+        outs.push(cache.coarse_codes()?.expect("coarse codes"));
+        outs.push(cache.clusters().expect("clusters").sums.clone());
         let dense = ops::dense_attend(query, &cache.keys()?, &cache.values()?, 0.25)?;
         outs.extend([dense.out, dense.lse]);
         Ok(outs)
     };
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     let (one, many) = (pool(1).install(run)?, pool(5).install(run)?);
-    // The first output is the prefill's, whose matmuls are Candle's.
-    for (one, many) in one.iter().zip(&many).skip(1) {
+    for (one, many) in one.iter().zip(&many) {
         assert_same_bits(one, many, "threads");
     }
     Ok(())
@@ -373,32 +442,68 @@ fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
 #[test]
 fn codebook_survives_a_file() -> Result<()> {
     let keys = Rng(5).tensor(&[1, 2, 300, 16], DType::F32);
-    for metric in [Metric::Euclidean, Metric::InnerProduct] {
-        let config = PqConfig { metric, ..small() };
+    for config in [small(), PqConfig { metric: Metric::InnerProduct, ..small() }, with_tail()] {
+        let (metric, coarse) = (config.metric, config.coarse);
         let codebook = Codebook::train(&keys, &config)?;
-        let path = std::env::temp_dir().join(format!("candle-pq-attn-{}-{metric:?}.safetensors", std::process::id()));
+        let name = format!("candle-pq-attn-{}-{metric:?}-{coarse}.safetensors", std::process::id());
+        let path = std::env::temp_dir().join(name);
         codebook.save(&path)?;
         let loaded = Codebook::load(&path, &Device::Cpu);
         std::fs::remove_file(&path)?;
         let loaded = loaded?;
         assert_eq!((loaded.dims(), loaded.metric(), loaded.bytes()), (codebook.dims(), metric, codebook.bytes()));
-        assert_same_bits(&codebook.encode(&keys)?, &loaded.encode(&keys)?, "codes");
+        let ((codes, clusters), (loaded_codes, loaded_clusters)) = (codebook.encode(&keys)?, loaded.encode(&keys)?);
+        assert_same_bits(&codes, &loaded_codes, "codes");
+        assert_eq!(clusters.as_ref().map(integers), loaded_clusters.as_ref().map(integers));
+        assert_eq!(clusters.is_some(), coarse > 0);
         // A codebook that was handed in is kept: it is not the cache's to train.
         let mut cache = PqKvCache::new(config, [1, 2, 16], 0, DType::F32, &Device::Cpu)?;
         cache.set_codebook(loaded)?;
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         cache.truncate(0)?;
-        cache.reset();
+        cache.reset()?;
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         assert_same_bits(&cache.codebook().expect("kept").centroids()?, &codebook.centroids()?, "centroids");
-        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 297)?)?, "codes");
+        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 297)?)?.0, "codes");
         let other = Codebook::train(&keys.narrow(2, 100, 100)?, cache.config())?;
         cache.set_codebook(other.clone())?;
         cache.build_index()?;
-        assert_same_bits(&cache.codes()?, &other.encode(&keys.narrow(2, 3, 297)?)?, "codes of the new codebook");
+        assert_same_bits(&cache.codes()?, &other.encode(&keys.narrow(2, 3, 297)?)?.0, "codes of the new codebook");
     }
+    Ok(())
+}
+
+/// Clusters and residuals come from one sample of the keys, as k-means takes it.
+#[test]
+fn clusters_and_residuals_are_of_the_same_sample() -> Result<()> {
+    let all = Rng(9).tensor(&[2, 2, 200, 16], DType::BF16);
+    let config = PqConfig { max_train_keys: 100, ..with_tail() };
+    let half = all.reshape((2, 2, 100, 32))?.narrow(3, 0, 16)?;
+    // A view with gaps between the heads, as a cache's keys are.
+    let (a, b) = (Codebook::train(&lay_out(&all, Strides::Capacity)?, &config)?, Codebook::train(&half, &config)?);
+    assert_same_bits(a.coarse().expect("clusters"), b.coarse().expect("clusters"), "clusters");
+    assert_same_bits(&a.centroids()?, &b.centroids()?, "centroids");
+    // Cut into blocks, to residuals that are what the clusters leave.
+    let many = Rng(10).tensor(&[1, 2, 9000, 16], DType::BF16);
+    let codebook = Codebook::train(&many, &config)?;
+    let (codes, clusters) = codebook.encode(&many)?;
+    let clusters = clusters.expect("clusters");
+    let coarse = codebook.coarse().expect("clusters");
+    let (keys, centers) = (numbers(&many), numbers(coarse));
+    let residuals: Vec<f32> = integers(&clusters)
+        .into_iter()
+        .enumerate()
+        .flat_map(|(t, c)| {
+            let centroid = row(&centers, t / 9000 * 32 + c as usize, 16);
+            row(&keys, t, 16).iter().zip(centroid).map(|(x, y)| *x as f32 - *y as f32).collect::<Vec<_>>()
+        })
+        .collect();
+    let residuals = Tensor::from_vec(residuals, (1, 2, 9000, 16), &Device::Cpu)?;
+    assert_same_bits(&codes, &ops::encode(&residuals, &codebook.centroids()?, None)?, "codes");
+    assert_same_bits(&clusters, &ops::encode(&many, &coarse.unsqueeze(2)?, None)?.squeeze(3)?, "clusters");
+    assert_eq!(codebook.encode(&many.narrow(2, 0, 0)?)?.0.dims(), [1, 2, 0, 4]);
     Ok(())
 }
 
@@ -406,7 +511,11 @@ fn codebook_survives_a_file() -> Result<()> {
 fn config_survives_serde() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let config = PqConfig { init_offset: Some(7), heavy: Heavy::Keys(9), metric: Metric::InnerProduct, ..small() };
     assert_eq!(serde_json::from_str::<PqConfig>(&serde_json::to_string(&config)?)?, config);
+    assert_eq!(serde_json::from_str::<PqConfig>(&serde_json::to_string(&with_tail())?)?, with_tail());
     assert_eq!(serde_json::from_str::<PqConfig>("{}")?, PqConfig::default());
+    let old = serde_json::from_str::<PqConfig>(r#"{"pq_dim": 8}"#)?;
+    assert_eq!((old.coarse, old.tail), (0, Tail::None), "as before there were clusters");
+    assert_eq!(serde_json::from_str::<PqConfig>(r#"{"tail": "cluster_means"}"#)?.tail, Tail::ClusterMeans);
     assert_eq!(serde_json::from_str::<PqConfig>(r#"{"heavy": {"fraction": 0.5}}"#)?.heavy, Heavy::Fraction(0.5));
     assert!(serde_json::from_str::<PqConfig>(r#"{"heavvy": 5}"#).is_err());
     for (text, heavy) in [("512", Heavy::Keys(512)), (" 2.5% ", Heavy::Fraction(0.025)), ("100%", Heavy::Fraction(1.0))]
@@ -422,6 +531,8 @@ fn config_survives_serde() -> std::result::Result<(), Box<dyn std::error::Error>
 fn fallback_follows_the_formula() {
     let config = small(); // 3 + 12 + 8 against 12 + 3 + 1 + 16
     assert!(config.is_dense(32) && !config.is_dense(33));
+    let coarse = PqConfig { coarse: 64, ..small() }; // 12 + 3 + 1 + 64
+    assert!(coarse.is_dense(80) && !coarse.is_dense(81));
     let wide = PqConfig { window: 100, ..small() }; // 3 + 12 + 100
     assert!(wide.is_dense(115) && !wide.is_dense(116));
     for n in 0..300 {

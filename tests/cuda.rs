@@ -8,10 +8,13 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::{PoisonError, RwLock};
 
+use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph};
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, IndexOp, Result, Tensor};
-use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected, PADDING};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection};
+use candle_pq_attn::ops::{self, ClusterSums, Geometry, KmeansOptions, Selected, PADDING};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection, Tail};
 use common::{integers, lay_out, numbers, Rng, Strides, DTYPES, STRIDES};
 
 fn gpu() -> Option<Device> {
@@ -27,13 +30,17 @@ fn gpu() -> Option<Device> {
     }
 }
 
+/// Held by every test, and alone by those that capture: what others do meanwhile on the default stream, such as to free
+/// memory, would end a capture.
+static GPU: RwLock<()> = RwLock::new(());
+
 macro_rules! gpu_or_skip {
-    () => {
+    ($lock:ident) => {{
         match gpu() {
-            Some(gpu) => gpu,
+            Some(gpu) => (gpu, GPU.$lock().unwrap_or_else(PoisonError::into_inner)),
             None => return Ok(()),
         }
-    };
+    }};
 }
 
 /// A tensor of `dims` in some layout, on the GPU and on the CPU.
@@ -107,7 +114,7 @@ const PQ_SHAPES: [[usize; 6]; 10] = [
 
 #[test]
 fn encode() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(1);
     for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
         for dtype in DTYPES {
@@ -128,7 +135,7 @@ fn encode() -> Result<()> {
 
 #[test]
 fn encode_nan() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(2);
     for n in [3, 200] {
         let [centroids, _] = pair(&mut rng, &gpu, &[1, 1, 4, 16, 16], DType::F32, Strides::Contiguous)?;
@@ -140,7 +147,7 @@ fn encode_nan() -> Result<()> {
 
 #[test]
 fn score() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(3);
     for [b, h_kv, n, d, pq_dim, bits] in PQ_SHAPES {
         for (dtype, group) in DTYPES.into_iter().zip([1, 4, 3]).chain([(DType::F32, 2), (DType::F32, 7)]) {
@@ -162,7 +169,7 @@ fn score() -> Result<()> {
 
 #[test]
 fn score_of_many_keys_and_of_none() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(4);
     for n in [0, 2047, 2048, 2049, 50_001] {
         let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 128], DType::BF16, Strides::Contiguous)?;
@@ -176,7 +183,7 @@ fn score_of_many_keys_and_of_none() -> Result<()> {
 
 #[test]
 fn topk() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(5);
     for (rows, n) in [(1, 1), (3, 31), (2, 1024), (1, 8193), (5, 20_000), (1, 300_000), (40, 9000), (300, 700)] {
         for levels in [1, 3, 64, usize::MAX] {
@@ -199,7 +206,7 @@ fn topk() -> Result<()> {
 
 #[test]
 fn topk_of_strided_scores() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(6);
     for strides in STRIDES {
         let [scores, cpu_scores] = pair(&mut rng, &gpu, &[2, 3, 5000], DType::F32, strides)?;
@@ -212,7 +219,7 @@ fn topk_of_strided_scores() -> Result<()> {
 
 #[test]
 fn group_mass() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(7);
     for (h_kv, group, n) in [(1, 1, 1), (2, 4, 300), (1, 3, 8193), (2, 16, 100), (1, 20, 33), (2, 4, 40_000)] {
         for (strides, scale) in STRIDES.into_iter().zip([0.125, 3.0, -1.0, 0.0]) {
@@ -227,7 +234,7 @@ fn group_mass() -> Result<()> {
 
 #[test]
 fn indices_and_weights() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(8);
     for (n, sink, window, init_offset) in [
         (1usize, 4, 64, 4usize),
@@ -298,7 +305,7 @@ fn to_device(selected: &Selected, device: &Device) -> Result<Selected> {
 
 #[test]
 fn attend() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(9);
     for d in [64, 80, 96, 128, 256, 1, 33, 250] {
         for (h_kv, group) in [(2, 1), (1, 2), (2, 3), (2, 4), (1, 7), (1, 8), (1, 16), (1, 24)] {
@@ -332,7 +339,7 @@ fn attend() -> Result<()> {
 /// Keys and values that no list names hold NaN.
 #[test]
 fn attend_reads_listed_positions_only() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(10);
     let (n, d) = (900, 128);
     let selected = lists(&mut rng, 1, 1, n, 150)?;
@@ -352,7 +359,7 @@ fn attend_reads_listed_positions_only() -> Result<()> {
 
 #[test]
 fn causal_softmax() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(11);
     for (rows, queries, n, first) in [(1, 1, 1, 0), (12, 4, 100, 96), (12, 4, 1000, 10), (30, 10, 257, 200)] {
         let cpu = rng.tensor(&[2, 2, rows, n], DType::F32);
@@ -366,7 +373,7 @@ fn causal_softmax() -> Result<()> {
 
 #[test]
 fn kmeans() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(12);
     for (dims, pq_dim, pq_bits, max_keys) in [
         ([1, 2, 400, 64], 8, 6, 1000),
@@ -399,7 +406,7 @@ fn kmeans() -> Result<()> {
 /// Fewer distinct keys than centroids: clusters stay empty and are drawn anew.
 #[test]
 fn kmeans_with_empty_clusters() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(13);
     let distinct = rng.tensor(&[1, 1, 10, 64], DType::F32);
     let cpu = Tensor::cat(&vec![distinct; 60], 2)?;
@@ -410,7 +417,7 @@ fn kmeans_with_empty_clusters() -> Result<()> {
 
 #[test]
 fn reruns_are_equal_to_the_bit() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(14);
     let (h, h_kv, n, d) = (8, 2, 20_000, 128);
     let [query, _] = pair(&mut rng, &gpu, &[1, h, 1, d], DType::BF16, Strides::Contiguous)?;
@@ -441,16 +448,28 @@ fn reruns_are_equal_to_the_bit() -> Result<()> {
 /// Prefill and a decode across retraining, against the CPU.
 #[test]
 fn forward() -> Result<()> {
-    let gpu = gpu_or_skip!();
-    for (dtype, selection, tolerance) in [
-        (DType::F32, Selection::PerQueryHead, 1e-4),
-        (DType::F32, Selection::PerKvHead, 1e-4),
-        (DType::BF16, Selection::PerQueryHead, 2e-2),
-        (DType::F16, Selection::PerKvHead, 2e-2),
+    let (gpu, _guard) = gpu_or_skip!(read);
+    for (dtype, selection, (coarse, tail), tolerance) in [
+        (DType::F32, Selection::PerQueryHead, (0, Tail::None), 1e-4),
+        (DType::F32, Selection::PerKvHead, (0, Tail::None), 1e-4),
+        (DType::BF16, Selection::PerQueryHead, (0, Tail::None), 2e-2),
+        (DType::F16, Selection::PerKvHead, (0, Tail::None), 2e-2),
+        (DType::F32, Selection::PerQueryHead, (16, Tail::ClusterMeans), 1e-4),
+        (DType::F32, Selection::PerKvHead, (32, Tail::ClusterMeans), 1e-4),
+        (DType::BF16, Selection::PerKvHead, (16, Tail::ClusterMeans), 2e-2),
+        (DType::F32, Selection::PerKvHead, (8, Tail::None), 1e-4),
     ] {
         let mut rng = Rng(15);
-        let config =
-            PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, selection, ..PqConfig::default() };
+        let config = PqConfig {
+            heavy: Heavy::Keys(20),
+            pq_dim: 8,
+            pq_bits: 5,
+            window: 16,
+            selection,
+            coarse,
+            tail,
+            ..PqConfig::default()
+        };
         let attn = PqAttention::new(config, 0.125)?;
         let mut caches =
             [attn.new_cache([2, 2, 64], 0, dtype, &gpu)?, attn.new_cache([2, 2, 64], 0, dtype, &Device::Cpu)?];
@@ -460,18 +479,305 @@ fn forward() -> Result<()> {
             let [values, cpu_values] = pair(&mut rng, &gpu, &[2, 2, s, 64], dtype, Strides::Transposed)?;
             let got = attn.forward(&query, &keys, &values, &mut caches[0])?;
             let want = attn.forward(&cpu_query, &cpu_keys, &cpu_values, &mut caches[1])?;
-            assert_close(&format!("{dtype:?} {selection:?} at {}", caches[0].len()), &got, &want, tolerance);
+            assert_close(&format!("{dtype:?} {selection:?} {tail:?} at {}", caches[0].len()), &got, &want, tolerance);
+            if caches[0].len() == 300 {
+                caches.iter_mut().try_for_each(|cache| cache.truncate(260))?;
+            }
         }
         let [got, want] = [caches[0].codes()?, caches[1].codes()?];
         assert_same_integers("codes", &got, &want);
+        if let [Some(got), Some(want)] = [caches[0].coarse_codes()?, caches[1].coarse_codes()?] {
+            assert_same_integers("clusters", &got, &want);
+        }
+        if let [Some(got), Some(want)] = [caches[0].clusters(), caches[1].clusters()] {
+            assert_same_bits("sums", &got.sums, &want.sums)?;
+            assert_same_integers("counts", &got.counts, &want.counts);
+        }
     }
+    Ok(())
+}
+
+/// Keys and values of any layout, in pieces, through the growth of the cache.
+#[test]
+fn append() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let mut rng = Rng(17);
+    for (d, dtype) in [(64, DType::F32), (80, DType::BF16), (128, DType::F16), (33, DType::F32), (250, DType::BF16)] {
+        let config = PqConfig { pq_dim: 1, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 1.0)?;
+        let [mut cache, mut on_cpu] =
+            [attn.new_cache([2, 3, d], 10, dtype, &gpu)?, attn.new_cache([2, 3, d], 10, dtype, &Device::Cpu)?];
+        for (s, strides) in [1, 300, 1, 1, 700, 2].into_iter().zip(STRIDES.into_iter().cycle()) {
+            let [keys, cpu_keys] = pair(&mut rng, &gpu, &[2, 3, s, d], dtype, strides)?;
+            let [values, cpu_values] = pair(&mut rng, &gpu, &[2, 3, s, d], dtype, Strides::Contiguous)?;
+            cache.append(&keys, &values)?;
+            on_cpu.append(&cpu_keys, &cpu_values)?;
+            if s == 700 {
+                cache.truncate(900)?;
+                on_cpu.truncate(900)?;
+            }
+        }
+        assert_same_bits(&format!("keys {d} {dtype:?}"), &cache.keys()?, &on_cpu.keys()?)?;
+        assert_same_bits(&format!("values {d} {dtype:?}"), &cache.values()?, &on_cpu.values()?)?;
+    }
+    Ok(())
+}
+
+/// Sizes of `[b, h, h_kv, n, head_dim]`, clusters and where the candidates begin.
+const TAIL_SHAPES: [([usize; 5], usize, usize); 7] = [
+    ([1, 4, 2, 300, 64], 16, 0),
+    ([2, 6, 2, 257, 128], 256, 5),
+    ([1, 8, 1, 9000, 80], 64, 4),
+    ([1, 3, 3, 1, 128], 2, 300),
+    ([1, 16, 1, 4096, 96], 256, 0),
+    ([2, 2, 1, 20_001, 256], 128, 4),
+    ([1, 1, 1, 8193, 33], 4, 1),
+];
+
+#[test]
+fn residual_score() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(20);
+    for ([b, h, h_kv, n, d], n_clusters, _) in TAIL_SHAPES {
+        for (dtype, strides) in DTYPES.into_iter().zip([STRIDES[0], STRIDES[1], STRIDES[2]]) {
+            let (pq_dim, bits) = if d % 8 == 0 { (8, 8) } else { (d, 3) };
+            let [query, cpu_query] = pair(&mut rng, gpu, &[b, h, 1, d], dtype, strides)?;
+            let [codes_of_residuals, cpu_codes] = codes(&mut rng, gpu, &[b, h_kv, n, pq_dim], 1 << bits, strides)?;
+            let dims = [b, h_kv, pq_dim, 1 << bits, d / pq_dim];
+            let [centroids, cpu_centroids] = pair(&mut rng, gpu, &dims, DType::F32, strides)?;
+            let [clusters, cpu_clusters] = codes(&mut rng, gpu, &[b, h_kv, n], n_clusters, strides)?;
+            let [coarse, cpu_coarse] = pair(&mut rng, gpu, &[b, h_kv, n_clusters, d], DType::F32, strides)?;
+            let got = ops::residual_score(&query, &codes_of_residuals, &centroids, &clusters, &coarse)?;
+            let want = ops::residual_score(&cpu_query, &cpu_codes, &cpu_centroids, &cpu_clusters, &cpu_coarse)?;
+            assert_same_bits(&format!("{:?} {dtype:?} {strides:?}", [b, h, h_kv, n, d]), &got, &want)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cluster_sums() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(21);
+    for ([b, _, h_kv, n, d], n_clusters, _) in TAIL_SHAPES {
+        for (dtype, strides) in DTYPES.into_iter().zip([STRIDES[1], STRIDES[2], STRIDES[3]]) {
+            let [values, cpu_values] = pair(&mut rng, gpu, &[b, h_kv, n, d], dtype, strides)?;
+            let [codes, cpu_codes] = codes(&mut rng, gpu, &[b, h_kv, n], n_clusters, strides)?;
+            let mut got = ClusterSums::empty([b, h_kv, n_clusters, d], gpu)?;
+            let mut want = ClusterSums::empty([b, h_kv, n_clusters, d], &Device::Cpu)?;
+            let cut = rng.below(n + 1);
+            for (start, len) in [(0, cut), (cut, n - cut)] {
+                let part = |x: &Tensor| x.narrow(2, start, len);
+                got = ops::cluster_sums(&part(&values)?, &part(&codes)?, &got)?;
+                want = ops::cluster_sums(&part(&cpu_values)?, &part(&cpu_codes)?, &want)?;
+            }
+            let what = format!("{:?} {n_clusters} {dtype:?} {strides:?}", [b, h_kv, n, d]);
+            assert_same_bits(&what, &got.sums, &want.sums)?;
+            assert_same_integers(&what, &got.counts, &want.counts);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn tail_attend() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(22);
+    for ([b, h, h_kv, n, d], n_clusters, init_offset) in TAIL_SHAPES {
+        for (count, scale, strides) in [(h, 0.5f32, STRIDES[1]), (h_kv, -0.25, STRIDES[2]), (h_kv, 20.0, STRIDES[3])] {
+            let [scores, cpu_scores] = pair(&mut rng, gpu, &[b, h, n], DType::F32, strides)?;
+            let [codes, cpu_codes] = codes(&mut rng, gpu, &[b, h_kv, n], n_clusters, strides)?;
+            let [values, cpu_values] = pair(&mut rng, gpu, &[b, h_kv, n, d], DType::F32, STRIDES[0])?;
+            // Half of the keys, so that some clusters have none.
+            let half = |x: &Tensor| x.narrow(2, 0, n.div_ceil(2));
+            let sums = |values: &Tensor, codes: &Tensor, device: &Device| {
+                let empty = ClusterSums::empty([b, h_kv, n_clusters, d], device)?;
+                ops::cluster_sums(&half(values)?, &half(codes)?, &empty)
+            };
+            let (clusters, cpu_clusters) = (sums(&values, &codes, gpu)?, sums(&cpu_values, &cpu_codes, &Device::Cpu)?);
+            let selected = lists(&mut rng, b, count, n + init_offset + 3, (n / 2).min(500))?;
+            let on_gpu = to_device(&selected, gpu)?;
+            let got = ops::tail_attend(&scores, &codes, &clusters, &on_gpu, init_offset, scale)?;
+            let want = ops::tail_attend(&cpu_scores, &cpu_codes, &cpu_clusters, &selected, init_offset, scale)?;
+            let what = format!("{:?} {count} {scale}", [b, h, h_kv, n, d]);
+            assert_close(&what, &got.out, &want.out, 1e-5);
+            assert_close(&what, &got.lse, &want.lse, 1e-5);
+
+            // Merged with attention to the listed positions.
+            let total = n + init_offset + 3;
+            for dtype in DTYPES {
+                let [query, cpu_query] = pair(&mut rng, gpu, &[b, h, 1, d], dtype, STRIDES[0])?;
+                let [keys, cpu_keys] = pair(&mut rng, gpu, &[b, h_kv, total, d], dtype, STRIDES[0])?;
+                let all = ops::sparse_attend_with_tail(&query, &keys, &keys, &on_gpu, &got, 0.1)?;
+                let cpu_all = ops::sparse_attend_with_tail(&cpu_query, &cpu_keys, &cpu_keys, &selected, &want, 0.1)?;
+                assert_close(&what, &all.out, &cpu_all.out, tolerance(dtype).max(1e-5));
+                assert_close(&what, &all.lse, &cpu_all.lse, 1e-5);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Offsets common to all scores, one huge score, equal scores; all listed.
+#[test]
+fn tail_attend_at_the_extremes() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(read);
+    let gpu = &gpu;
+    let mut rng = Rng(23);
+    let (n, d) = (6000, 64);
+    let [values, cpu_values] = pair(&mut rng, gpu, &[1, 1, n, d], DType::F32, STRIDES[0])?;
+    let [codes, cpu_codes] = codes(&mut rng, gpu, &[1, 1, n], 16, STRIDES[0])?;
+    let sums = |values, codes, device| ops::cluster_sums(values, codes, &ClusterSums::empty([1, 1, 16, d], device)?);
+    let (clusters, cpu_clusters) = (sums(&values, &codes, gpu)?, sums(&cpu_values, &cpu_codes, &Device::Cpu)?);
+    let random = rng.tensor(&[1, 1, n], DType::F32);
+    let mut huge = random.flatten_all()?.to_vec1::<f32>()?;
+    huge[4999] = 3e4;
+    for (what, scores) in [
+        ("up", (&random + 1e4)?),
+        ("down", (&random - 1e4)?),
+        ("huge", Tensor::from_vec(huge, (1, 1, n), &Device::Cpu)?),
+        ("equal", random.ones_like()?),
+    ] {
+        for attended in [0, 10, n] {
+            let positions: Vec<u32> = (0..attended as u32).collect();
+            let selected = Selected {
+                indices: Tensor::from_vec(positions, (1, 1, attended), &Device::Cpu)?,
+                lens: Tensor::full(attended as u32, (1, 1), &Device::Cpu)?,
+                weights: Tensor::ones((1, 1, attended), DType::F32, &Device::Cpu)?,
+            };
+            let on_gpu = to_device(&selected, gpu)?;
+            let got = ops::tail_attend(&scores.to_device(gpu)?, &codes, &clusters, &on_gpu, 0, 1.0)?;
+            let want = ops::tail_attend(&scores, &cpu_codes, &cpu_clusters, &selected, 0, 1.0)?;
+            assert_close(&format!("{what} {attended}"), &got.out, &want.out, 1e-5);
+            assert_close(&format!("{what} {attended}"), &got.lse, &want.lse, 1e-6);
+            assert!(numbers(&got.out).iter().all(|x| x.is_finite()), "{what} {attended}");
+        }
+    }
+    Ok(())
+}
+
+/// What `launch` launches, as a graph.
+fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let stream = gpu.as_cuda_device()?.cuda_stream();
+    stream.synchronize().w()?;
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let launched = launch();
+    let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).w();
+    launched?;
+    Ok(graph?.expect("a graph that is not empty"))
+}
+
+/// A step that is captured once and replayed as the sequence grows, to the end of the cache's room and beyond, against
+/// the same steps one by one.
+#[test]
+fn replayed_steps_equal_eager_ones() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(write);
+    for (dtype, selection, heavy, is_dense, (coarse, tail)) in [
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false, (0, Tail::None)),
+        (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false, (0, Tail::None)),
+        (DType::BF16, Selection::PerQueryHead, Heavy::Fraction(0.07), true, (0, Tail::None)),
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), false, (32, Tail::ClusterMeans)),
+        (DType::F32, Selection::PerQueryHead, Heavy::Keys(40), false, (16, Tail::ClusterMeans)),
+        (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), true, (32, Tail::ClusterMeans)),
+    ] {
+        let mut rng = Rng(18);
+        let ([b, h, h_kv, d], prompt, steps) = ([2, 8, 2, 64], 500, 400);
+        let config =
+            PqConfig { heavy, pq_dim: 8, pq_bits: 6, window: 16, selection, coarse, tail, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 0.125)?;
+        let forward = if is_dense { PqAttention::forward_dense } else { PqAttention::forward };
+        let mut random = |heads, s| pair(&mut rng, &gpu, &[b, heads, s, d], dtype, Strides::Contiguous);
+        let prompt_keys = random(h_kv, prompt)?[0].clone();
+        let queries = random(h, 2 + steps)?[0].clone();
+        let (keys, values) = (random(h_kv, 2 + steps)?[0].clone(), random(h_kv, 2 + steps)?[0].clone());
+        let at = |step| -> Result<[Tensor; 3]> {
+            let one = |all: &Tensor| all.narrow(2, step, 1)?.contiguous();
+            Ok([one(&queries)?, one(&keys)?, one(&values)?])
+        };
+        // Room for the prompt, the first step, the replays and one more.
+        let room = prompt + steps + 2;
+        let [mut eager, mut replayed] =
+            [attn.new_cache([b, h_kv, d], room, dtype, &gpu)?, attn.new_cache([b, h_kv, d], room, dtype, &gpu)?];
+        for cache in [&mut eager, &mut replayed] {
+            cache.append(&prompt_keys, &prompt_keys)?;
+            cache.build_index()?;
+            let [query, key, value] = at(0)?;
+            forward(&attn, &query, &key, &value, cache)?;
+        }
+
+        let inputs = at(0)?.map(|tensor| tensor.copy());
+        let [query, key, value] = inputs;
+        let (query, key, value) = (query?, key?, value?);
+        let out = query.zeros_like()?;
+        let graph = capture(&gpu, || out.slice_set(&forward(&attn, &query, &key, &value, &mut replayed)?, 0, 0))?;
+        for step in 1..=steps {
+            let [next_query, next_key, next_value] = at(step)?;
+            query.slice_set(&next_query, 0, 0)?;
+            key.slice_set(&next_key, 0, 0)?;
+            value.slice_set(&next_value, 0, 0)?;
+            graph.launch().w()?;
+            let want = forward(&attn, &next_query, &next_key, &next_value, &mut eager)?;
+            assert_same_bits(&format!("{dtype:?} {selection:?} {is_dense} step {step}"), &out, &want)?;
+        }
+        // The capture counted as the first of them.
+        replayed.advance(steps - 1)?;
+        assert_eq!(replayed.len(), eager.len());
+        assert_same_bits("keys", &replayed.keys()?, &eager.keys()?)?;
+        let [query, key, value] = at(1 + steps)?;
+        if let [Some(got), Some(want)] = [replayed.clusters(), eager.clusters()] {
+            assert_same_bits("sums", &got.sums, &want.sums)?;
+            assert_same_integers("counts", &got.counts, &want.counts);
+        }
+        let got = forward(&attn, &query, &key, &value, &mut replayed)?;
+        assert_same_bits("the step after", &got, &forward(&attn, &query, &key, &value, &mut eager)?)?;
+
+        // There is no room left: a replay appends nothing, and says nothing, but the host does.
+        let before = replayed.keys()?.copy()?;
+        graph.launch().w()?;
+        assert_same_bits("full", &replayed.keys()?, &before)?;
+        assert!(replayed.advance(1).unwrap_err().to_string().contains("advance: expected at most 0 steps"));
+    }
+    Ok(())
+}
+
+/// What a captured step must not do is an error.
+#[test]
+fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
+    let (gpu, _guard) = gpu_or_skip!(write);
+    let mut rng = Rng(19);
+    let config = PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, ..PqConfig::default() };
+    let attn = PqAttention::new(config, 0.125)?;
+    let mut random =
+        |s| Ok::<_, candle_core::Error>(pair(&mut rng, &gpu, &[1, 2, s, 64], DType::F32, STRIDES[0])?[0].clone());
+    let (prompt, one) = (random(200)?, random(1)?);
+    let message = |result: Result<CudaGraph>| result.err().expect("an error").to_string();
+
+    let mut cache = attn.new_cache([1, 2, 64], 300, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    let untrained = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(untrained.contains("training"), "{untrained}");
+
+    let mut cache = attn.new_cache([1, 2, 64], 300, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    cache.build_index()?;
+    let unallocated = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(unallocated.contains("a step of these sizes before"), "{unallocated}");
+
+    let mut cache = attn.new_cache([1, 2, 64], 200, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    let full = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(full.contains("growth"), "{full}");
     Ok(())
 }
 
 /// Offsets beyond 2^31 elements: K and V of 4 M keys, of which a few are not zero.
 #[test]
 fn four_million_keys() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     let mut rng = Rng(16);
     let (h_kv, n, d) = (9, 4 << 20, 64);
     let keys = Tensor::zeros((1, h_kv, n, d), DType::BF16, &gpu)?;
@@ -504,7 +810,7 @@ fn four_million_keys() -> Result<()> {
 /// The published indexer's decode steps: codes, selection, weights, attention output.
 #[test]
 fn golden_cases() -> Result<()> {
-    let gpu = gpu_or_skip!();
+    let (gpu, _guard) = gpu_or_skip!(read);
     // Asked for when the test runs: the program may have been built on another machine.
     let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("the variable that cargo sets");
     let folder = Path::new(&root).join("tests/golden");
@@ -536,7 +842,7 @@ fn golden_case(path: &Path, gpu: &Device) -> Result<()> {
     let new = codes.dim(2)? - old;
     if new > 0 {
         let keys = tensors["key"].narrow(2, number("init_offset") + old, new)?;
-        assert_same_integers(&name, &codebook.encode(&keys)?, &codes.narrow(2, old, new)?);
+        assert_same_integers(&name, &codebook.encode(&keys)?.0, &codes.narrow(2, old, new)?);
     }
 
     let scores = ops::score(&tensors["query"], &codes, &codebook.centroids()?)?;

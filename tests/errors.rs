@@ -3,8 +3,8 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache};
+use candle_pq_attn::ops::{self, Attended, ClusterSums, Geometry, KmeansOptions, Selected};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Tail};
 use common::*;
 
 fn zeros(dims: &[usize], dtype: DType) -> Tensor {
@@ -222,11 +222,130 @@ fn attend() {
 }
 
 #[test]
+fn residual_score() {
+    let score = |coarse_codes: &[usize], dtype, coarse: &[usize]| {
+        let (query, codes, centroids) = (f32s(&[1, 4, 1, 8]), zeros(&[1, 2, 5, 2], DType::U8), f32s(&[1, 2, 2, 4, 4]));
+        ops::residual_score(&query, &codes, &centroids, &zeros(coarse_codes, dtype), &f32s(coarse)).map(drop)
+    };
+    let eight = Tensor::full(8u8, (1, 2, 5), &Device::Cpu).unwrap();
+    let (query, codes, centroids) = (f32s(&[1, 4, 1, 8]), zeros(&[1, 2, 5, 2], DType::U8), f32s(&[1, 2, 2, 4, 4]));
+    let good: &[usize] = &[1, 2, 5];
+    assert_errors(vec![
+        (
+            score(&[1, 2, 4], DType::U8, &[1, 2, 8, 8]),
+            "residual_score: coarse_codes: expected shape [1, 2, 5], got [1, 2, 4]",
+        ),
+        (score(good, DType::U32, &[1, 2, 8, 8]), "residual_score: coarse_codes: expected dtype u8, got u32"),
+        (
+            score(good, DType::U8, &[1, 8, 8]),
+            "residual_score: coarse_centroids: expected [b, h_kv, n_clusters, head_dim], got [1, 8, 8]",
+        ),
+        (
+            score(good, DType::U8, &[1, 2, 7, 8]),
+            "residual_score: coarse_centroids: expected 2, 4, 8, ... or 256 centroids, got 7",
+        ),
+        (
+            score(good, DType::U8, &[1, 2, 8, 4]),
+            "residual_score: coarse_centroids: expected shape [1, 2, 8, 8], got [1, 2, 8, 4]",
+        ),
+        (
+            ops::residual_score(&query, &codes, &centroids, &eight, &f32s(&[1, 2, 8, 8])).map(drop),
+            "residual_score: coarse_codes: expected codes below n_centroids 8, got 8",
+        ),
+        (
+            ops::residual_score(&query, &codes, &f32s(&[1, 2, 2, 4, 5]), &eight, &f32s(&[1, 2, 8, 8])).map(drop),
+            "residual_score: centroids: expected shape [1, 2, 2, 4, 4], got [1, 2, 2, 4, 5]",
+        ),
+    ]);
+}
+
+#[test]
+fn tail() {
+    let clusters = |dims: [usize; 4]| ClusterSums::empty(dims, &Device::Cpu).unwrap();
+    let good = || clusters([1, 2, 8, 6]);
+    let sum = |values: &[usize], codes: &Tensor, before: &ClusterSums| {
+        ops::cluster_sums(&f32s(values), codes, before).map(drop)
+    };
+    let selected = |lists| Selected {
+        indices: u32s(&vec![1; lists], &[1, lists, 1]),
+        lens: u32s(&vec![1; lists], &[1, lists]),
+        weights: f32s(&[1, lists, 1]).ones_like().unwrap(),
+    };
+    let tail = |scores: &[usize], codes: &Tensor, clusters: &ClusterSums, lists, scale| {
+        ops::tail_attend(&f32s(scores), codes, clusters, &selected(lists), 0, scale).map(drop)
+    };
+    let codes = zeros(&[1, 2, 5], DType::U8);
+    let nine = Tensor::full(9u8, (1, 2, 5), &Device::Cpu).unwrap();
+    let (v, s) = (&[1, 2, 5, 6], &[1, 4, 5]);
+    let attended = |out: &[usize], dtype, lse: &[usize]| Attended { out: zeros(out, dtype), lse: f32s(lse) };
+    let merge = |a: Attended, b: Attended| a.merge(&b).map(drop);
+    let some = || attended(&[1, 4, 1, 6], DType::F32, &[1, 4]);
+    let with = |tail: Attended| {
+        let (q, kv) = (f32s(&[1, 4, 1, 6]), f32s(&[1, 2, 5, 6]));
+        ops::sparse_attend_with_tail(&q, &kv, &kv, &selected(2), &tail, 1.0).map(drop)
+    };
+    assert_errors(vec![
+        (
+            sum(v, &zeros(&[1, 2, 4], DType::U8), &good()),
+            "cluster_sums: codes: expected shape [1, 2, 5], got [1, 2, 4]",
+        ),
+        (sum(v, &nine, &good()), "cluster_sums: codes: expected codes below n_centroids 8, got 9"),
+        (sum(v, &codes, &clusters([1, 3, 8, 6])), "cluster_sums: sums: expected shape [1, 2, 8, 6], got [1, 3, 8, 6]"),
+        (
+            sum(v, &codes, &clusters([1, 2, 8, 7])),
+            "cluster_sums: values: expected shape [1, 2, 5, 7], got [1, 2, 5, 6]",
+        ),
+        (sum(v, &codes, &clusters([1, 2, 300, 6])), "cluster_sums: sums: expected 1 to 256 clusters, got 300"),
+        (
+            sum(v, &codes, &ClusterSums { counts: f32s(&[1, 2, 8]), ..good() }),
+            "cluster_sums: counts: expected dtype u32, got f32",
+        ),
+        (tail(&[4, 5], &codes, &good(), 4, 1.0), "tail_attend: scores: expected [b, h, n], got [4, 5]"),
+        (tail(&[1, 4, 6], &codes, &good(), 4, 1.0), "tail_attend: codes: expected shape [1, 2, 6], got [1, 2, 5]"),
+        (tail(&[1, 3, 5], &codes, &good(), 3, 1.0), "tail_attend: codes: expected an h_kv that divides h 3, got 2"),
+        (tail(s, &nine, &good(), 4, 1.0), "tail_attend: codes: expected codes below n_centroids 8, got 9"),
+        (
+            tail(s, &codes, &ClusterSums { counts: zeros(&[1, 2, 9], DType::U32), ..good() }, 4, 1.0),
+            "tail_attend: counts: expected shape [1, 2, 8], got [1, 2, 9]",
+        ),
+        (tail(s, &codes, &good(), 3, 1.0), "tail_attend: indices: expected shape [1, 4 or 2, 1], got [1, 3, 1]"),
+        (tail(s, &codes, &good(), 2, f32::NAN), "tail_attend: scale: expected a finite number, got NaN"),
+        (
+            with(attended(&[1, 4, 1, 6], DType::BF16, &[1, 4])),
+            "sparse_attend_with_tail: tail.out: expected dtype f32, got bf16",
+        ),
+        (
+            with(attended(&[1, 4, 1, 5], DType::F32, &[1, 4])),
+            "sparse_attend_with_tail: tail.out: expected shape [1, 4, 1, 6], got [1, 4, 1, 5]",
+        ),
+        (
+            with(attended(&[1, 4, 1, 6], DType::F32, &[4])),
+            "sparse_attend_with_tail: tail.lse: expected shape [1, 4], got [4]",
+        ),
+        (merge(some(), attended(&[1, 4, 1, 6], DType::F16, &[1, 4])), "merge: out: expected dtype f32, got f16"),
+        (
+            merge(some(), attended(&[1, 4, 1, 7], DType::F32, &[1, 4])),
+            "merge: out: expected shape [1, 4, 1, 6], got [1, 4, 1, 7]",
+        ),
+        (
+            merge(attended(&[1, 4, 1, 6], DType::F32, &[4]), attended(&[1, 4, 1, 6], DType::F32, &[4])),
+            "merge: lse: expected shape [1, 4], got [4]",
+        ),
+        (
+            merge(attended(&[4, 6], DType::F32, &[4]), attended(&[4, 6], DType::F32, &[4])),
+            "merge: out: expected [b, h, 1, head_dim], got [4, 6]",
+        ),
+    ]);
+}
+
+#[test]
 fn kmeans() {
     let kmeans = |n, pq_dim, pq_bits, max_keys| {
         let options = KmeansOptions { pq_dim, pq_bits, iters: 1, metric: Metric::Euclidean, max_keys, seed: 0 };
         ops::kmeans(&f32s(&[1, 2, n, 8]), &options).map(drop)
     };
+    // Columns of 2: with phi, of pq_len 1.
+    let with_coarse = |phi, coarse| Codebook::new(f32s(&[1, 2, 4, 16, 2]), phi)?.with_coarse(coarse).map(drop);
     assert_errors(vec![
         (kmeans(20, 3, 2, 99), "kmeans: pq_dim: expected a divisor of head_dim 8, got 3"),
         (kmeans(20, 2, 0, 99), "kmeans: pq_bits: expected 1 to 8, got 0"),
@@ -255,6 +374,19 @@ fn kmeans() {
             Codebook::new(f32s(&[1, 2, 4, 16, 3]), Some(f32s(&[1, 2]))).map(drop),
             "Codebook: phi: expected [1, 2, 4] f32, got [1, 2] f32",
         ),
+        (
+            with_coarse(None, f32s(&[1, 2, 8, 7])),
+            "Codebook: coarse: expected [1, 2, 2, 4, 8, ... or 256, 8], got [1, 2, 8, 7]",
+        ),
+        (
+            with_coarse(None, f32s(&[1, 2, 9, 8])),
+            "Codebook: coarse: expected [1, 2, 2, 4, 8, ... or 256, 8], got [1, 2, 9, 8]",
+        ),
+        (with_coarse(None, zeros(&[1, 2, 8, 8], DType::F16)), "Codebook: coarse: expected dtype f32, got f16"),
+        (
+            with_coarse(Some(f32s(&[1, 2, 4])), f32s(&[1, 2, 8, 4])),
+            "Codebook: coarse: expected centroids of the Euclidean metric, got InnerProduct",
+        ),
     ]);
 }
 
@@ -271,6 +403,23 @@ fn config() {
         (
             check(PqConfig { max_train_keys: 255, ..base() }),
             "PqConfig: max_train_keys: expected at least 256 (2^pq_bits), got 255",
+        ),
+        (
+            check(PqConfig { coarse: 512, ..base() }),
+            "PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got 512",
+        ),
+        (check(PqConfig { coarse: 1, ..base() }), "PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got 1"),
+        (
+            check(PqConfig { coarse: 256, pq_bits: 4, max_train_keys: 255, ..base() }),
+            "PqConfig: max_train_keys: expected at least 256 (coarse), got 255",
+        ),
+        (
+            check(PqConfig { coarse: 64, metric: Metric::InnerProduct, ..base() }),
+            "PqConfig: metric: expected Euclidean with coarse clusters, got InnerProduct",
+        ),
+        (
+            check(PqConfig { tail: Tail::ClusterMeans, ..base() }),
+            "PqConfig: coarse: expected at least 2 clusters with a tail of cluster means, got 0",
         ),
         (check(PqConfig { heavy: Heavy::Keys(0), ..base() }), "PqConfig: heavy: expected at least 1 key, got 0"),
         (
@@ -338,6 +487,10 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
         (
             cache.set_codebook(Codebook::new(f32s(&[1, 2, 4, 16, 5]), Some(f32s(&[1, 2, 4])))?),
             "PqKvCache: codebook: expected metric Euclidean, got InnerProduct",
+        ),
+        (
+            cache.set_codebook(Codebook::new(f32s(&[1, 2, 4, 16, 4]), None)?.with_coarse(f32s(&[1, 2, 8, 16]))?),
+            "PqKvCache: codebook: expected 0 coarse clusters, got 8",
         ),
         (attn.new_cache([0, 2, 16], 0, DType::F32, &Device::Cpu).map(drop), "PqKvCache: expected at least one sequence and one KV head, got batch 0, h_kv 2"),
         (attn.new_cache([1, 2, 18], 0, DType::F32, &Device::Cpu).map(drop), "PqConfig: pq_dim: expected a divisor of head_dim 18, got 4"),

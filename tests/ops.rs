@@ -248,26 +248,6 @@ fn indices_are_the_union_of_sink_heavy_and_window() -> Result<()> {
     Ok(())
 }
 
-/// Random lists with holes, weights and poisoned padding, one a query head or one a KV head.
-fn random_lists(rng: &mut Rng, b: usize, lists: usize, n: usize, l: usize) -> Result<Selected> {
-    let (mut indices, mut weights, mut lens) = (vec![], vec![], vec![]);
-    for _ in 0..b * lists {
-        let len = rng.below(l + 1);
-        lens.push(len as u32);
-        for i in 0..l {
-            let padding = i >= len || rng.below(10) == 0;
-            indices.push(if padding { PADDING } else { rng.below(n) as u32 });
-            weights.push(if padding { f32::NAN } else { [1.0, 2.5, 0.0, 0.25][rng.below(4)] });
-        }
-    }
-    let shape = (b, lists, l);
-    Ok(Selected {
-        indices: Tensor::from_vec(indices, shape, &Device::Cpu)?,
-        lens: Tensor::from_vec(lens, (b, lists), &Device::Cpu)?,
-        weights: Tensor::from_vec(weights, shape, &Device::Cpu)?,
-    })
-}
-
 #[test]
 fn sparse_attend_is_attention_over_the_list() -> Result<()> {
     let mut rng = Rng(7);
@@ -286,15 +266,7 @@ fn sparse_attend_is_attention_over_the_list() -> Result<()> {
                     0.3,
                 )?;
                 assert_eq!((attended.out.dims(), attended.out.dtype()), (&[b, h, 1, d][..], dtype));
-                let (indices, weights) = (integers(&selected.indices), numbers(&selected.weights));
-                let lens = integers(&selected.lens);
-                let list = |bh: usize| {
-                    let list = bh / h * lists + bh % h * lists / h;
-                    let entries = list * l..list * l + lens[list] as usize;
-                    let entries = entries.filter(|&i| indices[i] != PADDING);
-                    entries.map(|i| (indices[i] as usize, weights[i])).filter(|(_, w)| *w != 0.0).collect()
-                };
-                check_attended(&attended, [&query, &keys, &values], 0.3, list);
+                check_attended(&attended, [&query, &keys, &values], 0.3, |bh| listed(&selected, bh, h));
             }
         }
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device};
-use candle_pq_attn::{Heavy, PqConfig, Selection};
+use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 
@@ -56,6 +56,12 @@ pub struct Args {
     /// Bits of a code, 1 to 8
     #[arg(long, value_name = "N", default_value_t = PqConfig::default().pq_bits)]
     pq_bits: usize,
+    /// Clusters of whole keys under the codes, 0 for none
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().coarse)]
+    coarse: usize,
+    /// Has the mean values of the clusters stand for the keys that are not selected
+    #[arg(long)]
+    tail: bool,
     /// Who selects: each query head, or all of a key-value head together
     #[arg(long, default_value = "query-head", value_parser = selection())]
     selection: Selection,
@@ -98,6 +104,8 @@ impl Args {
             heavy: self.heavy,
             pq_dim: self.pq_dim,
             pq_bits: self.pq_bits,
+            coarse: self.coarse,
+            tail: if self.tail { Tail::ClusterMeans } else { PqConfig::default().tail },
             selection: self.selection,
             ..PqConfig::default()
         };

@@ -12,67 +12,84 @@
 mod matmul;
 pub(crate) use matmul::matmul_to_f32;
 
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::{
-    sys::{CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute},
-    CudaFunction, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+    sys::{
+        CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute,
+        CUstreamCaptureStatus as CaptureStatus,
+    },
+    CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
-use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape, Storage};
+
+use crate::config::{Heavy, PqConfig};
 
 mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 }
 
-/// The kernels of one source file.
-pub(crate) struct Module {
-    name: &'static str,
+/// The same, assembled for the devices of one compute capability.
+mod cubin {
+    include!(concat!(env!("OUT_DIR"), "/cubin.rs"));
+}
+
+/// The kernels of one source file: what a driver compiles, and what it need not.
+struct Source {
     ptx: &'static str,
-    /// One of them: Candle loads a module by a kernel in it.
-    first: &'static str,
+    cubin: &'static [u8],
 }
 
 macro_rules! modules {
-    ($($name:ident, $file:literal, $first:literal;)*) => {
-        $(pub(crate) const $name: Module = Module {
-            // Candle keeps the modules of all crates under their names.
-            name: concat!(env!("CARGO_PKG_NAME"), "-", env!("CARGO_PKG_VERSION"), "-", $file),
-            ptx: ptx::$name,
-            first: $first,
-        };)*
-        const MODULES: &[Module] = &[$($name),*];
+    ($($name:ident = $file:ident,)*) => {
+        /// A source file in `kernels/`.
+        #[derive(Debug, Clone, Copy)]
+        pub(crate) enum Module { $($name),* }
+
+        const SOURCES: &[Source] = &[$(Source { ptx: ptx::$file, cubin: cubin::$file }),*];
     };
 }
 
 modules! {
-    CAUSAL_SOFTMAX, "causal_softmax", "causal_softmax";
-    ENCODE, "encode", "encode_f32_len0";
-    GROUP_MASS, "group_mass", "group_mass";
-    INDICES_AND_WEIGHTS, "indices_and_weights", "indices_and_weights";
-    KMEANS, "kmeans", "kmeans_draw_f32";
-    SCORE, "score", "score_h1_x1";
-    SPARSE_ATTEND, "sparse_attend", "attend_merge_f32";
-    TOPK, "topk", "topk";
+    Append = APPEND,
+    CausalSoftmax = CAUSAL_SOFTMAX,
+    ClusterSums = CLUSTER_SUMS,
+    Encode = ENCODE,
+    GroupMass = GROUP_MASS,
+    IndicesAndWeights = INDICES_AND_WEIGHTS,
+    Kmeans = KMEANS,
+    Score = SCORE,
+    SparseAttend = SPARSE_ATTEND,
+    TailAttend = TAIL_ATTEND,
+    TopK = TOPK,
 }
 
 /// What the ops ask of a device.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Gpu {
     pub(crate) multiprocessors: usize,
     /// Bytes of shared memory that a block may have.
     pub(crate) shared_bytes: usize,
+    /// In the order of [`Module`].
+    modules: Vec<Arc<CudaModule>>,
+    functions: RwLock<HashMap<String, CudaFunction>>,
 }
 
-static GPUS: RwLock<Vec<(DeviceId, Gpu)>> = RwLock::new(Vec::new());
+/// By the number of the device: all of Candle's devices for one GPU share its context, and so its modules.
+static GPUS: RwLock<Vec<(usize, Arc<Gpu>)>> = RwLock::new(Vec::new());
 
-/// Loads all kernels, which compiles their PTX, when a device is met for the first time: with its first cache, or else
-/// its first op, so never within a later token.
+/// Loads all kernels when a device is met for the first time: with its first cache, or else its first op, so never within
+/// a later token. On devices other than those the crate was built for, the driver compiles them then, which takes seconds
+/// once: it keeps the result.
 ///
 /// Fails on a device below compute capability 8.0, or on a driver older than the toolkit that made the PTX.
-pub(crate) fn prepare(device: &CudaDevice) -> Result<Gpu> {
-    let known = |gpus: &[(DeviceId, Gpu)]| gpus.iter().find(|(id, _)| *id == device.id()).map(|(_, gpu)| *gpu);
+pub(crate) fn prepare(device: &CudaDevice) -> Result<Arc<Gpu>> {
+    let ordinal = device.cuda_stream().context().ordinal();
+    let known = |gpus: &[(usize, Arc<Gpu>)]| gpus.iter().find(|(id, _)| *id == ordinal).map(|(_, gpu)| gpu.clone());
     if let Some(gpu) = known(&GPUS.read().unwrap_or_else(PoisonError::into_inner)) {
         return Ok(gpu);
     }
@@ -80,28 +97,49 @@ pub(crate) fn prepare(device: &CudaDevice) -> Result<Gpu> {
     if let Some(gpu) = known(&gpus) {
         return Ok(gpu);
     }
-    let stream = device.cuda_stream();
-    let context = stream.context();
-    let (major, minor) = context.compute_capability().w()?;
-    if major < 8 {
-        bail!("cuda: expected a device of compute capability 8.0 (Ampere) or later, got {major}.{minor}");
-    }
-    for module in MODULES {
-        device.get_or_load_custom_func(module.first, module.name, module.ptx).map_err(|error| {
-            error.context(format!(
-                "{}: the driver does not take the embedded PTX: install a driver as new as the CUDA toolkit that \
-                 built this crate, or build it with an older toolkit",
-                module.name
-            ))
-        })?;
-    }
-    let attribute = |attribute| Ok::<_, Error>(usize::try_from(context.attribute(attribute).w()?).unwrap_or(0));
-    let gpu = Gpu {
-        multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-    };
-    gpus.push((device.id(), gpu));
+    let gpu = Arc::new(Gpu::new(device)?);
+    gpus.push((ordinal, gpu.clone()));
     Ok(gpu)
+}
+
+impl Gpu {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let (major, minor) = context.compute_capability().w()?;
+        if major < 8 {
+            bail!("cuda: expected a device of compute capability 8.0 (Ampere) or later, got {major}.{minor}");
+        }
+        // Machine code runs on devices of its major capability from its own on.
+        let capability = usize::try_from(10 * major + minor).unwrap_or(0);
+        let is_assembled = cubin::CAPABILITY / 10 == capability / 10 && cubin::CAPABILITY <= capability;
+        let load = |source: &Source| {
+            let image = if is_assembled { Ptx::from_binary(source.cubin.to_vec()) } else { source.ptx.into() };
+            context.load_module(image).w().map_err(|error| {
+                error.context(
+                    "cuda: the driver does not take the embedded kernels: install a driver as new as the CUDA toolkit \
+                     that built this crate, or build it with an older toolkit",
+                )
+            })
+        };
+        let attribute = |attribute| Ok::<_, Error>(usize::try_from(context.attribute(attribute).w()?).unwrap_or(0));
+        Ok(Self {
+            multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            modules: SOURCES.iter().map(load).collect::<Result<_>>()?,
+            functions: RwLock::default(),
+        })
+    }
+
+    /// The kernel of this name.
+    fn function(&self, module: Module, name: &str) -> Result<CudaFunction> {
+        if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+            return Ok(function.clone());
+        }
+        let function = self.modules[module as usize].load_function(name).w()?;
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(functions.entry(name.to_string()).or_insert(function).clone())
+    }
 }
 
 /// Offset and strides of a tensor, in elements: `View` in `kernels/common.cuh`.
@@ -112,12 +150,92 @@ pub(crate) struct DeviceView<const N: usize> {
     pub(crate) strides: [u64; N],
 }
 
+/// Which keys of a sequence a decode step is about: `Step` in `kernels/common.cuh`, which derives all counts from it and
+/// the length of the sequence.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Step {
+    /// Keys of every sequence; where their lengths are in device memory, the most there may be.
+    pub(crate) n: u64,
+    pub(crate) sink: u64,
+    pub(crate) window: u64,
+    pub(crate) init_offset: u64,
+    /// So many keys to select,
+    pub(crate) heavy: u64,
+    /// or this share of all.
+    pub(crate) share: f64,
+}
+
+impl Step {
+    /// A decode step over sequences of at most `capacity` keys.
+    pub(crate) fn of_config(config: &PqConfig, capacity: usize) -> Self {
+        let (heavy, share) = match config.heavy {
+            Heavy::Keys(keys) => (keys, 0.0),
+            Heavy::Fraction(share) => (0, share),
+        };
+        Self {
+            n: capacity as u64,
+            sink: config.sink as u64,
+            window: config.window as u64,
+            init_offset: config.init_offset() as u64,
+            heavy: heavy as u64,
+            share,
+        }
+    }
+
+    /// `n` candidates, of which `heavy` are selected.
+    pub(crate) fn of_candidates(n: usize, heavy: usize) -> Self {
+        Self { n: n as u64, sink: 0, window: 0, init_offset: 0, heavy: heavy as u64, share: 0.0 }
+    }
+}
+
+/// The lengths of a cache's sequences in device memory, which kernels read and `append` moves on, so that a captured
+/// graph serves a sequence that grows.
+#[derive(Debug)]
+pub(crate) struct Lens {
+    /// A length each, then a count that is 0 between launches: `kernels/append.cu`.
+    storage: CudaStorage,
+    sequences: usize,
+}
+
+impl Lens {
+    pub(crate) fn new(device: &CudaDevice, sequences: usize) -> Result<Self> {
+        Ok(Self { storage: zeros(device, sequences + 1, DType::U32)?, sequences })
+    }
+
+    /// Sets all of them.
+    pub(crate) fn set(&mut self, len: usize) -> Result<()> {
+        let mut lens = vec![u32_of("PqKvCache", "len", len)?; self.sequences + 1];
+        lens[self.sequences] = 0;
+        let device = self.storage.device().clone();
+        device.memcpy_htod(&lens, u32::as_cuda_slice_mut(&mut self.storage)?)
+    }
+
+    pub(crate) fn storage(&self) -> &CudaStorage {
+        &self.storage
+    }
+
+    pub(crate) fn storage_mut(&mut self) -> &mut CudaStorage {
+        &mut self.storage
+    }
+}
+
+/// Whether what is launched on a device now is recorded for a CUDA graph rather than run.
+pub(crate) fn is_capturing(device: &CudaDevice) -> Result<bool> {
+    Ok(device.cuda_stream().capture_status().w()? != CaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+impl<const N: usize> DeviceView<N> {
+    /// Of a tensor that there is not.
+    pub(crate) const NONE: Self = Self { offset: 0, strides: [0; N] };
+}
+
 /// A kernel's parameter struct, passed by value: `repr(C)`, of the fields of its namesake in the kernel's source.
 #[repr(transparent)]
 pub(crate) struct Params<P>(pub(crate) P);
 
 // SAFETY: the bytes are copied to the kernel, which reads them as the struct of the same fields; parameters are integers,
-// floats and DeviceViews, for which any bits are valid, and hold no pointer.
+// floats, DeviceViews and Steps, for which any bits are valid, and hold no pointer.
 unsafe impl<P: Copy> DeviceRepr for Params<P> {}
 
 /// A number of a device's memory as a kernel's size; an error where it does not fit.
@@ -144,6 +262,12 @@ pub(crate) fn zeros(device: &CudaDevice, count: usize, dtype: DType) -> Result<C
     device.zeros_impl(&count.into(), dtype)
 }
 
+/// Zeroes the first `count` words of `storage`.
+pub(crate) fn clear(storage: &mut CudaStorage, count: usize) -> Result<()> {
+    let stream = storage.device().cuda_stream();
+    stream.memset_zeros(&mut u32::as_cuda_slice_mut(storage)?.slice_mut(..count)).w()
+}
+
 /// The suffix of the kernels for an element type.
 pub(crate) fn suffix(dtype: DType) -> &'static str {
     dtype.as_str()
@@ -157,9 +281,9 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub(crate) fn new(device: &CudaDevice, module: &Module, name: impl Into<String>) -> Result<Self> {
+    pub(crate) fn new(device: &CudaDevice, module: Module, name: impl Into<String>) -> Result<Self> {
         let name = name.into();
-        let func = device.get_or_load_custom_func(&name, module.name, module.ptx)?.into_cuda_function();
+        let func = prepare(device)?.function(module, &name)?;
         Ok(Self { name, func, stream: device.cuda_stream() })
     }
 
@@ -205,10 +329,26 @@ impl<'a> Launch<'a> {
         Ok(self)
     }
 
-    /// A null pointer.
-    pub(crate) fn null(mut self) -> Self {
-        self.args.arg(&NULL);
-        self
+    /// As [`input`](Self::input), or a null pointer.
+    pub(crate) fn input_or_null(mut self, storage: Option<&'a CudaStorage>) -> Result<Self> {
+        match storage {
+            Some(storage) => self.input(storage),
+            None => {
+                self.args.arg(&NULL);
+                Ok(self)
+            }
+        }
+    }
+
+    /// As [`output`](Self::output), or a null pointer.
+    pub(crate) fn output_or_null(mut self, storage: Option<&'a mut CudaStorage>) -> Result<Self> {
+        match storage {
+            Some(storage) => self.output(storage),
+            None => {
+                self.args.arg(&NULL);
+                Ok(self)
+            }
+        }
     }
 
     /// A parameter that is passed by value.
@@ -254,6 +394,14 @@ impl<'a> Launch<'a> {
             block_dim: (threads, 1, 1),
             shared_mem_bytes: shared as u32,
         }))
+    }
+}
+
+/// The GPU's side of a tensor that an op holds beside those that Candle gives it.
+pub(crate) fn storage_of<'a>(op: &str, storage: &'a Storage) -> Result<&'a CudaStorage> {
+    match storage {
+        Storage::Cuda(storage) => Ok(storage),
+        _ => bail!("{op}: expected all tensors on one GPU, got one that is not"),
     }
 }
 

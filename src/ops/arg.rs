@@ -65,6 +65,16 @@ pub(crate) struct View<const N: usize> {
 }
 
 impl<const N: usize> View<N> {
+    /// Of elements that lie in order, without a gap.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn contiguous(dims: [usize; N]) -> Self {
+        let mut strides = [1; N];
+        for i in (1..N).rev() {
+            strides[i - 1] = strides[i] * dims[i];
+        }
+        Self { offset: 0, dims, strides }
+    }
+
     /// Whether rows follow each other without a gap.
     pub(crate) fn has_adjacent_rows(&self) -> bool {
         self.strides[N - 2] == self.dims[N - 1]

@@ -8,8 +8,13 @@
 //! and limits are checked; the kernels trust it. [`PqAttention`](crate::PqAttention) chains them; each also stands on
 //! its own.
 
-mod arg;
+#[cfg(feature = "cuda")]
+mod append;
+pub(crate) mod arg;
 mod causal_softmax;
+mod cluster_sums;
+#[cfg(feature = "cuda")]
+mod decode;
 mod encode;
 mod group_mass;
 mod indices_and_weights;
@@ -17,15 +22,25 @@ mod kmeans;
 mod score;
 mod side_output;
 mod sparse_attend;
+mod tail_attend;
 mod topk;
 
+#[cfg(feature = "cuda")]
+pub(crate) use append::append;
 pub use causal_softmax::causal_softmax;
+pub use cluster_sums::{cluster_sums, ClusterSums};
+#[cfg(feature = "cuda")]
+pub(crate) use decode::{decode, Sequences, Workspace};
 pub use encode::encode;
+#[cfg(feature = "cuda")]
+pub(crate) use encode::{encode_into, Due};
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
-pub use score::score;
-pub use sparse_attend::{dense_attend, sparse_attend, Attended};
+pub(crate) use score::Coarse;
+pub use score::{residual_score, score};
+pub use sparse_attend::{dense_attend, sparse_attend, sparse_attend_with_tail, Attended};
+pub use tail_attend::tail_attend;
 pub use topk::topk;
 
 /// The largest head dimension.

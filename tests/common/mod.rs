@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test program uses a part
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_pq_attn::ops::{Selected, PADDING};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -117,6 +118,72 @@ pub fn attend(query: &[f64], keys: &[f64], values: &[f64], attended: &[(usize, f
         return (out, f64::NEG_INFINITY);
     }
     (out.iter().map(|x| x / sum).collect(), largest + sum.ln())
+}
+
+/// Naive attention to the candidates that are not `listed`, each with its score and the mean value of its cluster, which
+/// is None for a cluster without keys. Returns output and LSE.
+pub fn attend_to_means(
+    scores: &[f64],
+    clusters: &[u32],
+    means: &[Option<Vec<f64>>],
+    listed: &[usize],
+    scale: f64,
+    d: usize,
+) -> (Vec<f64>, f64) {
+    let unlisted = (0..scores.len()).filter(|t| !listed.contains(t));
+    let unlisted: Vec<_> = unlisted.filter_map(|t| Some((t, means[clusters[t] as usize].as_ref()?))).collect();
+    let largest = unlisted.iter().map(|&(t, _)| scale * scores[t]).fold(f64::NEG_INFINITY, f64::max);
+    let (mut sum, mut out) = (0.0, vec![0.0; d]);
+    for &(t, mean) in &unlisted {
+        let p = (scale * scores[t] - largest).exp();
+        sum += p;
+        out.iter_mut().zip(mean).for_each(|(out, v)| *out += p * v);
+    }
+    if unlisted.is_empty() {
+        return (out, f64::NEG_INFINITY);
+    }
+    (out.iter().map(|x| x / sum).collect(), largest + sum.ln())
+}
+
+/// Attention over two sets of keys from that over each.
+pub fn merge(a: &(Vec<f64>, f64), b: &(Vec<f64>, f64)) -> (Vec<f64>, f64) {
+    let largest = a.1.max(b.1);
+    if largest == f64::NEG_INFINITY {
+        return a.clone();
+    }
+    let (wa, wb) = ((a.1 - largest).exp(), (b.1 - largest).exp());
+    let out = a.0.iter().zip(&b.0).map(|(a, b)| (wa * a + wb * b) / (wa + wb)).collect();
+    (out, largest + (wa + wb).ln())
+}
+
+/// Random lists with holes, weights and poisoned padding, one a query head or one a KV head.
+pub fn random_lists(rng: &mut Rng, b: usize, lists: usize, n: usize, l: usize) -> Result<Selected> {
+    let (mut indices, mut weights, mut lens) = (vec![], vec![], vec![]);
+    for _ in 0..b * lists {
+        let len = rng.below(l + 1);
+        lens.push(len as u32);
+        for i in 0..l {
+            let padding = i >= len || rng.below(10) == 0;
+            indices.push(if padding { PADDING } else { rng.below(n) as u32 });
+            weights.push(if padding { f32::NAN } else { [1.0, 2.5, 0.0, 0.25][rng.below(4)] });
+        }
+    }
+    let shape = (b, lists, l);
+    Ok(Selected {
+        indices: Tensor::from_vec(indices, shape, &Device::Cpu)?,
+        lens: Tensor::from_vec(lens, (b, lists), &Device::Cpu)?,
+        weights: Tensor::from_vec(weights, shape, &Device::Cpu)?,
+    })
+}
+
+/// What a list has for query head `bh` (counted over the batch): positions and weights that are not 0.
+pub fn listed(selected: &Selected, bh: usize, h: usize) -> Vec<(usize, f64)> {
+    let [_, lists, l] = selected.indices.dims()[..] else { panic!("rank 3") };
+    let (indices, weights) = (integers(&selected.indices), numbers(&selected.weights));
+    let list = bh / h * lists + bh % h * lists / h;
+    let entries = list * l..list * l + integers(&selected.lens)[list] as usize;
+    let entries = entries.filter(|&i| indices[i] != PADDING);
+    entries.map(|i| (indices[i] as usize, weights[i])).filter(|(_, w)| *w != 0.0).collect()
 }
 
 /// Rows `[..., d]` of a contiguous `[rows, len]`: the `row`-th.

@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, Result};
 
 use super::Plan;
-use crate::cuda::{self, Kernel};
+use crate::cuda::{self, Kernel, Module};
 
 const THREADS: u32 = 256;
 
@@ -12,7 +12,7 @@ pub(super) fn run(plan: &Plan, scores: &mut CudaStorage) -> Result<()> {
     let offset = plan.scores.at(&[]) as u64;
     let (row_len, rows_per_head) = (n as u64, rows as u64);
     let (first, queries) = (plan.first as u64, plan.queries as u64);
-    let kernel = Kernel::new(&device, &cuda::CAUSAL_SOFTMAX, "causal_softmax")?;
+    let kernel = Kernel::new(&device, Module::CausalSoftmax, "causal_softmax")?;
     kernel
         .launch()
         .output(scores)?

@@ -1,7 +1,8 @@
 use candle_core::{CudaStorage, DType, Result};
 
-use super::{Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params};
+use super::{Due, Plan, OP};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
+use crate::ops::arg::View;
 
 /// `kernels/encode.cu`
 #[repr(C)]
@@ -10,6 +11,10 @@ struct Encode {
     keys: DeviceView<4>,
     centroids: DeviceView<5>,
     phi: DeviceView<3>,
+    codes: DeviceView<4>,
+    clusters: DeviceView<3>,
+    coarse: DeviceView<4>,
+    step: Step,
     n: u64,
     h_kv: u32,
     pq_dim: u32,
@@ -33,14 +38,43 @@ pub(crate) fn nearest_kernel(pq_len: usize, n: usize) -> (usize, usize) {
 }
 
 pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi: &CudaStorage) -> Result<CudaStorage> {
+    let (_, device) = cuda::kind(keys);
+    let [b, h_kv, n, _] = plan.keys.dims;
+    let dims = [b, h_kv, n, plan.centroids.dims[2]];
+    let mut codes = cuda::output(device, dims.as_slice(), DType::U8)?;
+    launch(plan, None, [keys, centroids, phi], None, (&View::contiguous(dims), &mut codes))?;
+    Ok(codes)
+}
+
+/// The clusters of keys, and their centroids.
+pub(super) struct CoarseInput<'a> {
+    pub(super) codes: &'a CudaStorage,
+    pub(super) codes_view: &'a View<3>,
+    pub(super) centroids: &'a CudaStorage,
+    pub(super) centroids_view: &'a View<4>,
+}
+
+/// Writes the codes of the plan's keys to `codes`, or else those of the block that is due among them.
+pub(super) fn launch(
+    plan: &Plan,
+    due: Option<Due>,
+    [keys, centroids, phi]: [&CudaStorage; 3],
+    coarse: Option<CoarseInput>,
+    (codes_view, codes): (&View<4>, &mut CudaStorage),
+) -> Result<()> {
     let (dtype, device) = cuda::kind(keys);
     cuda::prepare(device)?;
-    let [b, h_kv, n, _] = plan.keys.dims;
+    let [b, h_kv, capacity, _] = plan.keys.dims;
     let [_, _, pq_dim, n_centroids, _] = plan.centroids.dims;
+    let n = due.map_or(capacity, |due| due.block);
     let params = Params(Encode {
         keys: plan.keys.device(),
         centroids: plan.centroids.device(),
-        phi: plan.phi.map_or(DeviceView { offset: 0, strides: [0; 3] }, |phi| phi.device()),
+        phi: plan.phi.map_or(DeviceView::NONE, |phi| phi.device()),
+        codes: codes_view.device(),
+        clusters: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.codes_view.device()),
+        coarse: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.centroids_view.device()),
+        step: Step { init_offset: due.map_or(0, |due| due.init_offset) as u64, ..Step::of_candidates(capacity, 0) },
         n: n as u64,
         h_kv: u32_of(OP, "h_kv", h_kv)?,
         pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
@@ -49,12 +83,10 @@ pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi:
         augmented: u32::from(plan.phi.is_some()),
     });
     let (len, tile) = nearest_kernel(plan.pq_len, n);
-    let kernel = Kernel::new(device, &cuda::ENCODE, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
-    let mut codes = cuda::output(device, (b, h_kv, n, pq_dim), DType::U8)?;
-    kernel.launch().input(keys)?.input(centroids)?.input(phi)?.output(&mut codes)?.value(&params).run(
-        [n.div_ceil(tile), pq_dim, b * h_kv],
-        THREADS,
-        0,
-    )?;
-    Ok(codes)
+    let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
+    let launch = kernel.launch().input(keys)?.input(centroids)?.input(phi)?;
+    let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.codes))?;
+    let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.centroids))?;
+    let launch = launch.input_or_null(due.map(|due| due.lens.storage()))?.output(codes)?.value(&params);
+    launch.run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)
 }

@@ -8,10 +8,12 @@ pub(crate) use cpu::{augmentation, nearest, Tile, TILE};
 pub(crate) use cuda::{nearest_kernel, THREADS};
 
 #[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
+use candle_core::{bail, CudaStorage, InplaceOp3};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
+#[cfg(feature = "cuda")]
+use super::score::Coarse;
 use super::MAX_HEAD_DIM;
 
 const OP: &str = "encode";
@@ -43,6 +45,108 @@ pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result
     let plan = Plan::new(&keys, &centroids, phi)?;
     // Without phi the op still takes three tensors; this one is not read.
     keys.apply_op3_no_bwd(&centroids, phi.unwrap_or(&centroids), &Encode { plan })
+}
+
+/// As [`encode`], but writes to `codes`, `[b, h_kv, n, pq_dim]` of any strides, in place: a view into a cache.
+///
+/// With `coarse`, the codes are of what the centroids of the keys' clusters leave of them. With `due`, `keys`, `codes` and
+/// clusters are those of all positions that there is room for, and only a block of them is encoded.
+#[cfg(feature = "cuda")]
+pub(crate) fn encode_into(
+    codes: &Tensor,
+    keys: &Tensor,
+    centroids: &Tensor,
+    phi: Option<&Tensor>,
+    coarse: Option<&Coarse>,
+    due: Option<Due>,
+) -> Result<()> {
+    let plan = Plan::new(keys, centroids, phi)?;
+    let arg = Arg::new(OP, "codes", codes);
+    let [b, h_kv, n, head_dim] = plan.keys.dims;
+    arg.is(DType::U8)?;
+    arg.has_dims(&[b, h_kv, n, plan.centroids.dims[2]])?;
+    let codes_view = arg.view("[b, h_kv, n, pq_dim]")?;
+    let coarse_views = match coarse {
+        None => None,
+        Some(coarse) => {
+            let (codes, centroids) =
+                (Arg::new(OP, "coarse_codes", &coarse.codes), Arg::new(OP, "coarse_centroids", &coarse.centroids));
+            codes.is(DType::U8)?;
+            codes.has_dims(&[b, h_kv, n])?;
+            centroids.is(DType::F32)?;
+            let view: View<4> = centroids.view("[b, h_kv, n_clusters, head_dim]")?;
+            centroids.has_dims(&[b, h_kv, view.dims[2], head_dim])?;
+            Some((codes.view("[b, h_kv, n]")?, view))
+        }
+    };
+    codes.inplace_op3(keys, centroids, &EncodeInto { plan, codes_view, coarse_views, phi, coarse, due })
+}
+
+/// On which condition keys are encoded: blocks of keys follow each other from `init_offset` on, and one that ends with the
+/// last key is due.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy)]
+pub(crate) struct Due<'a> {
+    pub(crate) lens: &'a crate::cuda::Lens,
+    pub(crate) init_offset: usize,
+    pub(crate) block: usize,
+}
+
+#[cfg(feature = "cuda")]
+struct EncodeInto<'a> {
+    plan: Plan,
+    codes_view: View<4>,
+    coarse_views: Option<(View<3>, View<4>)>,
+    phi: Option<&'a Tensor>,
+    coarse: Option<&'a Coarse>,
+    due: Option<Due<'a>>,
+}
+
+#[cfg(feature = "cuda")]
+impl InplaceOp3 for EncodeInto<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &mut CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<()> {
+        bail!("{OP}: expected tensors on a GPU, got CPU tensors")
+    }
+
+    fn cuda_fwd(
+        &self,
+        codes: &mut CudaStorage,
+        _: &Layout,
+        keys: &CudaStorage,
+        _: &Layout,
+        centroids: &CudaStorage,
+        _: &Layout,
+    ) -> Result<()> {
+        let phi = self.phi.map(|phi| phi.storage_and_layout().0);
+        let phi = match &phi {
+            None => centroids, // not read
+            Some(phi) => crate::cuda::storage_of(OP, phi)?,
+        };
+        let guards =
+            self.coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
+        let coarse = match (&guards, &self.coarse_views) {
+            (Some((codes, centroids)), Some((codes_view, centroids_view))) => Some(cuda::CoarseInput {
+                codes: crate::cuda::storage_of(OP, codes)?,
+                codes_view,
+                centroids: crate::cuda::storage_of(OP, centroids)?,
+                centroids_view,
+            }),
+            _ => None,
+        };
+        cuda::launch(&self.plan, self.due, [keys, centroids, phi], coarse, (&self.codes_view, codes))
+    }
 }
 
 /// A checked call of [`encode`].

@@ -1,8 +1,8 @@
 use candle_core::{bail, CpuStorage, Result};
 use rayon::prelude::*;
 
-use super::{Geometry, Lists, Plan, DENSE_OP, OP, PADDING};
-use crate::cpu::slice;
+use super::{Geometry, Lists, Plan, Selected, DENSE_OP, OP, PADDING};
+use crate::cpu::{held, slice};
 
 pub(super) struct Output {
     pub(super) indices: Vec<u32>,
@@ -76,17 +76,41 @@ pub(super) fn scatter(
 }
 
 /// The elements of a [`Selected`](super::Selected).
-pub(crate) struct ListStorages<'a> {
-    pub(crate) indices: &'a [u32],
-    pub(crate) lens: &'a [u32],
-    pub(crate) weights: &'a [f32],
+struct ListStorages<'a> {
+    indices: &'a [u32],
+    lens: &'a [u32],
+    weights: &'a [f32],
 }
 
 impl Lists {
+    /// The attended positions of every list and their weights, in order; what weighs nothing is passed over.
+    ///
+    /// Fails as [`each`](Self::each).
+    pub(crate) fn attended(&self, op: &str, selected: &Selected, n: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+        let Selected { indices, lens, weights } = selected;
+        let (indices, lens) = (indices.storage_and_layout().0, lens.storage_and_layout().0);
+        let weights = weights.storage_and_layout().0;
+        let storages = ListStorages {
+            indices: held(op, "selected", &indices)?,
+            lens: held(op, "selected", &lens)?,
+            weights: held(op, "selected", &weights)?,
+        };
+        let lists = (0..self.indices.dims[0] * self.lists()).into_par_iter().map(|row| {
+            let mut attended = Vec::with_capacity(self.indices.dims[2]);
+            self.each(op, &storages, [row / self.lists(), row % self.lists()], n, |position, weight| {
+                if weight != 0.0 {
+                    attended.push((position as u32, weight));
+                }
+            })?;
+            Ok(attended)
+        });
+        lists.collect()
+    }
+
     /// Calls `f` with each attended position of one list and its weight, in order; padding is passed over.
     ///
     /// Fails, in the name of `op`, where a position is not below `n` or a length not within the list.
-    pub(crate) fn each(
+    fn each(
         &self,
         op: &str,
         storages: &ListStorages,

@@ -1,19 +1,15 @@
 use candle_core::{CudaStorage, DType, Result};
 
 use super::{Geometry, Lists, Plan, DENSE_OP, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 
 /// `kernels/indices_and_weights.cu`
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct List {
     heavy: DeviceView<3>,
-    n: u64,
-    sink: u64,
-    window_start: u64,
-    init_offset: u64,
+    step: Step,
     lists: u32,
-    k: u32,
     list_len: u32,
 }
 
@@ -41,34 +37,54 @@ pub(super) struct Output {
     pub(super) weights: CudaStorage,
 }
 
-/// As on the CPU, but heavy keys are not checked: what is at or beyond the window is passed over, and so never a
-/// position beyond `n`.
 pub(super) fn run(plan: &Plan, heavy: &CudaStorage) -> Result<Output> {
     let (_, device) = cuda::kind(heavy);
-    cuda::prepare(device)?;
+    let [b, lists, k] = plan.heavy.dims;
     let Geometry { n, sink, window, init_offset } = plan.geometry;
-    let ([b, lists, k], list_len) = (plan.heavy.dims, plan.list_len);
-    let sink = sink.min(n);
-    let params = Params(List {
-        heavy: plan.heavy.device(),
+    let step = Step {
         n: n as u64,
         sink: sink as u64,
-        window_start: n.saturating_sub(window).max(sink) as u64,
+        window: window as u64,
         init_offset: init_offset as u64,
+        heavy: k as u64,
+        share: 0.0,
+    };
+    let mut out = Output {
+        indices: cuda::output(device, (b, lists, plan.list_len), DType::U32)?,
+        lens: cuda::output(device, (b, lists), DType::U32)?,
+        weights: cuda::output(device, (b, lists, plan.list_len), DType::F32)?,
+    };
+    launch(plan, step, None, heavy, [&mut out.indices, &mut out.lens, &mut out.weights])?;
+    Ok(out)
+}
+
+/// Lists the keys of `step`, of sequences of `lens`, for at most the keys and list length of the plan.
+///
+/// As on the CPU, but heavy keys are not checked: what is at or beyond the window is passed over, and so never a position
+/// beyond the sequence.
+pub(crate) fn launch(
+    plan: &Plan,
+    step: Step,
+    lens: Option<&CudaStorage>,
+    heavy: &CudaStorage,
+    [indices, list_lens, weights]: [&mut CudaStorage; 3],
+) -> Result<()> {
+    let (_, device) = cuda::kind(heavy);
+    cuda::prepare(device)?;
+    let ([b, lists, _], list_len) = (plan.heavy.dims, plan.list_len);
+    let params = Params(List {
+        heavy: plan.heavy.device(),
+        step,
         lists: u32_of(OP, "lists", lists)?,
-        k: u32_of(OP, "k", k)?,
         list_len: u32_of(OP, "list", list_len)?,
     });
-    let mut indices = cuda::output(device, (b, lists, list_len), DType::U32)?;
-    let mut weights = cuda::output(device, (b, lists, list_len), DType::F32)?;
-    let mut lens = cuda::output(device, (b, lists), DType::U32)?;
-    let kernel = Kernel::new(device, &cuda::INDICES_AND_WEIGHTS, "indices_and_weights")?;
-    kernel.launch().input(heavy)?.output(&mut indices)?.output(&mut weights)?.output(&mut lens)?.value(&params).run(
+    let kernel = Kernel::new(device, Module::IndicesAndWeights, "indices_and_weights")?;
+    let launch = kernel.launch().input(heavy)?.input_or_null(lens)?;
+    launch.output(indices)?.output(weights)?.output(list_lens)?.value(&params).run(
         [list_len.div_ceil(THREADS).max(1), b * lists, 1],
         THREADS as u32,
         0,
-    )?;
-    Ok(Output { indices, lens, weights })
+    )
 }
 
 /// As on the CPU, but positions at or beyond `n` are passed over.
@@ -93,7 +109,7 @@ pub(super) fn scatter(
         list_len: u32_of(DENSE_OP, "list", list_len)?,
     });
     let mut dense = cuda::output(device, (b, h, n), DType::F32)?;
-    let kernel = Kernel::new(device, &cuda::INDICES_AND_WEIGHTS, "dense_weights")?;
+    let kernel = Kernel::new(device, Module::IndicesAndWeights, "dense_weights")?;
     let launch = kernel.launch().input(indices)?.input(lens)?.input(weights)?.output(&mut dense)?.value(&params);
     launch.run([n.div_ceil(SEGMENT), b * h, 1], THREADS as u32, 0)?;
     Ok(dense)

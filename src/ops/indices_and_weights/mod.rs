@@ -3,7 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-pub(crate) use cpu::ListStorages;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::launch;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -29,6 +30,17 @@ pub struct Selected {
     /// `[b, lists, l]` f32: the inverse of each position's sampling probability, 1 for a key taken for sure; 0 for
     /// padding.
     pub weights: Tensor,
+}
+
+impl Selected {
+    /// The same, with unit strides where lists are read.
+    pub(crate) fn with_unit_rows(&self) -> Result<Self> {
+        Ok(Self {
+            indices: with_unit_rows(&self.indices)?,
+            lens: with_unit_rows(&self.lens)?,
+            weights: with_unit_rows(&self.weights)?,
+        })
+    }
 }
 
 /// Which parts of a sequence of `n` keys are attended besides the heavy ones.
@@ -77,15 +89,20 @@ impl Plan {
         let arg = Arg::new(OP, "heavy", heavy);
         arg.is(DType::U32)?;
         let heavy: View<3> = arg.view("[b, lists, k]")?;
-        let Geometry { n, sink, window, .. } = geometry;
+        let n = geometry.n;
         if u32::try_from(n).is_err() {
             bail!("{OP}: n: expected at most u32::MAX keys, got {n}");
         }
         if n == 0 && heavy.dims[2] > 0 {
             return arg.fail("no positions for n 0", format_args!("{} a list", heavy.dims[2]));
         }
+        Ok(Self::of(heavy, geometry))
+    }
+
+    pub(super) fn of(heavy: View<3>, geometry: Geometry) -> Self {
+        let Geometry { n, sink, window, .. } = geometry;
         let list_len = sink.saturating_add(window).saturating_add(heavy.dims[2]).min(n);
-        Ok(Self { heavy, geometry, list_len })
+        Self { heavy, geometry, list_len }
     }
 }
 
@@ -197,6 +214,18 @@ impl Lists {
         lens_arg.has_dims(&[b, lists])?;
         weights_arg.has_dims(&indices.dims)?;
         Ok(Self { indices, lens: lens_arg.view("[b, lists]")?, weights: weights_arg.view("[b, lists, l]")? })
+    }
+
+    /// The layout of lists for `h` query heads: one each, or one for each of `h_kv` KV heads.
+    pub(crate) fn serving(op: &'static str, selected: &Selected, [b, h, h_kv]: [usize; 3]) -> Result<Self> {
+        let lists = Self::new(op, &selected.indices, &selected.lens, &selected.weights)?;
+        let [list_b, list_heads, len] = lists.indices.dims;
+        if list_b != b || (list_heads != h && list_heads != h_kv) {
+            let expected = format!("shape [{b}, {h} or {h_kv}, {len}]");
+            return Arg::new(op, "indices", &selected.indices)
+                .fail(&expected, format_args!("{:?}", lists.indices.dims));
+        }
+        Ok(lists)
     }
 
     /// Lists a batch element.

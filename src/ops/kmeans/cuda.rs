@@ -2,7 +2,7 @@ use candle_core::{CudaStorage, DType, Result};
 
 use super::{Plan, OP};
 use crate::config::Metric;
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Params};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params};
 use crate::ops::encode::{nearest_kernel, THREADS};
 
 /// `kernels/kmeans.cu`
@@ -38,7 +38,7 @@ pub(super) fn run(plan: &Plan, keys: &CudaStorage) -> Result<(CudaStorage, CudaS
         n_centroids: u32_of(OP, "n_centroids", plan.n_centroids)?,
         augmented: u32::from(options.metric == Metric::InnerProduct),
     });
-    let kernel = |name: &str| Kernel::new(device, &cuda::KMEANS, name.replace("{}", cuda::suffix(dtype)));
+    let kernel = |name: &str| Kernel::new(device, Module::Kmeans, name.replace("{}", cuda::suffix(dtype)));
     let subspaces = b * h_kv * options.pq_dim;
     let mut phi = cuda::output(device, subspaces, DType::F32)?;
     if options.metric == Metric::InnerProduct {

@@ -1,12 +1,14 @@
 //! One look-up serves all query heads of a group: a table entry holds a lane for each of them, so the sum over the
 //! subspaces is one vector addition a code byte. Lane counts are powers of two; a group of three has an idle lane.
+//! Clusters are one more subspace, as long as the key, whose table comes first.
 
-use candle_core::{bail, CpuStorage, Result};
+use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Plan, OP};
-use crate::cpu::{dispatch_float, slice, Elem};
+use super::{Coarse, Plan};
+use crate::cpu::{check_codes, dispatch_float, held, slice, Elem};
+use crate::ops::arg::View;
 
 /// Keys a parallel task scores.
 const KEYS_PER_TASK: usize = 2048;
@@ -22,13 +24,45 @@ const MAX_LANES: usize = 8;
 /// Table entries of one subspace: as many as a byte can name, so that no look-up needs a bounds check.
 type Table<const LANES: usize> = [[f32; LANES]; 256];
 
-pub(super) fn run(plan: &Plan, query: &CpuStorage, codes: &CpuStorage, centroids: &CpuStorage) -> Result<Vec<f32>> {
-    dispatch_float!(query, run_for(plan, query, slice(codes)?, slice(centroids)?))
+pub(super) fn run(
+    plan: &Plan,
+    coarse: Option<&Coarse>,
+    query: &CpuStorage,
+    codes: &CpuStorage,
+    centroids: &CpuStorage,
+) -> Result<Vec<f32>> {
+    let pq = Quantizer {
+        codes_view: &plan.codes,
+        codes: slice(codes)?,
+        centroids_view: &plan.centroids,
+        centroids: slice(centroids)?,
+    };
+    check_codes(plan.op, "codes", &plan.codes, pq.codes, plan.centroids.dims[3])?;
+    let (Some(coarse), Some(views)) = (coarse, &plan.coarse) else {
+        return dispatch_float!(query, run_for(plan, query, &[pq]));
+    };
+    let (codes, centroids) = (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0);
+    let coarse = Quantizer {
+        codes_view: &views.codes,
+        codes: held(plan.op, "coarse_codes", &codes)?,
+        centroids_view: &views.centroids,
+        centroids: held(plan.op, "coarse_centroids", &centroids)?,
+    };
+    check_codes(plan.op, "coarse_codes", &views.codes, coarse.codes, views.centroids.dims[3])?;
+    dispatch_float!(query, run_for(plan, query, &[coarse, pq]))
 }
 
-fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, codes: &[u8], centroids: &[f32]) -> Result<Vec<f32>> {
+/// Centroids, and the codes that name them.
+struct Quantizer<'a> {
+    codes_view: &'a View<4>,
+    codes: &'a [u8],
+    centroids_view: &'a View<5>,
+    centroids: &'a [f32],
+}
+
+/// Sums the look-ups of all `quantizers`, in their order.
+fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, quantizers: &[Quantizer]) -> Result<Vec<f32>> {
     let query = slice::<T>(query)?;
-    check_codes(plan, codes)?;
     let [b, h, ..] = plan.query.dims;
     let n = plan.codes.dims[2];
     let mut scores = vec![0f32; b * h * n];
@@ -40,10 +74,10 @@ fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, codes: &[u8], centroids: &[
         for (part, rows) in rows.chunks_mut(MAX_LANES).enumerate() {
             let heads = Heads { pair, first: part * MAX_LANES };
             match rows.len() {
-                1 => score_heads::<T, 1>(plan, query, codes, centroids, heads, rows),
-                2 => score_heads::<T, 2>(plan, query, codes, centroids, heads, rows),
-                3..=4 => score_heads::<T, 4>(plan, query, codes, centroids, heads, rows),
-                _ => score_heads::<T, 8>(plan, query, codes, centroids, heads, rows),
+                1 => score_heads::<T, 1>(plan, query, quantizers, heads, rows),
+                2 => score_heads::<T, 2>(plan, query, quantizers, heads, rows),
+                3..=4 => score_heads::<T, 4>(plan, query, quantizers, heads, rows),
+                _ => score_heads::<T, 8>(plan, query, quantizers, heads, rows),
             }
         }
     });
@@ -57,52 +91,31 @@ struct Heads {
     first: usize,
 }
 
-/// Fails if a code names no centroid. With 256 centroids every byte does.
-fn check_codes(plan: &Plan, codes: &[u8]) -> Result<()> {
-    let n_centroids = plan.centroids.dims[3];
-    if n_centroids == 256 {
-        return Ok(());
-    }
-    let [b, h_kv, n, pq_dim] = plan.codes.dims;
-    let largest = (0..b * h_kv * n).into_par_iter().map(|row| {
-        let at = plan.codes.at(&[row / n / h_kv, row / n % h_kv, row % n]);
-        codes[at..at + pq_dim].iter().copied().max().unwrap_or(0)
-    });
-    match largest.max() {
-        Some(code) if usize::from(code) >= n_centroids => {
-            bail!("{OP}: codes: expected codes below n_centroids {n_centroids}, got {code}")
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Scores all keys for up to `LANES` query heads; `rows` are their outputs.
 fn score_heads<T: Elem, const LANES: usize>(
     plan: &Plan,
     query: &[T],
-    codes: &[u8],
-    centroids: &[f32],
+    quantizers: &[Quantizer],
     heads: Heads,
     rows: &mut [&mut [f32]],
 ) {
     let h_kv = plan.codes.dims[1];
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
-    let tables = build_tables::<T, LANES>(plan, query, centroids, heads, rows.len());
+    let tables = |quantizer| build_tables::<T, LANES>(plan, query, quantizer, heads, rows.len());
+    let tables: Vec<_> = quantizers.iter().map(|quantizer| (quantizer, tables(quantizer))).collect();
     // Split every row at the same keys, so that a task owns its keys' scores of all the heads.
     let mut parts: Vec<_> = rows.iter_mut().map(|row| row.chunks_mut(KEYS_PER_TASK)).collect();
     let tasks: Vec<Vec<&mut [f32]>> =
         std::iter::from_fn(|| parts.iter_mut().map(|part| part.next()).collect()).collect();
     tasks.into_par_iter().enumerate().for_each(|(task, mut rows)| {
-        score_keys(plan, &tables, codes, [b, kv, task * KEYS_PER_TASK], &mut rows);
+        score_keys(&tables, [b, kv, task * KEYS_PER_TASK], &mut rows);
     });
 }
 
 /// Scores the keys of KV head `[b, kv]` from `first` on, as many as each of `rows` holds.
 #[multiversion(targets = "simd")]
 fn score_keys<const LANES: usize>(
-    plan: &Plan,
-    tables: &[Table<LANES>],
-    codes: &[u8],
+    tables: &[(&Quantizer, Vec<Table<LANES>>)],
     [b, kv, first]: [usize; 3],
     rows: &mut [&mut [f32]],
 ) {
@@ -111,10 +124,12 @@ fn score_keys<const LANES: usize>(
     for start in (0..count).step_by(KEYS_PER_BLOCK) {
         let sums = &mut sums[..KEYS_PER_BLOCK.min(count - start)];
         sums.fill([0.0; LANES]);
-        for (part, tables) in tables.chunks(TABLES_PER_PASS).enumerate() {
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let at = plan.codes.at(&[b, kv, first + start + i]) + part * TABLES_PER_PASS;
-                *sums = look_up(tables, &codes[at..at + tables.len()], *sums);
+        for (quantizer, tables) in tables {
+            for (part, tables) in tables.chunks(TABLES_PER_PASS).enumerate() {
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let at = quantizer.codes_view.at(&[b, kv, first + start + i]) + part * TABLES_PER_PASS;
+                    *sums = look_up(tables, &quantizer.codes[at..at + tables.len()], *sums);
+                }
             }
         }
         for (lane, row) in rows.iter_mut().enumerate() {
@@ -141,11 +156,12 @@ fn look_up<const LANES: usize>(tables: &[Table<LANES>], codes: &[u8], mut sums: 
 fn build_tables<T: Elem, const LANES: usize>(
     plan: &Plan,
     query: &[T],
-    centroids: &[f32],
+    quantizer: &Quantizer,
     heads: Heads,
     count: usize,
 ) -> Vec<Table<LANES>> {
-    let [_, h_kv, pq_dim, n_centroids, pq_len] = plan.centroids.dims;
+    let Quantizer { centroids_view: view, centroids, .. } = quantizer;
+    let [_, h_kv, pq_dim, n_centroids, pq_len] = view.dims;
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
     let mut tables = vec![[[0f32; LANES]; 256]; pq_dim];
     // The queries coordinate by coordinate, so that all heads advance together.
@@ -161,7 +177,7 @@ fn build_tables<T: Elem, const LANES: usize>(
     }
     for (m, (table, query)) in tables.iter_mut().zip(queries.chunks_exact(pq_len)).enumerate() {
         for (c, entry) in table.iter_mut().take(n_centroids).enumerate() {
-            let centroid = &centroids[plan.centroids.at(&[b, kv, m, c])..][..pq_len];
+            let centroid = &centroids[view.at(&[b, kv, m, c])..][..pq_len];
             let mut sums = [0f32; LANES];
             for (coordinate, x) in query.iter().zip(centroid) {
                 for l in 0..LANES {

@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -31,24 +33,75 @@ const OP: &str = "score";
 /// # Numerics
 /// f32, table entries and then subspaces summed in ascending order, without fused multiply-add.
 pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tensor> {
-    let (query, codes) = (with_unit_rows(query)?, with_unit_rows(codes)?);
-    let centroids = with_unit_rows(centroids)?;
-    let plan = Plan::new(&query, &codes, &centroids)?;
-    query.apply_op3_no_bwd(&codes, &centroids, &Score { plan })
+    run(OP, query, codes, centroids, None)
 }
 
-/// A checked call of [`score`].
+/// Scores keys whose codes are of residuals: `score[t] = q · coarse[c(t)] + Σ_m LUT[m][codes[t][m]]`, `c(t)` the
+/// cluster of key `t`; otherwise as [`score`].
+///
+/// The coarse term is one more look-up, in a table of the whole query's products.
+///
+/// # Shapes
+/// - `coarse_codes`: `[b, h_kv, n]` u8, the cluster of each key
+/// - `coarse_centroids`: `[b, h_kv, n_clusters, head_dim]` f32, 2 to 256 clusters (a power of two)
+///
+/// # Errors
+/// As [`score`], for these too.
+///
+/// # Numerics
+/// The coarse term is the first of the sum.
+pub fn residual_score(
+    query: &Tensor,
+    codes: &Tensor,
+    centroids: &Tensor,
+    coarse_codes: &Tensor,
+    coarse_centroids: &Tensor,
+) -> Result<Tensor> {
+    let coarse = Coarse { codes: with_unit_rows(coarse_codes)?, centroids: with_unit_rows(coarse_centroids)? };
+    run("residual_score", query, codes, centroids, Some(coarse))
+}
+
+fn run(op: &'static str, query: &Tensor, codes: &Tensor, centroids: &Tensor, coarse: Option<Coarse>) -> Result<Tensor> {
+    let (query, codes) = (with_unit_rows(query)?, with_unit_rows(codes)?);
+    let centroids = with_unit_rows(centroids)?;
+    let plan = Plan::new(op, &query, &codes, &centroids, coarse.as_ref())?;
+    query.apply_op3_no_bwd(&codes, &centroids, &Score { plan, coarse })
+}
+
+/// The clusters of [`residual_score`].
+pub(crate) struct Coarse {
+    pub(crate) codes: Tensor,
+    pub(crate) centroids: Tensor,
+}
+
+/// A checked call of [`score`] or [`residual_score`].
 pub(crate) struct Plan {
+    pub(crate) op: &'static str,
     pub(crate) query: View<4>,
     pub(crate) codes: View<4>,
     pub(crate) centroids: View<5>,
+    pub(crate) coarse: Option<CoarsePlan>,
     pub(crate) group: usize,
 }
 
+/// The clusters as one more subspace, as long as the key.
+pub(crate) struct CoarsePlan {
+    /// `[b, h_kv, n, 1]`
+    pub(crate) codes: View<4>,
+    /// `[b, h_kv, 1, n_clusters, head_dim]`
+    pub(crate) centroids: View<5>,
+}
+
 impl Plan {
-    fn new(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Self> {
-        let (query_arg, codes_arg) = (Arg::new(OP, "query", query), Arg::new(OP, "codes", codes));
-        let centroids_arg = Arg::new(OP, "centroids", centroids);
+    pub(super) fn new(
+        op: &'static str,
+        query: &Tensor,
+        codes: &Tensor,
+        centroids: &Tensor,
+        coarse: Option<&Coarse>,
+    ) -> Result<Self> {
+        let (query_arg, codes_arg) = (Arg::new(op, "query", query), Arg::new(op, "codes", codes));
+        let centroids_arg = Arg::new(op, "centroids", centroids);
         query_arg.is_float()?;
         codes_arg.is(DType::U8)?;
         centroids_arg.is(DType::F32)?;
@@ -67,17 +120,37 @@ impl Plan {
         }
         check_centroids(&centroids_arg, pq_dim, centroids.dims[3], head_dim)?;
         centroids_arg.has_dims(&[b, h_kv, pq_dim, centroids.dims[3], head_dim / pq_dim])?;
-        Ok(Self { query, codes, centroids, group: h / h_kv })
+        let coarse = coarse.map(|coarse| CoarsePlan::new(op, coarse, [b, h_kv, n, head_dim])).transpose()?;
+        Ok(Self { op, query, codes, centroids, coarse, group: h / h_kv })
+    }
+}
+
+impl CoarsePlan {
+    fn new(op: &'static str, coarse: &Coarse, [b, h_kv, n, head_dim]: [usize; 4]) -> Result<Self> {
+        let codes_arg = Arg::new(op, "coarse_codes", &coarse.codes);
+        codes_arg.is(DType::U8)?;
+        codes_arg.has_dims(&[b, h_kv, n])?;
+        let arg = Arg::new(op, "coarse_centroids", &coarse.centroids);
+        arg.is(DType::F32)?;
+        let [_, _, n_clusters, _] = arg.view::<4>("[b, h_kv, n_clusters, head_dim]")?.dims;
+        check_centroids(&arg, 1, n_clusters, head_dim)?;
+        arg.has_dims(&[b, h_kv, n_clusters, head_dim])?;
+        let (codes, centroids) = (coarse.codes.unsqueeze(3)?, coarse.centroids.unsqueeze(2)?);
+        Ok(Self {
+            codes: Arg::new(op, "coarse_codes", &codes).view("[b, h_kv, n, 1]")?,
+            centroids: Arg::new(op, "coarse_centroids", &centroids).view("[b, h_kv, 1, n_clusters, head_dim]")?,
+        })
     }
 }
 
 struct Score {
     plan: Plan,
+    coarse: Option<Coarse>,
 }
 
 impl CustomOp3 for Score {
     fn name(&self) -> &'static str {
-        OP
+        self.plan.op
     }
 
     fn cpu_fwd(
@@ -90,7 +163,7 @@ impl CustomOp3 for Score {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        let scores = cpu::run(&self.plan, query, codes, centroids)?;
+        let scores = cpu::run(&self.plan, self.coarse.as_ref(), query, codes, centroids)?;
         Ok((CpuStorage::F32(scores), (b, h, self.plan.codes.dims[2]).into()))
     }
 
@@ -105,7 +178,7 @@ impl CustomOp3 for Score {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        let scores = cuda::run(&self.plan, query, codes, centroids)?;
+        let scores = cuda::run(&self.plan, self.coarse.as_ref(), query, codes, centroids)?;
         Ok((scores, (b, h, self.plan.codes.dims[2]).into()))
     }
 }

@@ -2,17 +2,16 @@
 //! 1. The positions of each list are cut into blocks. A block's keys are scored for all heads of the list, its largest
 //!    score is the block's shift, and its values are summed with the weights `w e^{s - shift}`: a partial result of
 //!    `(shift, Σ w e^{s - shift}, Σ w e^{s - shift} v)` a head.
-//! 2. The partials of a head are brought to one shift and added, in the order of the blocks.
+//! 2. The partials of a head are brought to one shift and added, in the order of the blocks. A tail is the last of them.
 //!
 //! Blocks are cut by position, never by the number of threads.
 
-use candle_core::{bail, CpuStorage, Result, Storage};
+use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Lists, Plan, Selected};
-use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, max, slice, Elem};
-use crate::ops::indices_and_weights::ListStorages;
+use super::{Attended, Lists, Plan, Selected};
+use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, held, max, slice, Elem};
 
 /// Positions of a block, for a parallel task.
 const BLOCK: usize = 256;
@@ -23,16 +22,18 @@ const TILE: usize = 32;
 pub(super) fn run(
     plan: &Plan,
     selected: Option<&Selected>,
+    tail: Option<&Attended>,
     query: &CpuStorage,
     keys: &CpuStorage,
     values: &CpuStorage,
 ) -> Result<(CpuStorage, Vec<f32>)> {
-    dispatch_float!(query, run_for(plan, selected, query, keys, values))
+    dispatch_float!(query, run_for(plan, selected, tail, query, keys, values))
 }
 
 fn run_for<T: Elem>(
     plan: &Plan,
     selected: Option<&Selected>,
+    tail: Option<&Attended>,
     query: &CpuStorage,
     keys: &CpuStorage,
     values: &CpuStorage,
@@ -48,15 +49,24 @@ fn run_for<T: Elem>(
 
     let mut out = vec![T::zero(); b * h * head_dim];
     let mut lse = vec![f32::NEG_INFINITY; b * h];
-    // Blocks of one list follow each other.
-    let same_list = |a: &(&Block, Partial), b: &(&Block, Partial)| a.0.first_head == b.0.first_head;
-    let partials: Vec<_> = blocks.iter().zip(partials).collect();
-    for partials in partials.chunk_by(same_list) {
-        for head in 0..heads {
-            let row = partials[0].0.first_head + head;
-            let out = &mut out[row * head_dim..][..head_dim];
-            lse[row] = merge(partials.iter().map(|(_, partial)| partial), head, out);
-        }
+    let tail = tail.map(|tail| (tail.out.storage_and_layout().0, tail.lse.storage_and_layout().0));
+    let tail = match (&plan.tail, &tail) {
+        (Some(views), Some((out, lse))) => Some((views, held(plan.op, "tail", out)?, held(plan.op, "tail", lse)?)),
+        _ => None,
+    };
+    for (row, (out, lse)) in out.chunks_exact_mut(head_dim).zip(&mut lse).enumerate() {
+        // Blocks of one list follow each other.
+        let (first_head, head) = (row - row % heads, row % heads);
+        let start = blocks.partition_point(|block| block.first_head < first_head);
+        let end = blocks.partition_point(|block| block.first_head <= first_head);
+        let parts = partials[start..end].iter().map(|partial| partial.of_head(head, head_dim));
+        // Without any weight it may hold anything, and is no part.
+        let tail = tail.and_then(|((out_view, lse_view), out, lse)| {
+            let shift: f32 = lse[lse_view.at(&[row / h, row % h])];
+            let values: &[f32] = &out[out_view.at(&[row / h, row % h])..][..head_dim];
+            (shift != f32::NEG_INFINITY).then_some(Part { shift, sum: 1.0, values })
+        });
+        *lse = merge(parts.chain(tail), out);
     }
     Ok((T::to_cpu_storage_owned(out), lse))
 }
@@ -80,6 +90,21 @@ struct Partial {
     values: Vec<f32>,
 }
 
+/// A partial result of one head.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    shift: f32,
+    sum: f32,
+    values: &'a [f32],
+}
+
+impl Partial {
+    fn of_head(&self, head: usize, head_dim: usize) -> Part<'_> {
+        let values = &self.values[head * head_dim..][..head_dim];
+        Part { shift: self.shift[head], sum: self.sum[head], values }
+    }
+}
+
 fn all_blocks(plan: &Plan) -> Vec<Block> {
     let ([b, h, ..], [_, h_kv, n, _]) = (plan.query.dims, plan.keys.dims);
     let ranges = |pair| {
@@ -92,42 +117,16 @@ fn all_blocks(plan: &Plan) -> Vec<Block> {
 }
 
 fn listed_blocks(plan: &Plan, lists: &Lists, selected: &Selected) -> Result<Vec<Block>> {
-    let (indices, lens, weights) = (
-        selected.indices.storage_and_layout(),
-        selected.lens.storage_and_layout(),
-        selected.weights.storage_and_layout(),
-    );
-    let storages = ListStorages {
-        indices: slice(cpu(&indices.0)?)?,
-        lens: slice(cpu(&lens.0)?)?,
-        weights: slice(cpu(&weights.0)?)?,
+    let heads = plan.heads_per_list();
+    let of_list = |(list, attended): (usize, Vec<(u32, f32)>)| {
+        let block = |part: &[(u32, f32)]| {
+            let (positions, weights) = part.iter().copied().unzip();
+            Block { first_head: list * heads, positions: Positions::Listed { positions, weights } }
+        };
+        attended.chunks(BLOCK).map(block).collect::<Vec<_>>()
     };
-    let ([b, h, ..], n) = (plan.query.dims, plan.keys.dims[2]);
-    let per_list: Result<Vec<Vec<Block>>> = (0..b * lists.lists())
-        .into_par_iter()
-        .map(|row| {
-            let mut attended = Vec::with_capacity(lists.indices.dims[2]);
-            lists.each(plan.op, &storages, [row / lists.lists(), row % lists.lists()], n, |position, weight| {
-                if weight != 0.0 {
-                    attended.push((position as u32, weight));
-                }
-            })?;
-            let block = |part: &[(u32, f32)]| {
-                let (positions, weights) = part.iter().copied().unzip();
-                Block { first_head: row * (h / lists.lists()), positions: Positions::Listed { positions, weights } }
-            };
-            Ok(attended.chunks(BLOCK).map(block).collect())
-        })
-        .collect();
-    Ok(per_list?.into_iter().flatten().collect())
-}
-
-/// The CPU storage of a tensor that the op holds beside its three inputs.
-fn cpu(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => bail!("sparse_attend: selected: expected tensors on the device of the query"),
-    }
+    let attended = lists.attended(plan.op, selected, plan.keys.dims[2])?;
+    Ok(attended.into_iter().enumerate().flat_map(of_list).collect())
 }
 
 struct Inputs<'a, T> {
@@ -252,15 +251,15 @@ fn add_weighted(rows: &[f32], weights: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// Merges the partials of one head into `out`; returns the LSE.
-fn merge<'a, T: Elem>(partials: impl Iterator<Item = &'a Partial> + Clone, head: usize, out: &mut [T]) -> f32 {
-    let shift = partials.clone().map(|partial| partial.shift[head]).fold(f32::NEG_INFINITY, f32::max);
+/// Merges the parts of one head into `out`; returns the LSE.
+fn merge<'a, T: Elem>(parts: impl Iterator<Item = Part<'a>> + Clone, out: &mut [T]) -> f32 {
+    let shift = parts.clone().map(|part| part.shift).fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0f32;
     let mut values = vec![0f32; out.len()];
-    for partial in partials {
-        let factor = exp(partial.shift[head] - finite(shift));
-        sum += factor * partial.sum[head];
-        for (value, x) in values.iter_mut().zip(&partial.values[head * out.len()..]) {
+    for part in parts {
+        let factor = exp(part.shift - finite(shift));
+        sum += factor * part.sum;
+        for (value, x) in values.iter_mut().zip(part.values) {
             *value += factor * x;
         }
     }

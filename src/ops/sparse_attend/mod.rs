@@ -3,10 +3,12 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
 use super::indices_and_weights::{Lists, Selected};
@@ -16,10 +18,64 @@ use super::MAX_HEAD_DIM;
 /// What attention over some positions gives, in a form that merges with attention over others.
 #[derive(Debug, Clone)]
 pub struct Attended {
-    /// `[b, h, 1, head_dim]`, the dtype of the query; zeros where nothing was attended.
+    /// `[b, h, 1, head_dim]`, the dtype of the query, or f32 of a tail; zeros where nothing was attended.
     pub out: Tensor,
     /// `[b, h]` f32: natural logarithm of `Σ w_i exp(s_i)`; negative infinity where nothing was attended.
     pub lse: Tensor,
+}
+
+impl Attended {
+    /// Attention over the keys of both, if none is in both.
+    ///
+    /// `out = (e^{lse_a} out_a + e^{lse_b} out_b) / (e^{lse_a} + e^{lse_b})`, the sum's logarithm the new LSE.
+    ///
+    /// # Errors
+    /// Results of different shapes or dtypes.
+    ///
+    /// # Numerics
+    /// f32, rounded once to the dtype of both. Where one side's LSE is negative infinity the other's bits are returned.
+    pub fn merge(&self, other: &Self) -> Result<Self> {
+        const OP: &str = "merge";
+        for (name, a, b) in [("out", &self.out, &other.out), ("lse", &self.lse, &other.lse)] {
+            Arg::new(OP, name, b).is(a.dtype())?;
+            Arg::new(OP, name, b).has_dims(a.dims())?;
+        }
+        let [b, h, ..] = Arg::new(OP, "out", &self.out).view::<4>("[b, h, 1, head_dim]")?.dims;
+        Arg::new(OP, "lse", &self.lse).has_dims(&[b, h])?;
+        let nothing = |lse: &Tensor| lse.eq(f32::NEG_INFINITY);
+        let (nothing_here, nothing_there) = (nothing(&self.lse)?, nothing(&other.lse)?);
+        // NaN where there is nothing on either side, and not taken there.
+        let largest = self.lse.maximum(&other.lse)?;
+        let (a, b) = ((&self.lse - &largest)?.exp()?, (&other.lse - &largest)?.exp()?);
+        let sum = (&a + &b)?;
+        let lse = (sum.log()? + largest)?;
+        let share = |weight: &Tensor, out: &Tensor| {
+            out.to_dtype(DType::F32)?.broadcast_mul(&(weight / &sum)?.unsqueeze(2)?.unsqueeze(3)?)
+        };
+        let out = (share(&a, &self.out)? + share(&b, &other.out)?)?.to_dtype(self.out.dtype())?;
+        let choose = |a: &Tensor, b: &Tensor, both: &Tensor| {
+            let mut dims = nothing_here.dims().to_vec();
+            dims.resize(both.rank(), 1);
+            let mask = |nothing: &Tensor| nothing.reshape(dims.as_slice())?.broadcast_as(both.shape());
+            mask(&nothing_there)?.where_cond(a, &mask(&nothing_here)?.where_cond(b, both)?)
+        };
+        Ok(Self { out: choose(&self.out, &other.out, &out)?, lse: choose(&self.lse, &other.lse, &lse)? })
+    }
+
+    /// The same, with unit strides along the last dimensions.
+    fn with_unit_rows(&self) -> Result<Self> {
+        Ok(Self { out: with_unit_rows(&self.out)?, lse: with_unit_rows(&self.lse)? })
+    }
+
+    /// Views of the tail of a call with queries of these dimensions.
+    fn views(&self, op: &'static str, query: &[usize; 4]) -> Result<(View<4>, View<2>)> {
+        let (out, lse) = (Arg::new(op, "tail.out", &self.out), Arg::new(op, "tail.lse", &self.lse));
+        out.is(DType::F32)?;
+        lse.is(DType::F32)?;
+        out.has_dims(query)?;
+        lse.has_dims(&query[..2])?;
+        Ok((out.view("[b, h, 1, head_dim]")?, lse.view("[b, h]")?))
+    }
 }
 
 /// Attends to the positions of `selected`: `out = Σ w_i e^{s_i} v_i / Σ w_i e^{s_i}`, `s_i = scale · q · k_i`.
@@ -45,7 +101,28 @@ pub fn sparse_attend(
     selected: &Selected,
     scale: f32,
 ) -> Result<Attended> {
-    attend("sparse_attend", query, keys, values, Some(selected), scale)
+    attend("sparse_attend", query, keys, values, Some(selected), None, scale)
+}
+
+/// As [`sparse_attend`], merged with attention over other keys before anything is rounded.
+///
+/// # Shapes
+/// - `tail`: as [`tail_attend`](super::tail_attend()) returns it, `out` `[b, h, 1, head_dim]` f32
+///
+/// # Errors
+/// As [`sparse_attend`], for a tail of another shape or dtype.
+///
+/// # Numerics
+/// Where the LSE of `tail` is negative infinity the result is that of [`sparse_attend`], to the bit.
+pub fn sparse_attend_with_tail(
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    selected: &Selected,
+    tail: &Attended,
+    scale: f32,
+) -> Result<Attended> {
+    attend("sparse_attend_with_tail", query, keys, values, Some(selected), Some(tail), scale)
 }
 
 /// Attends to all keys; otherwise as [`sparse_attend`].
@@ -53,7 +130,7 @@ pub fn sparse_attend(
 /// The sequence is split over the cores, and K and V are read once for all query heads of a group: the honest baseline
 /// for a sparse decode.
 pub fn dense_attend(query: &Tensor, keys: &Tensor, values: &Tensor, scale: f32) -> Result<Attended> {
-    attend("dense_attend", query, keys, values, None, scale)
+    attend("dense_attend", query, keys, values, None, None, scale)
 }
 
 fn attend(
@@ -62,24 +139,19 @@ fn attend(
     keys: &Tensor,
     values: &Tensor,
     selected: Option<&Selected>,
+    tail: Option<&Attended>,
     scale: f32,
 ) -> Result<Attended> {
     let (query, keys, values) = (with_unit_rows(query)?, with_unit_rows(keys)?, with_unit_rows(values)?);
-    let selected = match selected {
-        None => None,
-        Some(selected) => Some(Selected {
-            indices: with_unit_rows(&selected.indices)?,
-            lens: with_unit_rows(&selected.lens)?,
-            weights: with_unit_rows(&selected.weights)?,
-        }),
-    };
-    let plan = Plan::new(op, &query, &keys, &values, selected.as_ref(), scale)?;
-    let op = Attend { plan, selected, lse: SideOutput::default() };
+    let selected = selected.map(Selected::with_unit_rows).transpose()?;
+    let tail = tail.map(Attended::with_unit_rows).transpose()?;
+    let plan = Plan::new(op, &query, &keys, &values, selected.as_ref(), tail.as_ref(), scale)?;
+    let op = Attend { plan, selected, tail, lse: SideOutput::default() };
     let out = query.apply_op3_no_bwd(&keys, &values, &op)?;
     Ok(Attended { out, lse: op.lse.take(op.plan.op)? })
 }
 
-/// A checked call of [`sparse_attend`] or [`dense_attend`].
+/// A checked call of [`sparse_attend`], with or without a tail, or [`dense_attend`].
 pub(crate) struct Plan {
     pub(crate) op: &'static str,
     pub(crate) query: View<4>,
@@ -87,16 +159,19 @@ pub(crate) struct Plan {
     pub(crate) values: View<4>,
     /// None: all positions.
     pub(crate) lists: Option<Lists>,
+    /// Output and LSE of other keys.
+    pub(crate) tail: Option<(View<4>, View<2>)>,
     pub(crate) scale: f32,
 }
 
 impl Plan {
-    fn new(
+    pub(super) fn new(
         op: &'static str,
         query: &Tensor,
         keys: &Tensor,
         values: &Tensor,
         selected: Option<&Selected>,
+        tail: Option<&Attended>,
         scale: f32,
     ) -> Result<Self> {
         let query_arg = Arg::new(op, "query", query);
@@ -117,23 +192,12 @@ impl Plan {
         if h == 0 || h_kv == 0 || !h.is_multiple_of(h_kv) {
             return keys_arg.fail(&format!("an h_kv that divides h {h}"), format_args!("{h_kv}"));
         }
-        let lists = match selected {
-            None => None,
-            Some(selected) => {
-                let lists = Lists::new(op, &selected.indices, &selected.lens, &selected.weights)?;
-                let [list_b, list_heads, len] = lists.indices.dims;
-                if list_b != b || (list_heads != h && list_heads != h_kv) {
-                    let expected = format!("shape [{b}, {h} or {h_kv}, {len}]");
-                    return Arg::new(op, "indices", &selected.indices)
-                        .fail(&expected, format_args!("{:?}", lists.indices.dims));
-                }
-                Some(lists)
-            }
-        };
+        let lists = selected.map(|selected| Lists::serving(op, selected, [b, h, h_kv])).transpose()?;
+        let tail = tail.map(|tail| tail.views(op, &query.dims)).transpose()?;
         if !scale.is_finite() {
             bail!("{op}: scale: expected a finite number, got {scale}");
         }
-        Ok(Self { op, query, keys, values: values_arg.view("[b, h_kv, n, head_dim]")?, lists, scale })
+        Ok(Self { op, query, keys, values: values_arg.view("[b, h_kv, n, head_dim]")?, lists, tail, scale })
     }
 
     /// Query heads that read the same positions of the same K and V: one a list, or one a group.
@@ -145,6 +209,7 @@ impl Plan {
 struct Attend {
     plan: Plan,
     selected: Option<Selected>,
+    tail: Option<Attended>,
     lse: SideOutput,
 }
 
@@ -163,7 +228,7 @@ impl CustomOp3 for Attend {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        let (out, lse) = cpu::run(&self.plan, self.selected.as_ref(), query, keys, values)?;
+        let (out, lse) = cpu::run(&self.plan, self.selected.as_ref(), self.tail.as_ref(), query, keys, values)?;
         self.lse.put_cpu(CpuStorage::F32(lse), (b, h));
         Ok((out, self.plan.query.dims.as_slice().into()))
     }
@@ -179,7 +244,8 @@ impl CustomOp3 for Attend {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        let (out, lse) = cuda::run(&self.plan, self.selected.as_ref(), query, keys, values)?;
+        let (selected, tail) = (self.selected.as_ref(), self.tail.as_ref());
+        let (out, lse) = cuda::run(&self.plan, selected, tail, query, keys, values)?;
         self.lse.put_cuda(lse, (b, h));
         Ok((out, self.plan.query.dims.as_slice().into()))
     }

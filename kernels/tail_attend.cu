@@ -1,0 +1,136 @@
+// Attention to the candidates that no list names, by the mean values of their clusters.
+//
+// 1. The candidates of a head are cut into tiles. A block weighs those of a tile, 0 what is listed, and adds the weights
+//    up by cluster. They are added as integers, in units of 2^-40 of the largest: in any order the sum is the same.
+// 2. A block brings the tiles of a head to one shift, in their order, and sums the clusters' means with the masses.
+#include "common.cuh"
+
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * 32;
+constexpr u32 MAX_CLUSTERS = THREADS;
+
+// Candidates of a tile. No more than 2^12: a half of a weight has 20 bits, and their sum must fit 32.
+constexpr u32 TILE = 4096;
+constexpr int EACH = TILE / THREADS;
+
+constexpr float LOG2_E = 1.44269504f;
+
+struct TailAttend {
+  View<3> scores;
+  View<4> codes;
+  View<3> indices;
+  View<2> list_lens;
+  View<3> weights;
+  View<4> sums;
+  View<3> counts;
+  Step step;  // init_offset and the number of candidates
+  u32 h;
+  u32 h_kv;
+  u32 lists;  // a batch element
+  u32 list_len;
+  u32 n_clusters;
+  u32 head_dim;
+  u32 tiles;  // the most there may be
+  float scale;
+};
+
+// Grid: (any number of blocks, which share the tiles; b * h).
+extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
+    const float* scores,   // [b, h, n]
+    const u8* codes,       // [b, h_kv, n, 1]
+    const u32* indices,    // [b, lists, list_len]
+    const u32* list_lens,  // [b, lists]
+    const float* weights,  // [b, lists, list_len]
+    const u32* lens,       // [b], or null
+    float* masses,         // [b, h, tiles, n_clusters]
+    float* shifts,         // [b, h, tiles]
+    const TailAttend p) {
+  __shared__ u32 listed[TILE / 32], high[MAX_CLUSTERS], low[MAX_CLUSTERS];
+  const u32 row = blockIdx.y, b = row / p.h, head = row % p.h, kv = head / (p.h / p.h_kv), list = head / (p.h / p.lists);
+  const u64 n = p.step.candidates(p.step.length(lens, b));
+  const u32 list_len = min(list_lens[p.list_lens.at(b, list)], p.list_len);
+  scores += p.scores.at(b, head);
+  codes += p.codes.at(b, kv);
+  indices += p.indices.at(b, list);
+  weights += p.weights.at(b, list);
+  const float scale = p.scale * LOG2_E;
+  for (u64 tile = blockIdx.x; tile * TILE < n; tile += gridDim.x) {
+    const u64 first = tile * TILE;
+    const u32 count = static_cast<u32>(min(static_cast<u64>(TILE), n - first));
+    __syncthreads();  // the last tile's sums have been read
+    if (threadIdx.x < TILE / 32) listed[threadIdx.x] = 0;
+    high[threadIdx.x] = low[threadIdx.x] = 0;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < list_len; i += THREADS) {
+      const u64 t = indices[i] - p.step.init_offset - first;  // wraps around below the tile
+      if (t < count && weights[i] != 0) atomicOr(&listed[t / 32], 1u << t % 32);
+    }
+    __syncthreads();
+    float x[EACH], largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const u32 t = i * THREADS + threadIdx.x;
+      x[i] = t < count && !(listed[t / 32] >> t % 32 & 1) ? scores[first + t] * scale : -INFINITY;
+      largest = fmaxf(largest, x[i]);
+    }
+    largest = block_max<WARPS>(largest);
+    if (largest > -INFINITY) {
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        // At most 2^40 - 1; NaN, which is no largest score, weighs nothing.
+        const u64 weight = min(__float2ull_rz(exp2f(x[i] - largest) * 0x1p40f), (1ull << 40) - 1);
+        if (weight == 0) continue;
+        const u32 cluster = codes[(first + i * THREADS + threadIdx.x) * p.codes.strides[2]];  // passed over if none
+        const u32 upper = static_cast<u32>(weight >> 20), lower = static_cast<u32>(weight & 0xfffff);
+        if (upper) atomicAdd(&high[cluster], upper);
+        if (lower) atomicAdd(&low[cluster], lower);
+      }
+    }
+    __syncthreads();
+    const u64 at = static_cast<u64>(row) * p.tiles + tile;
+    if (threadIdx.x < p.n_clusters) {
+      const u64 sum = (static_cast<u64>(high[threadIdx.x]) << 20) + low[threadIdx.x];
+      masses[at * p.n_clusters + threadIdx.x] = __ull2float_rn(sum) * 0x1p-40f;
+    }
+    if (threadIdx.x == 0) shifts[at] = largest;
+  }
+}
+
+// Grid: b * h; a thread a cluster, then an element.
+extern "C" __global__ __launch_bounds__(THREADS) void tail_attend(
+    const float* masses,  // [b, h, tiles, n_clusters]
+    const float* shifts,  // [b, h, tiles]
+    const float* sums,    // [b, h_kv, n_clusters, head_dim]
+    const u32* counts,    // [b, h_kv, n_clusters]
+    const u32* lens,      // [b], or null
+    float* out,           // [b, h, head_dim]
+    float* lse,           // [b, h]
+    const TailAttend p) {
+  __shared__ float weights[MAX_CLUSTERS];
+  const u32 row = blockIdx.x, b = row / p.h, kv = row % p.h / (p.h / p.h_kv), c = threadIdx.x;
+  const u64 n = p.step.candidates(p.step.length(lens, b));
+  const u32 tiles = static_cast<u32>(ceil_div(n, TILE));
+  shifts += static_cast<u64>(row) * p.tiles;
+  masses += static_cast<u64>(row) * p.tiles * p.n_clusters;
+  float top = -INFINITY;
+  for (u32 tile = threadIdx.x; tile < tiles; tile += THREADS) top = fmaxf(top, shifts[tile]);
+  top = block_max<WARPS>(top);
+  float mass = 0;
+  const u32 count = c < p.n_clusters ? counts[p.counts.at(b, kv, c)] : 0;
+  if (count > 0 && top > -INFINITY) {
+#pragma unroll 8
+    for (u32 tile = 0; tile < tiles; tile++) mass += exp2f(shifts[tile] - top) * masses[tile * p.n_clusters + c];
+  }
+  weights[c] = mass == 0 ? 0 : mass / count;
+  const float total = block_sum<WARPS>(mass);  // and the weights have been written
+  for (u32 e = threadIdx.x; e < p.head_dim; e += THREADS) {
+    float x = 0;
+#pragma unroll 8
+    for (u32 cluster = 0; cluster < p.n_clusters; cluster++) {
+      // What weighs nothing is not read: its sum may be no number.
+      if (weights[cluster] != 0) x += weights[cluster] * sums[p.sums.at(b, kv, cluster) + e];
+    }
+    out[static_cast<u64>(row) * p.head_dim + e] = total == 0 ? 0 : x / total;
+  }
+  if (threadIdx.x == 0) lse[row] = total == 0 ? -INFINITY : top / LOG2_E + logf(total);
+}

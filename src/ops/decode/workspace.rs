@@ -1,0 +1,89 @@
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::cuda_backend::DeviceId;
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Result};
+
+use super::OP;
+use crate::cuda;
+
+/// What the launches of a step leave to each other, for each device: all layers of a model share it, which keeps it in
+/// the second-level cache.
+///
+/// A device's launches are in one stream, so that the steps of several caches follow each other; the lock keeps the
+/// launches of one step together.
+#[derive(Clone, Default)]
+pub(crate) struct Workspace(Arc<Mutex<HashMap<DeviceId, Buffers>>>);
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("Workspace(..)")
+    }
+}
+
+impl Workspace {
+    /// Calls `launch` with the buffers of a device.
+    pub(super) fn with<T>(&self, device: &CudaDevice, launch: impl FnOnce(&mut Buffers) -> Result<T>) -> Result<T> {
+        launch(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(device.id()).or_default())
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Buffers {
+    pub(super) tables: Buffer,
+    pub(super) scores: Buffer,
+    pub(super) mass_stats: Buffer,
+    pub(super) mass: Buffer,
+    pub(super) histograms: Buffer,
+    pub(super) heavy: Buffer,
+    pub(super) indices: Buffer,
+    pub(super) list_lens: Buffer,
+    pub(super) weights: Buffer,
+    pub(super) tail_masses: Buffer,
+    pub(super) tail_shifts: Buffer,
+    pub(super) tail_out: Buffer,
+    pub(super) tail_lse: Buffer,
+    pub(super) partials: Buffer,
+    pub(super) attend_stats: Buffer,
+}
+
+/// Memory that grows to the most that was ever asked of it.
+#[derive(Default)]
+pub(super) struct Buffer {
+    storage: Option<(CudaStorage, usize)>,
+    /// Whether the storage is part of a captured graph.
+    is_captured: bool,
+    /// Storages that grew too small, but that captured graphs still use.
+    retired: Vec<CudaStorage>,
+}
+
+impl Buffer {
+    /// At least `count` elements.
+    pub(super) fn of(&mut self, device: &CudaDevice, count: usize, dtype: DType) -> Result<&mut CudaStorage> {
+        let is_capturing = cuda::is_capturing(device)?;
+        if self.storage.as_ref().is_none_or(|(_, len)| *len < count) {
+            if is_capturing {
+                bail!("{OP}: expected a step of these sizes before the one that is captured, which cannot allocate");
+            }
+            let larger = cuda::output(device, count, dtype)?;
+            if let (Some((old, _)), true) = (self.storage.replace((larger, count)), self.is_captured) {
+                self.retired.push(old);
+            }
+            self.is_captured = false;
+        }
+        self.is_captured |= is_capturing;
+        match &mut self.storage {
+            Some((storage, _)) => Ok(storage),
+            None => bail!("{OP}: a buffer was not allocated"),
+        }
+    }
+
+    /// What was last asked for.
+    pub(super) fn get(&self, op: &str) -> Result<&CudaStorage> {
+        match &self.storage {
+            Some((storage, _)) => Ok(storage),
+            None => bail!("{op}: a buffer was read before it was written"),
+        }
+    }
+}
