@@ -91,7 +91,10 @@ METHODS
   oracle          the keys of the highest exact scores: no other top-k covers more
   quest[:PAGE]    whole pages of 16 keys, by the upper bound from their smallest and largest elements
   pq:MxB          product quantization of the keys, M codes of B bits; pq:2x6 is PQCache's own setting.
-                  Computed by the library; pq:MxB:select=kv-head has one choice a KV head
+                  Computed by the library, with its options
+                    coarse=0         clusters of whole keys, of whose residuals the codes are
+                    tail=none        or means: their mean values stand for the rest
+                    select=query-head  or kv-head: one choice for all query heads of a KV head
   clusters        clusters of whole keys, PQ codes of the residuals, and a tail: the weights of the keys that
                   were not chosen, spent on their clusters' mean values. In plain loops, with the options
                     n=256            clusters: 2, 4, ... 256
