@@ -64,7 +64,7 @@ impl Clusters {
             match option.split_once('=') {
                 Some(("n", text)) => match text.parse() {
                     Ok(n @ 2..=256) if usize::is_power_of_two(n) => parsed.n = n,
-                    _ => bail!("{name}: n: expected 2, 4, 8, ... or 256, got {text:?}"),
+                    _ => bail!("n: expected 2, 4, 8, ... or 256, got {text:?}"),
                 },
                 Some(("codes", text)) => parsed.codes = codes(text)?,
                 Some(("tail", "none")) => parsed.tail = None,
@@ -78,7 +78,7 @@ impl Clusters {
                 Some(("spread", "head")) => parsed.variance = Variance::Head,
                 Some(("spread", "cluster")) => parsed.variance = Variance::Cluster,
                 Some(("spread", "full")) => parsed.variance = Variance::Full,
-                _ => bail!("{name}: expected options as --help lists them, such as n=64; got {option:?}"),
+                _ => bail!("expected options as --help lists them, such as n=64; got {option:?}"),
             }
         }
         Ok(parsed)
