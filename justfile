@@ -19,6 +19,10 @@ doc:
 compare *args:
     cargo run --release --example generate -- --attention both {{args}}
 
+# What sparse attention loses, by method and budget, in a real model on a real text
+fidelity *args:
+    cargo run --release --example fidelity -- {{args}}
+
 # The tests on this machine's GPU
 test-cuda *args:
     REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda {{args}}

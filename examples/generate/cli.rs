@@ -8,7 +8,8 @@ use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 
-use crate::source::read;
+use crate::common::cli::{at_least_one, first_line, heavy};
+use crate::common::source::read;
 
 /// Answers from a long document with sparse attention, dense attention, or both in comparison.
 ///
@@ -113,10 +114,6 @@ impl Args {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a number from 1 up".to_string())
-}
-
 fn temperature(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|t: &f64| t.is_finite() && *t >= 0.);
     number.ok_or_else(|| "expected 0 or a positive number".to_string())
@@ -127,15 +124,11 @@ fn top_p(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "expected a number above 0, at most 1".to_string())
 }
 
-fn heavy(text: &str) -> Result<Heavy, String> {
-    text.parse().map_err(|error: candle_core::Error| crate::first_line(&error.to_string()).to_string())
-}
-
 fn device(name: &str) -> Result<Device, String> {
     match name {
         "cpu" => Ok(Device::Cpu),
         "cuda" => Device::new_cuda(0).map_err(|error| {
-            let error = crate::first_line(&error.to_string()).to_string();
+            let error = first_line(&error.to_string()).to_string();
             format!("no GPU ({error}): build with --features cuda, where there is an NVIDIA GPU and its driver")
         }),
         _ => Err("expected cpu or cuda".to_string()),

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::common::logits::{argmax, kl};
+use crate::common::tokenizer::Codec;
 use crate::model::Model;
 use crate::report::Comparison;
-use crate::sampling::{argmax, kl, Sampler};
-use crate::tokenizer::Codec;
+use crate::sampling::Sampler;
 
 /// Tokens a step of the prefill: enough for matrix products at full speed, few enough for the bar to move.
 const CHUNK: usize = 512;

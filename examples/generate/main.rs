@@ -2,21 +2,13 @@
 //!
 //!     cargo run --release --example generate -- --help
 
-mod chat;
 mod cli;
-mod config;
+#[path = "../common/mod.rs"]
+mod common;
 mod generate;
-mod linear;
 mod model;
 mod report;
-mod rotary;
 mod sampling;
-mod smollm2;
-mod source;
-#[cfg(test)]
-mod testing;
-mod tokenizer;
-mod weights;
 
 use std::io::{stdout, Write};
 use std::process::ExitCode;
@@ -25,13 +17,14 @@ use anyhow::{ensure, Context, Result};
 use clap::Parser;
 
 use cli::{Args, Attention};
+use common::cli::{first_line, usage_error};
+use common::source::Checkpoint;
+use common::tokenizer::Codec;
+use common::weights::Weights;
 use generate::{answer, compare, prefill, Request};
 use model::Model;
 use report::Report;
 use sampling::Sampler;
-use source::Checkpoint;
-use tokenizer::Codec;
-use weights::Weights;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -114,22 +107,10 @@ fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to standard output")
 }
 
-/// An error without the backtrace that Candle puts below it where `RUST_BACKTRACE` is set.
-fn first_line(error: &str) -> &str {
-    error.lines().next().unwrap_or_default()
-}
-
-/// clap's report of a bad command line in one line, without the usage.
-fn usage_error(report: &str) -> String {
-    let usage = |line: &str| line.starts_with("Usage:") || line.starts_with("For more information");
-    let lines = report.lines().map(str::trim).filter(|line| !line.is_empty());
-    lines.take_while(|line| !usage(line)).collect::<Vec<_>>().join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::*;
+    use crate::common::testing::*;
 
     /// A tiny model, and the report of a run on it.
     fn tiny(args: &[&str]) -> Result<Report> {

@@ -1,26 +1,19 @@
-//! A decoder of the Llama family: Llama, Mistral, Qwen2 and Qwen3 are options of [`ModelConfig`].
+//! A language model and its caches, with sparse and with dense attention.
 
 use anyhow::Result;
-use candle_core::{DType, Device, Module, Tensor};
-use candle_nn::ops::swiglu;
-use candle_nn::{Embedding, RmsNorm};
+use candle_core::DType;
 use candle_pq_attn::{PqAttention, PqConfig, PqKvCache};
 
-use crate::config::ModelConfig;
-use crate::linear::Linear;
-use crate::rotary::Rotary;
-use crate::weights::{Precision, Weights};
+use crate::common::config::ModelConfig;
+use crate::common::decoder::Decoder;
+use crate::common::weights::Weights;
 
 /// Weights, and the cache of the one sequence that they work on.
 pub struct Model {
-    embedding: Embedding,
-    layers: Vec<Layer>,
-    norm: RmsNorm,
-    head: Linear,
-    rotary: Rotary,
+    decoder: Decoder,
     attention: PqAttention,
-    precision: Precision,
-    device: Device,
+    /// One a layer.
+    caches: Vec<PqKvCache>,
 }
 
 /// Bytes in use, over all layers.
@@ -32,48 +25,34 @@ pub struct Memory {
 
 impl Model {
     /// Reads the weights, and makes room for `capacity` tokens.
-    pub fn new(config: &ModelConfig, mut weights: Weights, pq: &PqConfig, capacity: usize) -> Result<Self> {
-        let (precision, device) = (weights.precision(), weights.device().clone());
-        let weights = &mut weights;
+    pub fn new(config: &ModelConfig, weights: Weights, pq: &PqConfig, capacity: usize) -> Result<Self> {
         let attention = PqAttention::new(pq.clone(), 1. / (config.head_dim as f32).sqrt())?;
-        let embeddings = weights.tensor("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
-        let head = match config.tied_embeddings {
-            true => embeddings.clone(),
-            false => weights.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size])?,
-        };
-        let layers = (0..config.layers).map(|index| {
-            let dims = [1, config.kv_heads, config.head_dim];
-            let cache = attention.new_cache(dims, capacity, precision.stored, &device)?;
-            Layer::new(config, weights, index, cache)
-        });
-        Ok(Self {
-            layers: layers.collect::<Result<_>>()?,
-            embedding: Embedding::new(embeddings, config.hidden_size),
-            norm: norm(config, weights, "model.norm", config.hidden_size)?,
-            head: Linear::new(head, None),
-            rotary: Rotary::new(config, precision.compute, &device)?,
-            attention,
-            precision,
-            device,
-        })
+        let decoder = Decoder::new(config, weights)?;
+        let (dims, dtype) = ([1, config.kv_heads, config.head_dim], decoder.precision().stored);
+        let cache = |_| attention.new_cache(dims, capacity, dtype, decoder.device());
+        let caches = (0..config.layers).map(cache).collect::<candle_core::Result<_>>()?;
+        Ok(Self { decoder, attention, caches })
     }
 
     /// Appends `tokens` and returns the logits after the last of them, f32 on the host. `dense` attends to every key;
     /// several tokens at once do so in any case.
     pub fn forward(&mut self, tokens: &[u32], dense: bool) -> Result<Vec<f32>> {
-        let tokens_in = Tensor::new(tokens, &self.device)?.unsqueeze(0)?;
-        let mut x = self.embedding.forward(&tokens_in)?.to_dtype(self.precision.compute)?;
-        for layer in &mut self.layers {
-            x = layer.forward(&x, &self.rotary, &self.attention, dense)?;
-        }
-        let last = x.narrow(1, tokens.len() - 1, 1)?;
-        let logits = self.head.forward(&self.norm.forward(&last)?)?;
+        let start = self.len();
+        let attention = &self.attention;
+        let hidden = self.decoder.forward(tokens, start, |layer, q, k, v| {
+            let cache = &mut self.caches[layer];
+            Ok(match dense {
+                true => attention.forward_dense(q, k, v, cache)?,
+                false => attention.forward(q, k, v, cache)?,
+            })
+        })?;
+        let logits = self.decoder.logits(&hidden.narrow(1, tokens.len() - 1, 1)?)?;
         Ok(logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     /// Tokens so far.
     pub fn len(&self) -> usize {
-        self.layers.first().map_or(0, |layer| layer.cache.len())
+        self.caches.first().map_or(0, PqKvCache::len)
     }
 
     /// Keys that the last step attended to.
@@ -86,120 +65,29 @@ impl Model {
 
     /// Forgets all tokens but the first `len`.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        Ok(self.layers.iter_mut().try_for_each(|layer| layer.cache.truncate(len))?)
+        Ok(self.caches.iter_mut().try_for_each(|cache| cache.truncate(len))?)
     }
 
     /// Trains codebooks on the keys so far and encodes them, which the first sparse step would do otherwise.
     pub fn build_index(&mut self) -> Result<()> {
-        Ok(self.layers.iter_mut().try_for_each(|layer| layer.cache.build_index())?)
+        Ok(self.caches.iter_mut().try_for_each(PqKvCache::build_index)?)
     }
 
     pub fn memory(&self) -> Memory {
-        self.layers.iter().fold(Memory::default(), |sum, layer| {
-            let memory = layer.cache.memory();
-            Memory { kv_bytes: sum.kv_bytes + memory.kv_bytes, index_bytes: sum.index_bytes + memory.index_bytes }
+        self.caches.iter().map(PqKvCache::memory).fold(Memory::default(), |sum, memory| Memory {
+            kv_bytes: sum.kv_bytes + memory.kv_bytes,
+            index_bytes: sum.index_bytes + memory.index_bytes,
         })
     }
-}
-
-struct Layer {
-    input_norm: RmsNorm,
-    qkv: Linear,
-    qk_norm: Option<(RmsNorm, RmsNorm)>,
-    output: Linear,
-    mlp_norm: RmsNorm,
-    gate_up: Linear,
-    down: Linear,
-    heads: usize,
-    kv_heads: usize,
-    cache: PqKvCache,
-}
-
-impl Layer {
-    fn new(config: &ModelConfig, weights: &mut Weights, index: usize, cache: PqKvCache) -> Result<Self> {
-        let &ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = config;
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let (q_size, kv_size) = (heads * head_dim, kv_heads * head_dim);
-        let qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)];
-        let qkv = qkv.map(|(part, size)| (name(&format!("self_attn.{part}_proj")), size));
-        let gate_up = ["gate", "up"].map(|part| (name(&format!("mlp.{part}_proj")), intermediate_size));
-        let qk_norm = match config.qk_norm {
-            true => Some((
-                norm(config, weights, &name("self_attn.q_norm"), head_dim)?,
-                norm(config, weights, &name("self_attn.k_norm"), head_dim)?,
-            )),
-            false => None,
-        };
-        Ok(Self {
-            input_norm: norm(config, weights, &name("input_layernorm"), hidden_size)?,
-            qkv: linear(weights, &qkv, hidden_size, config.qkv_bias)?,
-            qk_norm,
-            output: linear(weights, &[(name("self_attn.o_proj"), hidden_size)], q_size, false)?,
-            mlp_norm: norm(config, weights, &name("post_attention_layernorm"), hidden_size)?,
-            gate_up: linear(weights, &gate_up, hidden_size, false)?,
-            down: linear(weights, &[(name("mlp.down_proj"), hidden_size)], intermediate_size, false)?,
-            heads,
-            kv_heads,
-            cache,
-        })
-    }
-
-    fn forward(&mut self, x: &Tensor, rotary: &Rotary, attention: &PqAttention, dense: bool) -> Result<Tensor> {
-        let x = (x + self.attend(&self.input_norm.forward(x)?, rotary, attention, dense)?)?;
-        let gated = swiglu(&self.gate_up.forward(&self.mlp_norm.forward(&x)?)?)?;
-        Ok((&x + self.down.forward(&gated)?)?)
-    }
-
-    fn attend(&mut self, x: &Tensor, rotary: &Rotary, attention: &PqAttention, dense: bool) -> Result<Tensor> {
-        let (batch, tokens, _) = x.dims3()?;
-        let all_heads = self.heads + 2 * self.kv_heads;
-        let qkv = self.qkv.forward(x)?.reshape((batch, tokens, all_heads, ()))?.transpose(1, 2)?;
-        let mut q = qkv.narrow(1, 0, self.heads)?;
-        let mut k = qkv.narrow(1, self.heads, self.kv_heads)?;
-        let v = qkv.narrow(1, self.heads + self.kv_heads, self.kv_heads)?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
-        }
-        let start = self.cache.len();
-        let dtype = self.cache.dtype();
-        let q = rotary.apply(&q, start)?.to_dtype(dtype)?;
-        let k = rotary.apply(&k, start)?.to_dtype(dtype)?;
-        let v = v.to_dtype(dtype)?;
-        let out = match dense {
-            true => attention.forward_dense(&q, &k, &v, &mut self.cache)?,
-            false => attention.forward(&q, &k, &v, &mut self.cache)?,
-        };
-        let out = out.transpose(1, 2)?.reshape((batch, tokens, ()))?;
-        Ok(self.output.forward(&out.to_dtype(x.dtype())?)?)
-    }
-}
-
-fn norm(config: &ModelConfig, weights: &mut Weights, name: &str, size: usize) -> Result<RmsNorm> {
-    let weight = weights.tensor(&format!("{name}.weight"), &[size])?.to_dtype(weights.precision().compute)?;
-    Ok(RmsNorm::new(weight, config.rms_norm_eps))
-}
-
-/// One layer for projections of the same input: few large products are faster than many small ones.
-fn linear(weights: &mut Weights, parts: &[(String, usize)], inputs: usize, bias: bool) -> Result<Linear> {
-    let mut stack = |kind: &str, inputs: &[usize]| -> Result<Tensor> {
-        let tensors = parts
-            .iter()
-            .map(|(name, outputs)| weights.tensor(&format!("{name}.{kind}"), &[&[*outputs], inputs].concat()));
-        let tensors = tensors.collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&tensors, 0)?)
-    };
-    let weight = stack("weight", &[inputs])?;
-    let bias = bias.then(|| stack("bias", &[])).transpose()?;
-    let bias = bias.map(|bias| bias.to_dtype(weights.precision().compute)).transpose()?;
-    Ok(Linear::new(weight, bias))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::RopeScaling;
-    use crate::source::Checkpoint;
-    use crate::testing::*;
+    use crate::common::config::RopeScaling;
+    use crate::common::source::Checkpoint;
+    use crate::common::testing::*;
+    use candle_core::{Device, Tensor};
 
     const TOKENS: [u32; 12] = [7, 3, 250, 7, 91, 18, 18, 4, 77, 130, 5, 60];
 

@@ -239,7 +239,7 @@ pub fn integer(value: &Value) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{gguf_metadata, tiny_config};
+    use crate::common::testing::{gguf_metadata, tiny_config};
     use candle_core::quantized::gguf_file::{TensorInfo, VersionedMagic};
     use candle_core::quantized::GgmlDType;
     use serde_json::{json, Value as Json};

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::config::{ModelConfig, RopeScaling};
+use crate::common::config::{ModelConfig, RopeScaling};
 
 /// The sines and cosines of every position of the context.
 pub struct Rotary {
@@ -51,7 +51,7 @@ fn frequencies(config: &ModelConfig) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::tiny_config;
+    use crate::common::testing::tiny_config;
 
     #[test]
     fn llama3_scaling_keeps_fast_and_stretches_slow() {

@@ -11,9 +11,9 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{PreTokenizerWrapper, Tokenizer};
 
-use crate::chat::Format;
-use crate::config::integer;
-use crate::source::{read, Checkpoint, Gguf};
+use crate::common::chat::Format;
+use crate::common::config::integer;
+use crate::common::source::{read, Checkpoint, Gguf};
 
 /// A model's tokenizer, chat format and ending tokens.
 pub struct Codec {
@@ -45,6 +45,11 @@ impl Codec {
         let add_special_tokens = self.chat == Format::Plain;
         let encoding = self.tokenizer.encode(self.chat.wrap(prompt), add_special_tokens).map_err(anyhow::Error::msg)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of a text as it is, behind the token that begins one where the model has that.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.encode(text, true).map_err(anyhow::Error::msg)?.get_ids().to_vec())
     }
 
     /// Whether `token` ends the answer.
@@ -157,8 +162,8 @@ fn from_metadata(content: &mut Content) -> Result<Tokenizer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::smollm2;
-    use crate::testing::*;
+    use crate::common::smollm2;
+    use crate::common::testing::*;
 
     /// The codec of a tiny GGUF file whose metadata has these changes.
     fn gguf(pre: &str, changes: &[(&str, Value)], beside: bool) -> Result<Codec> {
@@ -271,7 +276,7 @@ mod tests {
             return Ok(());
         };
         let codec = Codec::new(&mut Checkpoint::open(file.to_str().unwrap())?)?;
-        let tokens = codec.encode(include_str!("prompt.txt"))?.len();
+        let tokens = codec.encode(include_str!("../generate/prompt.txt"))?.len();
         assert!((6_000..=6_700).contains(&tokens), "{tokens} tokens");
         Ok(())
     }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 
-use crate::config::ModelConfig;
-use crate::source::{weight_files, Checkpoint, Gguf};
+use crate::common::config::ModelConfig;
+use crate::common::source::{weight_files, Checkpoint, Gguf};
 
 /// The types of a model's numbers.
 #[derive(Debug, Clone, Copy)]

@@ -13,7 +13,7 @@ use tokenizers::models::bpe::{Vocab, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::config::{ModelConfig, RopeScaling};
+use crate::common::config::{ModelConfig, RopeScaling};
 
 /// Named as Hugging Face does.
 pub type Tensors = BTreeMap<String, Tensor>;

@@ -8,8 +8,8 @@ use anyhow::{anyhow, bail, ensure, Context, Result};
 use candle_core::quantized::gguf_file::Content;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 
-use crate::config::ModelConfig;
-use crate::smollm2;
+use crate::common::config::ModelConfig;
+use crate::common::smollm2;
 
 /// The files of a model, opened but not yet read.
 pub enum Checkpoint {

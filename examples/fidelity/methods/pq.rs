@@ -1,0 +1,125 @@
+//! What the library does, by [`PqAttention::forward`].
+
+use anyhow::{bail, Result};
+use candle_core::Tensor;
+use candle_pq_attn::ops::{self, Geometry};
+use candle_pq_attn::{Codebook, Heavy, PqAttention, PqConfig, PqKvCache, Selection, Tail};
+
+use super::{codes, Layer, Method, Prefill};
+use crate::attend::{Attended, Queries};
+
+/// The parts of its config that do not come from the command line.
+#[derive(Clone)]
+pub struct Pq(PqConfig);
+
+impl Pq {
+    /// `16x8`, and options such as `coarse=256`
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut parts = text.split(':');
+        let (pq_dim, pq_bits) = codes(parts.next().unwrap_or_default())?;
+        let mut config = PqConfig { pq_dim, pq_bits, coarse: 0, tail: Tail::None, ..PqConfig::default() };
+        for option in parts {
+            match option.split_once('=') {
+                Some(("select", "query-head")) => config.selection = Selection::PerQueryHead,
+                Some(("select", "kv-head")) => config.selection = Selection::PerKvHead,
+                Some(("tail", "none")) => config.tail = Tail::None,
+                Some(("tail", "means")) => config.tail = Tail::ClusterMeans,
+                Some(("coarse", number)) if number.parse::<usize>().is_ok() => config.coarse = number.parse()?,
+                _ => bail!("pq: expected options as --help lists them, such as coarse=256; got {option:?}"),
+            }
+        }
+        Ok(Self(config))
+    }
+}
+
+impl Method for Pq {
+    fn label(&self) -> String {
+        let PqConfig { pq_dim, pq_bits, coarse, tail, selection, .. } = self.0;
+        let coarse = if coarse > 0 { format!(" on residuals to {coarse}") } else { String::new() };
+        let tail = if tail == Tail::ClusterMeans { " + tail" } else { "" };
+        let by = if selection == Selection::PerKvHead { ", by KV head" } else { "" };
+        format!("PQ {pq_dim} x {pq_bits}{coarse}{tail}{by}")
+    }
+
+    fn bytes_per_key(&self, _: usize) -> Option<f64> {
+        Some((self.0.pq_dim + usize::from(self.0.coarse > 0)) as f64)
+    }
+
+    fn observe(&self, prefill: &Prefill) -> Result<Box<dyn Layer>> {
+        let settings = prefill.settings;
+        let config = PqConfig {
+            sink: settings.sink,
+            window: settings.window,
+            seed: settings.seed,
+            max_train_keys: settings.max_train_keys,
+            ..self.0.clone()
+        };
+        let keys = prefill.training_keys()?.unsqueeze(0)?;
+        config.validate(keys.dim(3)?)?;
+        Ok(Box::new(Trained { codebook: Codebook::train(&keys, &config)?, config }))
+    }
+}
+
+struct Trained {
+    codebook: Codebook,
+    config: PqConfig,
+}
+
+impl Layer for Trained {
+    fn attend(&self, queries: &Queries, heavy: Heavy) -> Result<Attended> {
+        let attention = PqAttention::new(PqConfig { heavy, ..self.config.clone() }, queries.scale)?;
+        let [q, keys, values] = [queries.q, queries.keys, queries.values].map(|tensor| tensor.unsqueeze(0));
+        let (q, keys, values) = (q?, keys?, values?);
+        let (_, h, s, _) = q.dims4()?;
+        let (_, h_kv, n, d) = keys.dims4()?;
+        let mut cache = attention.new_cache([1, h_kv, d], n, q.dtype(), q.device())?;
+        cache.set_codebook(self.codebook.clone())?;
+        cache.append(&keys.narrow(2, 0, n - s)?, &values.narrow(2, 0, n - s)?)?;
+        let (mut outs, mut masses, mut tails) = (Vec::with_capacity(s), vec![0f64; h * s], vec![0f64; h * s]);
+        for i in 0..s {
+            let [q, key, value] = [(&q, i), (&keys, n - s + i), (&values, n - s + i)].map(|(x, at)| x.narrow(2, at, 1));
+            let q = q?;
+            outs.push(attention.forward(&q, &key?, &value?, &mut cache)?);
+            let (mass, tail) = masses_of(&q, &cache, queries.scale)?;
+            for head in 0..h {
+                (masses[head * s + i], tails[head * s + i]) = (f64::from(mass[head]), f64::from(tail[head]));
+            }
+        }
+        let tail = (self.config.tail == Tail::ClusterMeans).then_some(tails);
+        Ok(Attended { out: Tensor::cat(&outs, 2)?.squeeze(0)?, mass: masses, tail })
+    }
+}
+
+/// Log masses of what the step that has just been taken attended to, and of its tail, for each query head. A step keeps
+/// them to itself: the ops repeat it.
+fn masses_of(q: &Tensor, cache: &PqKvCache, scale: f32) -> Result<(Vec<f32>, Vec<f32>)> {
+    let (n, config) = (cache.len(), cache.config().clone());
+    let (keys, values) = (cache.keys()?, cache.values()?);
+    let lse = |attended: ops::Attended| attended.lse.flatten_all()?.to_vec1::<f32>();
+    let no_tail = vec![f32::NEG_INFINITY; q.dim(1)?];
+    if config.is_dense(n) {
+        return Ok((lse(ops::dense_attend(q, &keys, &values, scale)?)?, no_tail));
+    }
+    let candidates = config.candidates(n);
+    let Some(codebook) = cache.codebook() else { bail!("pq: expected a codebook after a sparse step, found none") };
+    let (codes, centroids) = (cache.codes()?.narrow(2, 0, candidates.len())?, codebook.centroids()?);
+    let coarse_codes = cache.coarse_codes()?.map(|codes| codes.narrow(2, 0, candidates.len())).transpose()?;
+    let scores = match (&coarse_codes, codebook.coarse()) {
+        (Some(coarse_codes), Some(coarse)) => ops::residual_score(q, &codes, &centroids, coarse_codes, coarse)?,
+        _ => ops::score(q, &codes, &centroids)?,
+    };
+    let chosen_by = match config.selection {
+        Selection::PerQueryHead => scores.clone(),
+        Selection::PerKvHead => ops::group_mass(&scores, cache.dims()[1], scale)?,
+    };
+    let heavy = ops::topk(&chosen_by, config.heavy.count(n))?;
+    let (sink, window, init_offset) = (config.sink, config.window, candidates.start);
+    let selected = ops::indices_and_weights(&heavy, Geometry { n, sink, window, init_offset })?;
+    let tail = match (&coarse_codes, cache.clusters()) {
+        (Some(codes), Some(clusters)) => {
+            lse(ops::tail_attend(&scores, codes, clusters, &selected, init_offset, scale)?)?
+        }
+        _ => no_tail,
+    };
+    Ok((lse(ops::sparse_attend(q, &keys, &values, &selected, scale)?)?, tail))
+}
