@@ -384,6 +384,8 @@ mod graph {
     use candle_core::cuda_backend::WrapErr;
     use candle_core::{bail, CudaDevice, Result};
 
+    use super::Call;
+
     const CALLS: usize = 20;
 
     /// The time of a call in a replayed graph, in µs, and the launches of one call: kernels, fills and copies.

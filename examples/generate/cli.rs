@@ -68,6 +68,9 @@ pub struct Args {
     /// Where to run
     #[arg(long, default_value = "cpu", value_parser = device)]
     pub device: Device,
+    /// Has the same model on this device, cpu or cuda, read prompt and answer, and reports how far its distributions are off
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    pub check_on: Option<Device>,
     /// The type of weights, keys and values
     #[arg(long, default_value = "f32", value_parser = dtype())]
     pub dtype: DType,

@@ -49,6 +49,8 @@ pub struct Outcome {
     pub steps: Steps,
     pub index_time: Option<Duration>,
     pub comparison: Option<Comparison>,
+    /// Mean over the steps, in nats, to the model that checked them.
+    pub check_kl: Option<f64>,
 }
 
 /// What to generate, and how.
@@ -60,18 +62,40 @@ pub struct Request<'a> {
 }
 
 /// Answers with dense or with sparse attention. The answer begins with one of `logits`, those after the prompt; `emit`
-/// sees its text as it comes.
+/// sees its text as it comes. With a `check`, another model then reads the prompt and the answer.
 pub fn answer(
     model: &mut Model,
     request: Request,
     logits: Vec<f32>,
     dense: bool,
     emit: impl FnMut(&str) -> Result<()>,
+    check: Option<Check>,
 ) -> Result<Outcome> {
     let index_time = (!dense).then(|| build_index(model)).transpose()?;
-    let decoded = decode(model, request, logits, dense, emit, |_| ())?;
-    let Decoded { tokens, text, steps } = decoded;
-    Ok(Outcome { tokens: tokens.len(), text, steps, index_time, comparison: None })
+    let mut all_logits = Vec::new();
+    let observe = |logits: &[f32]| {
+        if check.is_some() {
+            all_logits.push(logits.to_vec());
+        }
+    };
+    let Decoded { tokens, text, steps } = decode(model, request, logits, dense, emit, observe)?;
+    let check_kl = match check {
+        None => None,
+        Some(Check { model, prompt }) => {
+            prefill(model, prompt)?;
+            if !dense {
+                build_index(model)?;
+            }
+            Some(replay(model, &tokens, &all_logits, dense)?.kl)
+        }
+    };
+    Ok(Outcome { tokens: tokens.len(), text, steps, index_time, comparison: None, check_kl })
+}
+
+/// Another model, which has read nothing yet, and the prompt.
+pub struct Check<'a> {
+    pub model: &'a mut Model,
+    pub prompt: &'a [u32],
 }
 
 /// Answers with dense attention, then has the sparse model read the same tokens, and compares the distributions that
@@ -93,7 +117,7 @@ pub fn compare(
     model.truncate(prompt)?;
     let index_time = build_index(model)?;
     warm_up(model, first, false)?;
-    let replay = replay(model, &dense.tokens, &dense_logits)?;
+    let replay = replay(model, &dense.tokens, &dense_logits, false)?;
     let comparison = Comparison {
         dense_decode_tokens_per_s: dense.steps.tokens_per_s(),
         speedup: replay.steps.tokens_per_s() / dense.steps.tokens_per_s(),
@@ -106,6 +130,7 @@ pub fn compare(
         steps: replay.steps,
         index_time: Some(index_time),
         comparison: Some(comparison),
+        check_kl: None,
     })
 }
 
@@ -145,21 +170,21 @@ fn decode(
 
 struct Replay {
     steps: Steps,
-    /// Mean over the steps, in nats, from dense to sparse.
+    /// Mean over the steps, in nats, from the other model.
     kl: f64,
     /// Share of the steps whose likeliest next token is the same.
     top1_agreement: f64,
 }
 
-/// Feeds `tokens` to the sparse model, and compares each step's logits with the dense ones.
-fn replay(model: &mut Model, tokens: &[u32], dense: &[Vec<f32>]) -> Result<Replay> {
+/// Feeds `tokens` to a model, and compares each step's logits with those of another.
+fn replay(model: &mut Model, tokens: &[u32], others: &[Vec<f32>], dense: bool) -> Result<Replay> {
     let (mut steps, mut kl_sum, mut agreed) = (Steps::default(), 0., 0usize);
-    for (&token, dense) in tokens.iter().zip(dense) {
-        let sparse = steps.run(model, token, false)?;
-        kl_sum += kl(dense, &sparse);
-        agreed += usize::from(argmax(dense) == argmax(&sparse));
+    for (&token, other) in tokens.iter().zip(others) {
+        let logits = steps.run(model, token, dense)?;
+        kl_sum += kl(other, &logits);
+        agreed += usize::from(argmax(other) == argmax(&logits));
     }
-    let count = steps.count as f64;
+    let count = steps.count.max(1) as f64;
     Ok(Replay { steps, kl: kl_sum / count, top1_agreement: agreed as f64 / count })
 }
 

@@ -21,7 +21,7 @@ use common::cli::{first_line, usage_error};
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
 use common::weights::Weights;
-use generate::{answer, compare, prefill, Request};
+use generate::{answer, compare, prefill, Check, Request};
 use model::Model;
 use report::Report;
 use sampling::Sampler;
@@ -57,21 +57,29 @@ fn run(args: &Args) -> Result<()> {
 fn report(args: &Args) -> Result<Report> {
     let both = args.attention == Attention::Both;
     ensure!(!both || args.temperature == 0., "--attention both takes the likeliest tokens: leave out --temperature");
+    ensure!(!both || args.check_on.is_none(), "--check-on checks one kind of attention: leave out --attention both");
     let mut checkpoint = Checkpoint::open(&args.model)?;
     let config = checkpoint.config()?;
     let pq = args.pq_config(config.head_dim)?;
     let codec = Codec::new(&mut checkpoint)?;
     let prompt = codec.encode(&args.prompt()?)?;
     let limit = room(prompt.len(), args.sample_len, config.context)?;
-    let weights = Weights::new(checkpoint, &config, args.dtype, &args.device)?;
-    let mut model = Model::new(&config, weights, &pq, prompt.len() + limit)?;
+    let model_on = |checkpoint, device| {
+        Model::new(&config, Weights::new(checkpoint, &config, args.dtype, device)?, &pq, prompt.len() + limit)
+    };
+    let mut model = model_on(checkpoint, &args.device)?;
 
     let (logits, prefill_time) = prefill(&mut model, &prompt)?;
     let request = Request { codec: &codec, sampler: Sampler::new(args.seed, args.temperature, args.top_p), limit };
     let emit = |text: &str| if args.json { Ok(()) } else { print(text) };
     let outcome = match args.attention {
         Attention::Both => compare(&mut model, request, logits, emit)?,
-        attention => answer(&mut model, request, logits, attention == Attention::Dense, emit)?,
+        attention => {
+            let checked_on = args.check_on.as_ref();
+            let mut other = checked_on.map(|device| model_on(Checkpoint::open(&args.model)?, device)).transpose()?;
+            let check = other.as_mut().map(|model| Check { model, prompt: &prompt });
+            answer(&mut model, request, logits, attention == Attention::Dense, emit, check)?
+        }
     };
     let memory = model.memory();
     Ok(Report {
@@ -85,6 +93,7 @@ fn report(args: &Args) -> Result<Report> {
         kv_bytes: memory.kv_bytes,
         index_bytes: memory.index_bytes,
         comparison: outcome.comparison,
+        check_kl: outcome.check_kl,
         index_time: outcome.index_time,
     })
 }
@@ -151,6 +160,17 @@ mod tests {
         Ok(())
     }
 
+    /// Another model in f32 finds the same to the bit.
+    #[test]
+    fn a_check_finds_no_difference() -> Result<()> {
+        for attention in ["sparse", "dense"] {
+            let args = ["--prompt", &prompt(), "--heavy", "8", "--sample-len", "9", "--check-on", "cpu"];
+            let report = tiny(&[&args[..], &["--attention", attention]].concat())?;
+            assert_eq!(report.check_kl, Some(0.));
+        }
+        Ok(())
+    }
+
     #[test]
     fn selection_and_types_are_options() -> Result<()> {
         for option in [["--selection", "kv-head"], ["--dtype", "bf16"], ["--dtype", "f16"], ["--temperature", "0.8"]] {
@@ -180,6 +200,7 @@ mod tests {
             (&["--pq-bits", "9"], "pq_bits: expected 1 to 8, got 9"),
             (&["--pq-dim", "5"], "pq_dim: expected a divisor of head_dim 16, got 5"),
             (&["--attention", "both", "--temperature", "1"], "leave out --temperature"),
+            (&["--attention", "both", "--check-on", "cpu"], "leave out --attention both"),
             (&["--attention", "both", "--prompt", "x", "--sample-len", "1"], "no decode step to compare"),
             (&["--attention", "both", "--prompt", &full], "no decode step to compare"),
         ] {

@@ -19,6 +19,8 @@ pub struct Report {
     pub index_bytes: usize,
     #[serde(flatten)]
     pub comparison: Option<Comparison>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check_kl: Option<f64>,
     /// For the table only.
     #[serde(skip)]
     pub index_time: Option<Duration>,
@@ -56,6 +58,9 @@ impl fmt::Display for Report {
             row(f, "KL(dense || sparse)", format!("{:.3e} nats a token", comparison.kl))?;
             row(f, "top-1 agreement", format!("{:.1}%", 100. * comparison.top1_agreement))?;
         }
+        if let Some(kl) = self.check_kl {
+            row(f, "KL to the check", format!("{kl:.3e} nats a token"))?;
+        }
         Ok(())
     }
 }
@@ -84,6 +89,7 @@ mod tests {
             kv_bytes: 92_000_000,
             index_bytes: 4_000_000,
             comparison,
+            check_kl: None,
             index_time: Some(Duration::from_secs(1)),
         }
     }
