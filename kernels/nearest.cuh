@@ -185,4 +185,4 @@ __device__ void nearest(const SubVectors<T>& vectors, const Centroids& centroids
 // Instantiates X(suffix, type, LEN) for every element type and length; `len0` is the one for any length.
 #define FOR_EACH_LENGTH(X, suffix, type) \
   X(suffix, type, 0) X(suffix, type, 2) X(suffix, type, 4) X(suffix, type, 8) X(suffix, type, 16) X(suffix, type, 32) \
-  X(suffix, type, 64)
+  X(suffix, type, 64) X(suffix, type, 80) X(suffix, type, 96) X(suffix, type, 128)

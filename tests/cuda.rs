@@ -384,6 +384,9 @@ fn kmeans() -> Result<()> {
         ([1, 1, 5000, 128], 16, 8, 5000),
         ([1, 2, 64, 96], 4, 6, 64),
         ([1, 1, 300, 256], 1, 3, 300),
+        ([1, 2, 700, 128], 1, 8, 600),
+        ([2, 1, 500, 80], 1, 6, 500),
+        ([1, 1, 500, 96], 1, 5, 500),
     ] {
         for (dtype, metric) in
             DTYPES.into_iter().flat_map(|dtype| [(dtype, Metric::Euclidean), (dtype, Metric::InnerProduct)])

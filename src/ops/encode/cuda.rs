@@ -32,7 +32,7 @@ pub(crate) const THREADS: u32 = 128;
 pub(crate) fn nearest_kernel(pq_len: usize, n: usize) -> (usize, usize) {
     match pq_len {
         2 | 4 | 8 | 16 if n >= 128 => (pq_len, 256),
-        32 | 64 if n >= 128 => (pq_len, 128),
+        32 | 64 | 80 | 96 | 128 if n >= 128 => (pq_len, 128),
         _ => (0, 4),
     }
 }
