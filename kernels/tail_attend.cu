@@ -9,6 +9,10 @@ constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * 32;
 constexpr u32 MAX_CLUSTERS = THREADS;
 
+// Of the second kernel.
+constexpr int ATTEND_WARPS = 32;
+constexpr int ATTEND_THREADS = ATTEND_WARPS * 32;
+
 // Candidates of a tile. No more than 2^12: a half of a weight has 20 bits, and their sum must fit 32.
 constexpr u32 TILE = 4096;
 constexpr int EACH = TILE / THREADS;
@@ -60,15 +64,18 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
     if (threadIdx.x < TILE / 32) listed[threadIdx.x] = 0;
     high[threadIdx.x] = low[threadIdx.x] = 0;
     __syncthreads();
+#pragma unroll 4
     for (u32 i = threadIdx.x; i < list_len; i += THREADS) {
       const u64 t = indices[i] - p.step.init_offset - first;  // wraps around below the tile
       if (t < count && weights[i] != 0) atomicOr(&listed[t / 32], 1u << t % 32);
     }
     __syncthreads();
     float x[EACH], largest = -INFINITY;
+    u32 clusters[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const u32 t = i * THREADS + threadIdx.x;
+      clusters[i] = t < count ? codes[(first + t) * p.codes.strides[2]] : 0;
       x[i] = t < count && !(listed[t / 32] >> t % 32 & 1) ? scores[first + t] * p.scale : -INFINITY;
       largest = fmaxf(largest, x[i]);
     }
@@ -78,11 +85,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
       for (int i = 0; i < EACH; i++) {
         // At most 2^40 - 1; NaN, which is no largest score, weighs nothing.
         const u64 weight = min(__float2ull_rz(exp2f((x[i] - largest) * LOG2_E) * 0x1p40f), (1ull << 40) - 1);
-        if (weight == 0) continue;
-        const u32 cluster = codes[(first + i * THREADS + threadIdx.x) * p.codes.strides[2]];  // passed over if none
         const u32 upper = static_cast<u32>(weight >> 20), lower = static_cast<u32>(weight & 0xfffff);
-        if (upper) atomicAdd(&high[cluster], upper);
-        if (lower) atomicAdd(&low[cluster], lower);
+        if (upper) atomicAdd(&high[clusters[i]], upper);
+        if (lower) atomicAdd(&low[clusters[i]], lower);
       }
     }
     __syncthreads();
@@ -95,8 +100,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
   }
 }
 
-// Grid: b * h; a thread a cluster, then an element.
-extern "C" __global__ __launch_bounds__(THREADS) void tail_attend(
+// Grid: b * h; some threads a cluster, then some an element, each for a part of what is to be summed.
+extern "C" __global__ __launch_bounds__(ATTEND_THREADS) void tail_attend(
     const float* masses,  // [b, h, tiles, n_clusters]
     const float* shifts,  // [b, h, tiles]
     const float* sums,    // [b, h_kv, n_clusters, head_dim]
@@ -105,31 +110,54 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_attend(
     float* out,           // [b, h, head_dim]
     float* lse,           // [b, h]
     const TailAttend p) {
-  __shared__ float weights[MAX_CLUSTERS];
-  const u32 row = blockIdx.x, b = row / p.h, kv = row % p.h / (p.h / p.h_kv), c = threadIdx.x;
+  __shared__ float parts[ATTEND_THREADS], weights[MAX_CLUSTERS];
+  const u32 row = blockIdx.x, b = row / p.h, kv = row % p.h / (p.h / p.h_kv);
   const u64 n = p.step.candidates(p.step.length(lens, b));
   const u32 tiles = static_cast<u32>(ceil_div(n, TILE));
   shifts += static_cast<u64>(row) * p.tiles;
   masses += static_cast<u64>(row) * p.tiles * p.n_clusters;
   float top = -INFINITY;
-  for (u32 tile = threadIdx.x; tile < tiles; tile += THREADS) top = fmaxf(top, shifts[tile]);
-  top = block_max<WARPS>(top);
+  for (u32 tile = threadIdx.x; tile < tiles; tile += ATTEND_THREADS) top = fmaxf(top, shifts[tile]);
+  top = block_max<ATTEND_WARPS>(top);
+
+  constexpr u32 MASS_PARTS = ATTEND_THREADS / MAX_CLUSTERS;
+  const u32 c = threadIdx.x % MAX_CLUSTERS;
   float mass = 0;
-  const u32 count = c < p.n_clusters ? counts[p.counts.at(b, kv, c)] : 0;
-  if (count > 0 && top > -INFINITY) {
+  if (c < p.n_clusters && top > -INFINITY) {
 #pragma unroll 8
-    for (u32 tile = 0; tile < tiles; tile++) mass += exp2f((shifts[tile] - top) * LOG2_E) * masses[tile * p.n_clusters + c];
-  }
-  weights[c] = mass == 0 ? 0 : mass / count;
-  const float total = block_sum<WARPS>(mass);  // and the weights have been written
-  for (u32 e = threadIdx.x; e < p.head_dim; e += THREADS) {
-    float x = 0;
-#pragma unroll 8
-    for (u32 cluster = 0; cluster < p.n_clusters; cluster++) {
-      // What weighs nothing is not read: its sum may be no number.
-      if (weights[cluster] != 0) x += weights[cluster] * sums[p.sums.at(b, kv, cluster) + e];
+    for (u32 tile = threadIdx.x / MAX_CLUSTERS; tile < tiles; tile += MASS_PARTS) {
+      mass += exp2f((shifts[tile] - top) * LOG2_E) * masses[tile * p.n_clusters + c];
     }
-    out[static_cast<u64>(row) * p.head_dim + e] = total == 0 ? 0 : x / total;
+  }
+  parts[threadIdx.x] = mass;
+  __syncthreads();
+  mass = 0;
+  if (threadIdx.x < MAX_CLUSTERS) {
+    const u32 count = c < p.n_clusters ? counts[p.counts.at(b, kv, c)] : 0;
+#pragma unroll
+    for (u32 part = 0; part < MASS_PARTS; part++) mass += count ? parts[part * MAX_CLUSTERS + c] : 0;
+    weights[c] = mass == 0 ? 0 : mass / count;
+  }
+  const float total = block_sum<ATTEND_WARPS>(mass);  // and the weights have been written, the parts read
+
+  const u32 width = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
+  const u32 part = threadIdx.x / width, e = threadIdx.x % width, per_part = p.n_clusters * width / ATTEND_THREADS + 1;
+  const u32 begin = part * per_part, end = min(begin + per_part, p.n_clusters);
+  float x = 0;
+  if (e < p.head_dim) {
+#pragma unroll 8
+    for (u32 cluster = begin; cluster < end; cluster++) {
+      // What weighs nothing is passed over: its sum may be no number.
+      const float sum = sums[p.sums.at(b, kv, cluster) + e];
+      x += weights[cluster] == 0 ? 0 : weights[cluster] * sum;
+    }
+  }
+  parts[threadIdx.x] = x;
+  __syncthreads();
+  if (threadIdx.x < p.head_dim) {
+    x = 0;
+    for (u32 i = threadIdx.x; i < ATTEND_THREADS; i += width) x += parts[i];
+    out[static_cast<u64>(row) * p.head_dim + threadIdx.x] = total == 0 ? 0 : x / total;
   }
   if (threadIdx.x == 0) lse[row] = total == 0 ? -INFINITY : top + logf(total);
 }

@@ -14,8 +14,8 @@ use crate::{cuda::Lens, ops};
 ///   runs out, so an append costs amortised O(1) a key; give [`new`](Self::new) the final length and nothing is ever
 ///   copied.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
-///   and again whenever the keys have doubled since, until `max_train_keys` were seen: a codebook of a short prompt
-///   does not have to serve a long answer. Keys are encoded in blocks of `window + 1`, when a block is full, which is
+///   and again whenever the keys have grown by [`PqConfig::refresh`] since: what the codebook has not seen it codes
+///   poorly. Keys are encoded in blocks of `window + 1`, when a block is full, which is
 ///   before its first key can be selected. With [`Tail::ClusterMeans`] their values are added to their clusters' then.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
@@ -251,8 +251,8 @@ impl PqKvCache {
             None => trainable >= self.config.min_train_keys(),
             Some(Trained { end: None, .. }) => false,
             Some(Trained { end: Some(end), .. }) => {
-                let trained = end - start;
-                trained < self.config.max_train_keys && trainable >= 2 * trained
+                let trained = (end - start) as f64;
+                trainable as f64 >= trained * (1.0 + self.config.refresh)
             }
         };
         if due {

@@ -36,9 +36,12 @@ pub struct PqConfig {
     pub pq_bits: usize,
     /// Rounds of k-means: any number; gains fade after 10.
     pub kmeans_iters: usize,
-    /// Trains on at most so many keys, at least `2^pq_bits` and `coarse`; 256 a centroid (the default) is what FAISS
-    /// takes too.
+    /// Trains on at most so many keys, spread evenly; at least `2^pq_bits` and `coarse`. More than 64 a centroid (the
+    /// default) gain little.
     pub max_train_keys: usize,
+    /// Trains again when the keys have grown by this share since: above 0. Codes of keys that the codebook has not seen
+    /// are poor, and the latest keys matter most; rarer training costs fidelity, more frequent training costs time.
+    pub refresh: f64,
     /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their
     /// cluster's centroid leaves of each key, at one more byte of index a key: with 256, half the `pq_dim` loses little
     /// more. Not on a GPU yet.
@@ -64,7 +67,8 @@ impl Default for PqConfig {
             pq_dim: 16,
             pq_bits: 8,
             kmeans_iters: 10,
-            max_train_keys: 65_536,
+            max_train_keys: 16_384,
+            refresh: 0.125,
             coarse: 0,
             tail: Tail::None,
             init_offset: None,
@@ -93,6 +97,9 @@ impl PqConfig {
         if self.max_train_keys < self.n_centroids() {
             let n_centroids = self.n_centroids();
             bail!("PqConfig: max_train_keys: expected at least {n_centroids} (2^pq_bits), got {}", self.max_train_keys);
+        }
+        if self.refresh.is_nan() || self.refresh <= 0.0 {
+            bail!("PqConfig: refresh: expected a share above 0, got {}", self.refresh);
         }
         if self.coarse != 0 && !(self.coarse.is_power_of_two() && (2..=256).contains(&self.coarse)) {
             bail!("PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got {}", self.coarse);

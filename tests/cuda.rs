@@ -691,8 +691,17 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
     ] {
         let mut rng = Rng(18);
         let ([b, h, h_kv, d], prompt, steps) = ([2, 8, 2, 64], 500, 400);
-        let config =
-            PqConfig { heavy, pq_dim: 8, pq_bits: 6, window: 16, selection, coarse, tail, ..PqConfig::default() };
+        let config = PqConfig {
+            heavy,
+            pq_dim: 8,
+            pq_bits: 6,
+            window: 16,
+            selection,
+            coarse,
+            tail,
+            refresh: 10.0, // replays do not train
+            ..PqConfig::default()
+        };
         let attn = PqAttention::new(config, 0.125)?;
         let forward = if is_dense { PqAttention::forward_dense } else { PqAttention::forward };
         let mut random = |heads, s| pair(&mut rng, &gpu, &[b, heads, s, d], dtype, Strides::Contiguous);

@@ -400,6 +400,8 @@ fn config() {
         (base().validate(512), "PqConfig: head_dim: expected 1 to 256, got 512"),
         (check(PqConfig { pq_dim: 24, ..base() }), "PqConfig: pq_dim: expected a divisor of head_dim 64, got 24"),
         (check(PqConfig { pq_bits: 9, ..base() }), "PqConfig: pq_bits: expected 1 to 8, got 9"),
+        (check(PqConfig { refresh: 0.0, ..base() }), "PqConfig: refresh: expected a share above 0, got 0"),
+        (check(PqConfig { refresh: f64::NAN, ..base() }), "PqConfig: refresh: expected a share above 0, got NaN"),
         (
             check(PqConfig { max_train_keys: 255, ..base() }),
             "PqConfig: max_train_keys: expected at least 256 (2^pq_bits), got 255",

@@ -26,6 +26,7 @@ struct TailAttend {
 }
 
 const THREADS: u32 = 256;
+const ATTEND_THREADS: u32 = 1024;
 
 /// Candidates of a tile.
 const TILE: usize = 4096;
@@ -131,6 +132,6 @@ impl Kernels {
         launch.run([self.blocks, self.rows, 1], THREADS, 0)?;
         let launch = self.attend.launch().input(masses)?.input(shifts)?.input(sums)?.input(counts)?;
         let launch = launch.input_or_null(lens)?.output(out)?.output(lse)?.value(&params);
-        launch.run([self.rows, 1, 1], THREADS, 0)
+        launch.run([self.rows, 1, 1], ATTEND_THREADS, 0)
     }
 }
