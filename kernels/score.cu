@@ -45,18 +45,28 @@ __device__ void lut(const T* query, const float* centroids, const float* coarse,
   const u32 first = blockIdx.z % p.parts * LANES, len = is_coarse ? p.pq_dim * p.pq_len : p.pq_len;
   const float* centroid = is_coarse ? coarse + p.coarse.at(b, kv, 0, c) : centroids + p.centroids.at(b, kv, m, c);
   const u64 stride = is_coarse ? p.coarse.strides[4] : p.centroids.strides[4];
-  const T* sub_query = query + (is_coarse ? 0 : m * p.pq_len);
+  const T* queries = query + p.query.at(b, kv * p.group + first) + (is_coarse ? 0 : m * p.pq_len);
   Entry<LANES> entry = {};
-#pragma unroll 8
-  for (u32 j = 0; j < len; j++) {
-    const float x = centroid[j * stride];
+  const auto add = [&](u32 j, float x) {
 #pragma unroll
     for (int l = 0; l < LANES; l++) {
-      if (first + l >= p.group) continue;
-      const float q = widen(sub_query[p.query.at(b, kv * p.group + first + l) + j]);
-      entry.x[l] = add_product(entry.x[l], q, x);
+      if (first + l < p.group) entry.x[l] = add_product(entry.x[l], widen(queries[l * p.query.strides[1] + j]), x);
+    }
+  };
+  // A thread's row is far from its neighbours': the wider its loads, the fewer times it waits for memory.
+  u32 j = 0;
+  if (stride == 1 && reinterpret_cast<u64>(centroid) % sizeof(float4) == 0) {
+#pragma unroll 8
+    for (; j + 4 <= len; j += 4) {
+      const float4 x = __ldg(reinterpret_cast<const float4*>(centroid + j));
+      add(j, x.x);
+      add(j + 1, x.y);
+      add(j + 2, x.z);
+      add(j + 3, x.w);
     }
   }
+#pragma unroll 8
+  for (; j < len; j++) add(j, centroid[j * stride]);
   tables[static_cast<u64>(blockIdx.z) * table_entries(p) + m * p.n_centroids + c] = entry;
 }
 

@@ -71,11 +71,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
     }
     __syncthreads();
     float x[EACH], largest = -INFINITY;
-    u32 clusters[EACH];
+    u32 clusters[EACH / 4] = {};  // a byte each
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const u32 t = i * THREADS + threadIdx.x;
-      clusters[i] = t < count ? codes[(first + t) * p.codes.strides[2]] : 0;
+      if (t < count) clusters[i / 4] |= codes[(first + t) * p.codes.strides[2]] << i % 4 * 8;
       x[i] = t < count && !(listed[t / 32] >> t % 32 & 1) ? scores[first + t] * p.scale : -INFINITY;
       largest = fmaxf(largest, x[i]);
     }
@@ -86,8 +86,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
         // At most 2^40 - 1; NaN, which is no largest score, weighs nothing.
         const u64 weight = min(__float2ull_rz(exp2f((x[i] - largest) * LOG2_E) * 0x1p40f), (1ull << 40) - 1);
         const u32 upper = static_cast<u32>(weight >> 20), lower = static_cast<u32>(weight & 0xfffff);
-        if (upper) atomicAdd(&high[clusters[i]], upper);
-        if (lower) atomicAdd(&low[clusters[i]], lower);
+        const u32 cluster = clusters[i / 4] >> i % 4 * 8 & 0xff;
+        if (upper) atomicAdd(&high[cluster], upper);
+        if (lower) atomicAdd(&low[cluster], lower);
       }
     }
     __syncthreads();
