@@ -27,10 +27,10 @@ pub struct PqConfig {
     /// Last keys, always attended: any number. It is also the write buffer of the index, which is filled in blocks of
     /// about this many keys; small windows make many small blocks.
     pub window: usize,
-    /// Keys selected by score. 1% suits contexts of 100,000 keys, short ones want more.
+    /// Keys selected by score. 1% suits contexts of 100,000 keys; short ones, and those without a tail, want more.
     pub heavy: Heavy,
-    /// Subspaces, a divisor of the head dimension: the bytes of index a key. 16 loses little against exact scores, 8
-    /// halves bytes and time.
+    /// Subspaces, a divisor of the head dimension: the bytes of index a key. 8 with `coarse` clusters, or 16 without,
+    /// lose little against exact scores.
     pub pq_dim: usize,
     /// `2^pq_bits` centroids a subspace: 1 to 8. A code takes a byte whatever it is.
     pub pq_bits: usize,
@@ -44,9 +44,10 @@ pub struct PqConfig {
     pub refresh: f64,
     /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their
     /// cluster's centroid leaves of each key, at one more byte of index a key: with 256, half the `pq_dim` loses little
-    /// more. Not on a GPU yet.
+    /// more.
     pub coarse: usize,
-    /// What stands for the keys that are not selected.
+    /// What stands for the keys that are not selected. The means of `coarse` clusters bring the output closer to dense
+    /// attention than five times as many selected keys would.
     pub tail: Tail,
     /// First key that is quantized, and so can be selected; by default the one after the sink.
     pub init_offset: Option<usize>,
@@ -64,13 +65,13 @@ impl Default for PqConfig {
             sink: 4,
             window: 64,
             heavy: Heavy::Fraction(0.02),
-            pq_dim: 16,
+            pq_dim: 8,
             pq_bits: 8,
             kmeans_iters: 10,
             max_train_keys: 16_384,
             refresh: 0.125,
-            coarse: 0,
-            tail: Tail::None,
+            coarse: 256,
+            tail: Tail::ClusterMeans,
             init_offset: None,
             metric: Metric::Euclidean,
             selection: Selection::PerQueryHead,

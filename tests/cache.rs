@@ -17,6 +17,8 @@ fn small() -> PqConfig {
         pq_dim: 4,
         pq_bits: 4,
         kmeans_iters: 3,
+        coarse: 0,
+        tail: Tail::None,
         ..PqConfig::default()
     }
 }
@@ -191,7 +193,8 @@ fn prefill_is_causal_attention() -> Result<()> {
                     attend(row(&q, i, d), row(&k, kv, n * d), row(&v, kv, n * d), &visible, 0.2).0
                 })
                 .collect();
-            let attn = PqAttention::new(PqConfig { pq_dim: 1, ..PqConfig::default() }, 0.2)?;
+            let attn =
+                PqAttention::new(PqConfig { pq_dim: 1, coarse: 0, tail: Tail::None, ..PqConfig::default() }, 0.2)?;
             for chunks in [vec![n], vec![1; n], vec![3, n - 4, 1], vec![n / 2, n - n / 2]] {
                 let mut cache = attn.new_cache([b, h_kv, d], 0, dtype, &Device::Cpu)?;
                 let mut outs = vec![];
@@ -518,8 +521,8 @@ fn config_survives_serde() -> std::result::Result<(), Box<dyn std::error::Error>
     assert_eq!(serde_json::from_str::<PqConfig>(&serde_json::to_string(&config)?)?, config);
     assert_eq!(serde_json::from_str::<PqConfig>(&serde_json::to_string(&with_tail())?)?, with_tail());
     assert_eq!(serde_json::from_str::<PqConfig>("{}")?, PqConfig::default());
-    let old = serde_json::from_str::<PqConfig>(r#"{"pq_dim": 8}"#)?;
-    assert_eq!((old.coarse, old.tail), (0, Tail::None), "as before there were clusters");
+    let plain = serde_json::from_str::<PqConfig>(r#"{"coarse": 0, "tail": "none"}"#)?;
+    assert_eq!((plain.coarse, plain.tail), (0, Tail::None));
     assert_eq!(serde_json::from_str::<PqConfig>(r#"{"tail": "cluster_means"}"#)?.tail, Tail::ClusterMeans);
     assert_eq!(serde_json::from_str::<PqConfig>(r#"{"heavy": {"fraction": 0.5}}"#)?.heavy, Heavy::Fraction(0.5));
     assert!(serde_json::from_str::<PqConfig>(r#"{"heavvy": 5}"#).is_err());

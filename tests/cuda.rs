@@ -508,7 +508,7 @@ fn append() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
     let mut rng = Rng(17);
     for (d, dtype) in [(64, DType::F32), (80, DType::BF16), (128, DType::F16), (33, DType::F32), (250, DType::BF16)] {
-        let config = PqConfig { pq_dim: 1, ..PqConfig::default() };
+        let config = PqConfig { pq_dim: 1, coarse: 0, tail: Tail::None, ..PqConfig::default() };
         let attn = PqAttention::new(config, 1.0)?;
         let [mut cache, mut on_cpu] =
             [attn.new_cache([2, 3, d], 10, dtype, &gpu)?, attn.new_cache([2, 3, d], 10, dtype, &Device::Cpu)?];
@@ -765,7 +765,15 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
 fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(write);
     let mut rng = Rng(19);
-    let config = PqConfig { heavy: Heavy::Keys(20), pq_dim: 8, pq_bits: 5, window: 16, ..PqConfig::default() };
+    let config = PqConfig {
+        heavy: Heavy::Keys(20),
+        pq_dim: 8,
+        pq_bits: 5,
+        window: 16,
+        coarse: 0,
+        tail: Tail::None,
+        ..PqConfig::default()
+    };
     let attn = PqAttention::new(config, 0.125)?;
     let mut random =
         |s| Ok::<_, candle_core::Error>(pair(&mut rng, &gpu, &[1, 2, s, 64], DType::F32, STRIDES[0])?[0].clone());

@@ -420,7 +420,7 @@ fn config() {
             "PqConfig: metric: expected Euclidean with coarse clusters, got InnerProduct",
         ),
         (
-            check(PqConfig { tail: Tail::ClusterMeans, ..base() }),
+            check(PqConfig { coarse: 0, ..base() }),
             "PqConfig: coarse: expected at least 2 clusters with a tail of cluster means, got 0",
         ),
         (check(PqConfig { heavy: Heavy::Keys(0), ..base() }), "PqConfig: heavy: expected at least 1 key, got 0"),
@@ -437,7 +437,15 @@ fn config() {
 
 #[test]
 fn cache_and_attention_stay_as_they_were() -> Result<()> {
-    let config = PqConfig { pq_dim: 4, pq_bits: 4, heavy: Heavy::Keys(8), window: 4, ..PqConfig::default() };
+    let config = PqConfig {
+        pq_dim: 4,
+        pq_bits: 4,
+        heavy: Heavy::Keys(8),
+        window: 4,
+        coarse: 0,
+        tail: Tail::None,
+        ..PqConfig::default()
+    };
     let attn = PqAttention::new(config.clone(), 0.25)?;
     let mut rng = Rng(1);
     let mut cache = attn.new_cache([1, 2, 16], 0, DType::F32, &Device::Cpu)?;

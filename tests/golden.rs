@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, IndexOp, Result, Tensor};
 use candle_pq_attn::ops::{self, Geometry, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig};
+use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Tail};
 
 struct Case {
     name: String,
@@ -39,6 +39,8 @@ impl Case {
             pq_bits: self.number("bits"),
             init_offset: Some(self.number("init_offset")),
             metric: if self.numbers["metric"] == "ip" { Metric::InnerProduct } else { Metric::Euclidean },
+            coarse: 0,
+            tail: Tail::None,
             ..PqConfig::default()
         }
     }

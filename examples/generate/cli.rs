@@ -59,9 +59,9 @@ pub struct Args {
     /// Clusters of whole keys under the codes, 0 for none
     #[arg(long, value_name = "N", default_value_t = PqConfig::default().coarse)]
     coarse: usize,
-    /// Has the mean values of the clusters stand for the keys that are not selected
-    #[arg(long)]
-    tail: bool,
+    /// What stands for the keys that are not selected [default: the clusters' means, where there are clusters]
+    #[arg(long, value_parser = tail())]
+    tail: Option<Tail>,
     /// Who selects: each query head, or all of a key-value head together
     #[arg(long, default_value = "query-head", value_parser = selection())]
     selection: Selection,
@@ -108,7 +108,7 @@ impl Args {
             pq_dim: self.pq_dim,
             pq_bits: self.pq_bits,
             coarse: self.coarse,
-            tail: if self.tail { Tail::ClusterMeans } else { PqConfig::default().tail },
+            tail: self.tail.unwrap_or(if self.coarse > 0 { Tail::ClusterMeans } else { Tail::None }),
             selection: self.selection,
             ..PqConfig::default()
         };
@@ -142,6 +142,13 @@ fn selection() -> impl TypedValueParser<Value = Selection> {
     PossibleValuesParser::new(["query-head", "kv-head"]).map(|name| match name.as_str() {
         "kv-head" => Selection::PerKvHead,
         _ => Selection::PerQueryHead,
+    })
+}
+
+fn tail() -> impl TypedValueParser<Value = Tail> {
+    PossibleValuesParser::new(["none", "cluster-means"]).map(|name| match name.as_str() {
+        "none" => Tail::None,
+        _ => Tail::ClusterMeans,
     })
 }
 

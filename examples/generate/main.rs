@@ -126,7 +126,7 @@ mod tests {
         let (config, directory) = (tiny_config(), tempfile::tempdir()?);
         write_directory(directory.path(), "llama", &config, &tiny_tensors(&config)?, 1)?;
         let model = ["generate", "--json", "--model", directory.path().to_str().unwrap()];
-        let index = ["--pq-dim", "4", "--pq-bits", "4", "--sink", "2", "--window", "8"];
+        let index = ["--pq-dim", "4", "--pq-bits", "4", "--sink", "2", "--window", "8", "--coarse", "0"];
         report(&Args::try_parse_from([&model[..], &index, args].concat())?)
     }
 
@@ -173,7 +173,13 @@ mod tests {
 
     #[test]
     fn selection_and_types_are_options() -> Result<()> {
-        for option in [["--selection", "kv-head"], ["--dtype", "bf16"], ["--dtype", "f16"], ["--temperature", "0.8"]] {
+        for option in [
+            ["--selection", "kv-head"],
+            ["--coarse", "16"],
+            ["--dtype", "bf16"],
+            ["--dtype", "f16"],
+            ["--temperature", "0.8"],
+        ] {
             let report = tiny(&[&["--prompt", &prompt(), "--heavy", "8", "--sample-len", "3"], &option[..]].concat())?;
             assert!(report.generated_tokens <= 3 && report.attended_fraction < 0.25, "{option:?}");
         }
@@ -218,6 +224,7 @@ mod tests {
             (&["--heavy", "some"], "a number of keys such as 512 or a share such as 2%"),
             (&["--attention", "fast"], "[possible values: sparse, dense, both]"),
             (&["--selection", "all"], "[possible values: query-head, kv-head]"),
+            (&["--tail", "long"], "[possible values: none, cluster-means]"),
             (&["--dtype", "f64"], "[possible values: f32, bf16, f16]"),
             (&["--device", "tpu"], "expected cpu or cuda"),
             (&["--sample-len", "0"], "expected a number from 1 up"),
