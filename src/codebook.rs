@@ -22,7 +22,8 @@ pub struct Codebook {
 }
 
 impl Codebook {
-    /// Trains on `keys`, `[b, h_kv, n, head_dim]`; see [`ops::kmeans`]. Clusters and residuals are of the same sample.
+    /// Trains on `keys`, `[b, h_kv, n, head_dim]`; see [`ops::kmeans`]. Clusters and residuals are of the same sample, half
+    /// of which is from the last quarter of the keys: the latest matter most, and the keys to come are likest them.
     ///
     /// # Errors
     /// A config that does not suit the keys, or fewer keys than centroids or clusters.
@@ -39,9 +40,9 @@ impl Codebook {
             let (centroids, phi) = ops::kmeans(keys, &options)?;
             return Ok(Self { centroids, phi, coarse: None });
         }
+        let sample = select(keys, &sample_positions(keys.dim(2)?, config.max_train_keys, config.coarse))?;
         let whole = KmeansOptions { pq_dim: 1, pq_bits: config.coarse.ilog2() as usize, ..options };
-        let coarse = ops::kmeans(keys, &whole)?.0.squeeze(2)?;
-        let sample = sample(keys, config.max_train_keys)?;
+        let coarse = ops::kmeans(&sample, &whole)?.0.squeeze(2)?;
         let residuals = residuals(&sample, &coarse, &nearest(&sample, &coarse)?)?;
         let (centroids, phi) = ops::kmeans(&residuals, &options)?;
         Self { centroids, phi, coarse: None }.with_coarse(coarse)
@@ -242,19 +243,31 @@ impl Codebook {
     }
 }
 
-/// The keys that [`ops::kmeans`] trains on: at most `max`, spread evenly.
-fn sample(keys: &Tensor, max: usize) -> Result<Tensor> {
-    let (b, h_kv, n, head_dim) = keys.dims4()?;
-    if n <= max {
-        return Ok(keys.clone());
+/// Positions of at most `max` of `n` keys to train on: a half spread over the last quarter of them, where that is enough
+/// for each of the `clusters`, and the others over the rest.
+fn sample_positions(n: usize, max: usize, clusters: usize) -> Vec<i64> {
+    let spread = |from: usize, to: usize, count: usize| {
+        let (from, to, len) = (from as u128, to as u128, count as u128);
+        (0..len).map(move |i| (from + i * (to - from) / len) as i64)
+    };
+    let count = n.min(max);
+    if count < 4 * clusters {
+        return spread(0, n, count).collect();
     }
-    let positions: Vec<i64> = (0..max as u128).map(|i| (i * n as u128 / max as u128) as i64).collect();
-    let positions = Tensor::from_vec(positions, max, keys.device())?;
+    let (recent, last_quarter) = (count / 2, n - n / 4);
+    spread(0, last_quarter, count - recent).chain(spread(last_quarter, n, recent)).collect()
+}
+
+/// The keys at `positions`.
+fn select(keys: &Tensor, positions: &[i64]) -> Result<Tensor> {
+    let (b, h_kv, _, head_dim) = keys.dims4()?;
+    let count = positions.len();
+    let positions = Tensor::from_slice(positions, count, keys.device())?;
     // Head by head: Candle gathers from tensors without gaps, and only a head's keys are one in a cache.
     let head =
         |i: usize| keys.narrow(0, i / h_kv, 1)?.narrow(1, i % h_kv, 1)?.contiguous()?.index_select(&positions, 2);
     let heads: Result<Vec<_>> = (0..b * h_kv).map(head).collect();
-    Tensor::cat(&heads?, 0)?.reshape((b, h_kv, max, head_dim))
+    Tensor::cat(&heads?, 0)?.reshape((b, h_kv, count, head_dim))
 }
 
 /// The cluster of each key, `[b, h_kv, n]` u8.
@@ -270,4 +283,20 @@ fn residuals(keys: &Tensor, coarse: &Tensor, clusters: &Tensor) -> Result<Tensor
     let rows = clusters.to_dtype(DType::U32)?.broadcast_add(&first)?.flatten_all()?;
     let centroids = coarse.reshape((b * h_kv * n_clusters, head_dim))?.index_select(&rows, 0)?;
     keys.to_dtype(DType::F32)? - centroids.reshape(keys.shape())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_sample_is_recent() {
+        assert_eq!(sample_positions(6, 10, 2), [0, 1, 2, 3, 4, 5], "too few to weigh");
+        assert_eq!(sample_positions(8, 4, 2), [0, 2, 4, 6], "too few to weigh");
+        assert_eq!(sample_positions(16, 8, 2), [0, 3, 6, 9, 12, 13, 14, 15]);
+        // As many as there are: the recent ones twice.
+        assert_eq!(sample_positions(8, 100, 2), [0, 1, 3, 4, 6, 6, 7, 7]);
+        let many = sample_positions(1 << 40, 1000, 16);
+        assert_eq!((many.len(), many[499] < 3 << 38, many[500], many[999] < 1 << 40), (1000, true, 3 << 38, true));
+    }
 }

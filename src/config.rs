@@ -34,10 +34,10 @@ pub struct PqConfig {
     pub pq_dim: usize,
     /// `2^pq_bits` centroids a subspace: 1 to 8. A code takes a byte whatever it is.
     pub pq_bits: usize,
-    /// Rounds of k-means: any number; gains fade after 10.
+    /// Rounds of k-means: any number; gains fade after 5.
     pub kmeans_iters: usize,
-    /// Trains on at most so many keys, spread evenly; at least `2^pq_bits` and `coarse`. More than 64 a centroid (the
-    /// default) gain little.
+    /// Trains on at most so many keys, at least `2^pq_bits` and `coarse`; without `coarse` they are spread evenly, with it
+    /// half of them over the last quarter. More than 64 a centroid (the default) gain little.
     pub max_train_keys: usize,
     /// Trains again when the keys have grown by this share since: above 0. Codes of keys that the codebook has not seen
     /// are poor, and the latest keys matter most; rarer training costs fidelity, more frequent training costs time.
@@ -67,7 +67,7 @@ impl Default for PqConfig {
             heavy: Heavy::Fraction(0.02),
             pq_dim: 8,
             pq_bits: 8,
-            kmeans_iters: 10,
+            kmeans_iters: 5,
             max_train_keys: 16_384,
             refresh: 0.125,
             coarse: 256,
