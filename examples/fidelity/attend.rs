@@ -30,6 +30,26 @@ pub struct Attended {
     pub tail: Option<Vec<f64>>,
 }
 
+impl Attended {
+    /// Of consecutive positions.
+    pub fn cat(parts: &[Self]) -> Result<Self> {
+        let outs: Vec<_> = parts.iter().map(|part| &part.out).collect();
+        let out = Tensor::cat(&outs, 1)?;
+        let rows = |mass: &'_ dyn Fn(&Self) -> Option<&Vec<f64>>| -> Result<Option<Vec<f64>>> {
+            let mut all = vec![Vec::new(); out.dim(0)?];
+            for part in parts {
+                let Some(mass) = mass(part) else { return Ok(None) };
+                let heads = mass.chunks_exact(part.out.dim(1)?);
+                all.iter_mut().zip(heads).for_each(|(all, head)| all.extend_from_slice(head));
+            }
+            Ok(Some(all.concat()))
+        };
+        let mass = rows(&|part| Some(&part.mass))?.unwrap_or_default();
+        let tail = rows(&|part| part.tail.as_ref())?;
+        Ok(Self { out, mass, tail })
+    }
+}
+
 /// Which keys are attended exactly, and what stands for the others.
 #[derive(Clone)]
 pub struct Plan<'a> {

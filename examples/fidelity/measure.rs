@@ -44,7 +44,11 @@ impl Task<'_> {
     /// The prefill of each layer, and what methods have in common of what they train on it.
     pub fn prefills(&self) -> Result<Vec<Prefill>> {
         let layers = 0..self.subject.layers();
-        layers.map(|layer| Ok(Prefill::new(self.subject.prefill_keys(layer)?, self.settings))).collect()
+        let prefill = |layer| -> Result<Prefill> {
+            let (keys, queries) = (self.subject.prefill_keys(layer)?, self.subject.prefill_queries(layer)?);
+            Ok(Prefill::new(keys, queries, self.settings))
+        };
+        layers.map(prefill).collect()
     }
 
     /// What dense attention gives to the probed queries of each measured layer.

@@ -27,9 +27,9 @@ pub struct Subject {
 
 /// One layer of the dense pass, in f32.
 pub struct Captured {
-    /// `[h, s, head_dim]`, of the tokens behind the prefill
+    /// `[h, n, head_dim]`
     queries: Tensor,
-    /// `[h_kv, n, head_dim]`, of all tokens
+    /// `[h_kv, n, head_dim]`
     keys: Tensor,
     values: Tensor,
 }
@@ -64,21 +64,22 @@ impl Subject {
         let mut dense = |layer: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
             Ok(attention.forward_dense(q, k, v, &mut caches[layer])?)
         };
+        let mut queries = vec![Vec::new(); layers];
+        let mut captured = |layer: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
+            queries[layer].push(q.squeeze(0)?);
+            dense(layer, q, k, v)
+        };
         for start in (0..prompt).step_by(CHUNK) {
             let chunk = &tokens[start..prompt.min(start + CHUNK)];
-            decoder.forward(chunk, start, &mut dense)?;
+            decoder.forward(chunk, start, &mut captured)?;
             bar.inc(chunk.len() as u64);
         }
-        let mut queries = Vec::with_capacity(layers);
-        let hidden = decoder.forward(&tokens[prompt..read], prompt, |layer, q, k, v| {
-            queries.push(q.squeeze(0)?.contiguous()?);
-            dense(layer, q, k, v)
-        })?;
+        let hidden = decoder.forward(&tokens[prompt..read], prompt, &mut captured)?;
         let logits = decoder.logits(&hidden)?.squeeze(0)?;
         bar.inc((read - prompt) as u64);
         let captured = queries.into_iter().zip(caches).map(|(queries, cache)| {
             let (keys, values) = (cache.keys()?.squeeze(0)?.contiguous()?, cache.values()?.squeeze(0)?.contiguous()?);
-            Ok(Captured { queries, keys, values })
+            Ok(Captured { queries: Tensor::cat(&queries, 1)?, keys, values })
         });
         let layers = captured.collect::<Result<_>>()?;
         Ok(Self { decoder, scale, tokens, prompt, layers, logits })
@@ -102,11 +103,17 @@ impl Subject {
         Ok(self.layers[layer].keys.narrow(1, 0, self.prompt)?.contiguous()?)
     }
 
+    /// The queries of a layer's prefill.
+    pub fn prefill_queries(&self, layer: usize) -> Result<Tensor> {
+        Ok(self.layers[layer].queries.narrow(1, 0, self.prompt)?.contiguous()?)
+    }
+
     /// Hands `use_them` the last `count` queries of a layer.
     pub fn probe<T>(&self, layer: usize, count: usize, use_them: impl FnOnce(&Queries) -> Result<T>) -> Result<T> {
         let Captured { queries, keys, values } = &self.layers[layer];
-        let s = queries.dim(1)?;
-        let q = queries.narrow(1, s - count.min(s), count.min(s))?.contiguous()?;
+        let n = queries.dim(1)?;
+        let count = count.min(n - self.prompt);
+        let q = queries.narrow(1, n - count, count)?.contiguous()?;
         use_them(&Queries { q: &q, keys, values, scale: self.scale })
     }
 

@@ -17,11 +17,14 @@ use crate::common::testing::{tiny_config, tiny_tensors, write_directory};
 use crate::common::tokenizer::Codec;
 use crate::common::weights::Weights;
 use crate::measure::dense;
-use crate::methods::{self, bounds, Prefill, Settings};
+use crate::methods::{self, bounds, Prefill, Settings, Training};
 use crate::subject::Subject;
 
 const SETTINGS: Settings =
     Settings { sink: 4, window: 20, seed: 0, train_keys: usize::MAX, max_train_keys: usize::MAX };
+
+/// Of the elements of a prefill's queries.
+const SIZES: [f32; 16] = [8., 1., 1., 1., 1., 1., 1., 1., 4., 1., 1., 1., 1., 1., 1., 0.];
 
 /// A layer's queries at the last positions, with keys that they tell apart.
 struct Example {
@@ -47,8 +50,16 @@ impl Example {
 
     /// With a prefill of so many keys.
     fn run_after(&self, prefill: usize, method: &str, heavy: Heavy) -> Result<Attended> {
-        let prefill = Prefill::new(self.keys.narrow(1, 0, prefill)?.contiguous()?, SETTINGS);
-        methods::parse(method)?.observe(&prefill)?.attend(&self.queries(), heavy)
+        methods::parse(method)?.observe(&self.prefill(prefill)?)?.attend(&self.queries(), heavy)
+    }
+
+    /// Its queries are the keys, twice, with elements that count for more and less.
+    fn prefill(&self, prefill: usize) -> Result<Prefill> {
+        let keys = self.keys.narrow(1, 0, prefill)?.contiguous()?;
+        let sizes = Tensor::new(&SIZES, &Device::Cpu)?;
+        let queries = Tensor::cat(&[&keys.get(0)?, &keys.get(0)?, &keys.get(1)?, &keys.get(1)?], 0)?;
+        let queries = queries.reshape((4, prefill, 16))?.broadcast_mul(&sizes)?;
+        Ok(Prefill::new(keys, queries, SETTINGS))
     }
 }
 
@@ -243,7 +254,7 @@ fn tiny() -> Result<Subject> {
 #[test]
 fn the_whole_model_is_dense_with_every_key_and_not_with_few() -> Result<()> {
     let subject = tiny()?;
-    let prefill = |layer| Ok(Prefill::new(subject.prefill_keys(layer)?, SETTINGS));
+    let prefill = |layer| Ok(Prefill::new(subject.prefill_keys(layer)?, subject.prefill_queries(layer)?, SETTINGS));
     let prefills = (0..subject.layers()).map(prefill).collect::<Result<Vec<_>>>()?;
     for method in methods::DEFAULT.iter().filter(|method| **method != "edges") {
         let layers: Vec<_> =
@@ -277,13 +288,88 @@ fn the_library_agrees_with_the_loops() -> Result<()> {
     Ok(())
 }
 
+/// Estimates of the tail are best where the codes know what queries look at.
+#[test]
+fn weights_are_for_the_queries_they_come_from() -> Result<()> {
+    let mut example = Example::new(40, 800)?;
+    example.q = (example.q.broadcast_mul(&Tensor::new(&SIZES, &Device::Cpu)?)? * 0.5)?;
+    let dense = dense(&example.queries())?;
+    let error = |method: &str| -> Result<f32> {
+        let out = example.run(method, Heavy::Keys(8))?.out;
+        Ok((out - &dense.out)?.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt())
+    };
+    let (none, diagonal, pairs) = (
+        error("ours:codes=4x4:n=16")?,
+        error("ours:codes=4x4:n=16:weigh=diagonal")?,
+        error("ours:codes=4x4:n=16:weigh=pairs")?,
+    );
+    assert!(diagonal < 0.9 * none && pairs < 0.9 * none, "{none}, weighted {diagonal}, in pairs {pairs}");
+    Ok(())
+}
+
+#[test]
+fn weights_are_mean_squares() -> Result<()> {
+    let queries =
+        Tensor::new(&[[[1f32, 2., 0., 4.], [3., 2., 0., 4.]], [[1., 2., 0., 4.], [3., 2., 0., 8.]]], &Device::Cpu)?;
+    let weights = |options: &[(&str, &str)]| -> Result<Vec<f32>> {
+        let mut training = Training::default();
+        for (name, text) in options {
+            assert!(training.option(name, text)?);
+        }
+        Ok(training.weights(&queries, 1)?.flatten_all()?.sqr()?.to_vec1()?)
+    };
+    let off = |a: Vec<f32>, b: [f32; 4]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0., f32::max);
+    assert!(off(weights(&[("weigh", "diagonal")])?, [5., 4., 0., 28.]) < 0.01);
+    assert!(off(weights(&[("weigh", "pairs")])?, [2.5, 16., 2.5, 16.]) < 0.01);
+    assert!(off(weights(&[("weigh", "diagonal"), ("queries", "1")])?, [1., 4., 0., 16.]) < 0.01);
+    let none = weights(&[])?;
+    assert!(none.iter().all(|x| *x == none[0]), "{none:?}");
+    Ok(())
+}
+
+#[test]
+fn half_of_a_sample_is_recent() -> Result<()> {
+    let keys = Tensor::arange(0f32, 16., &Device::Cpu)?.reshape((1, 1, 16, 1))?;
+    for (options, expected) in [
+        (&[][..], (0..16).collect::<Vec<_>>()),
+        (&[("sample", "0.25")], vec![0, 4, 8, 12]),
+        (&[("recent", "half"), ("sample", "0.5")], vec![0, 3, 6, 9, 12, 13, 14, 15]),
+        (&[("recent", "half")], vec![0, 1, 3, 4, 6, 7, 9, 10, 12, 12, 13, 13, 14, 14, 15, 15]),
+    ] {
+        let mut training = Training::default();
+        for (name, text) in options {
+            assert!(training.option(name, text)?);
+        }
+        let sample = training.sample(&keys, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?;
+        assert_eq!(sample, expected.iter().map(|x| *x as f32).collect::<Vec<_>>(), "{options:?}");
+    }
+    Ok(())
+}
+
+/// Training anew at 360 + 36 keys: queries before are as without, those after as with a prefill of that length.
+#[test]
+fn growth_trains_anew() -> Result<()> {
+    let example = Example::new(40, 400)?;
+    let heavy = Heavy::Keys(8);
+    let (grown, frozen) = (example.run("ours:grow=0.1", heavy)?, example.run("ours", heavy)?);
+    let fresh = example.run_after(396, "ours", heavy)?;
+    let part = |x: &Tensor, from| x.narrow(1, from, 36.min(40 - from));
+    assert!(off(&part(&grown.out, 0)?, &part(&frozen.out, 0)?)? < 1e-6);
+    assert!(off(&part(&grown.out, 36)?, &part(&fresh.out, 36)?)? < 1e-6);
+    assert!(off(&part(&fresh.out, 36)?, &part(&frozen.out, 36)?)? > 1e-4);
+    for (a, b) in [(&grown.mass, &fresh.mass), (&grown.tail.unwrap(), &fresh.tail.unwrap())] {
+        assert!((0..4).all(|head| (36..40).all(|i| (a[head * 40 + i] - b[head * 40 + i]).abs() < 1e-6)));
+    }
+    Ok(())
+}
+
 /// What lies beyond a query does not reach it.
 #[test]
 fn queries_see_no_later_keys() -> Result<()> {
     let example = Example::new(40, 400)?;
     let later = |x: &Tensor| Tensor::cat(&[x.narrow(1, 0, 380)?, x.narrow(1, 380, 20)?.affine(-3., 1.)?], 1);
     let changed = Example { q: example.q.clone(), keys: later(&example.keys)?, values: later(&example.values)? };
-    for method in methods::DEFAULT {
+    for method in methods::DEFAULT.into_iter().chain(["ours:weigh=diagonal:recent=half:grow=0.02"]) {
         let [a, b] = [&example, &changed].map(|example| example.run(method, Heavy::Keys(16)));
         let (a, b) = (a?.out, b?.out);
         assert!(off(&a.narrow(1, 0, 20)?, &b.narrow(1, 0, 20)?)? < 1e-6, "{method}");
@@ -296,7 +382,7 @@ fn queries_see_no_later_keys() -> Result<()> {
 #[test]
 fn queries_do_not_depend_on_each_other() -> Result<()> {
     let example = Example::new(40, 400)?;
-    for method in methods::DEFAULT {
+    for method in methods::DEFAULT.into_iter().chain(["ours:weigh=pairs:recent=half"]) {
         let together = example.run(method, Heavy::Keys(16))?.out;
         for i in [0, 31, 32, 39] {
             let upto = |x: &Tensor| x.narrow(1, 0, 361 + i)?.contiguous();
@@ -352,6 +438,11 @@ fn bad_methods_say_what_is_expected() -> Result<()> {
         ("ours:n=100", "n: expected 2, 4, 8, ... or 256"),
         ("ours:codes=0x8", "expected MxB"),
         ("ours:tail=some", "got \"tail=some\""),
+        ("ours:weigh=all", "expected none, diagonal or pairs"),
+        ("ours:recent=3", "expected none or half"),
+        ("ours:rounds=0", "rounds: expected a number from 1 up"),
+        ("ours:sample=-1", "sample: expected a number above 0"),
+        ("ours:grow=x", "grow: expected a number above 0"),
     ] {
         let error = format!("{:#}", methods::parse(name).err().unwrap());
         assert!(error.contains(expected), "{name}: {error}");

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use anyhow::{bail, ensure, Result};
-use candle_core::{DType, Tensor, D};
-use candle_pq_attn::ops::{self, KmeansOptions};
-use candle_pq_attn::{Heavy, Metric, PqConfig};
+use anyhow::{bail, Result};
+use candle_core::Tensor;
+use candle_pq_attn::Heavy;
 
+use super::train::{Quantizer, Training};
 use super::{codes, Layer, Method, Prefill, Settings};
 use crate::attend::{attend, Attended, Choose, Plan, Queries, Spread, Standins, Tail};
 
@@ -39,6 +39,7 @@ pub struct Clusters {
     per_kv_head: bool,
     rest: bool,
     variance: Variance,
+    training: Training,
 }
 
 impl Clusters {
@@ -53,6 +54,7 @@ impl Clusters {
             per_kv_head: false,
             rest: false,
             variance: Variance::Ignored,
+            training: Training::default(),
         };
         let by = |text: &str| match text {
             "exact" => Some(By::Exact),
@@ -78,6 +80,7 @@ impl Clusters {
                 Some(("spread", "head")) => parsed.variance = Variance::Head,
                 Some(("spread", "cluster")) => parsed.variance = Variance::Cluster,
                 Some(("spread", "full")) => parsed.variance = Variance::Full,
+                Some((name, text)) if parsed.training.option(name, text)? => {}
                 _ => bail!("expected options as --help lists them, such as n=64; got {option:?}"),
             }
         }
@@ -110,11 +113,15 @@ impl Method for Clusters {
     fn observe(&self, prefill: &Prefill) -> Result<Box<dyn Layer>> {
         // The lock is held while training: another method in need of the same index waits for it.
         let mut indices = prefill.indices.lock().map_err(|_| anyhow::anyhow!("an earlier training failed"))?;
-        let key = (self.n, self.codes.0 * 16 + self.codes.1);
+        let key = format!("{} {:?} {}", self.n, self.codes, self.training.key());
         let index = match indices.get(&key) {
             Some(index) => index.clone(),
             None => {
-                let index = Arc::new(Index::train(prefill, self.n, self.codes)?);
+                let (h_kv, n, _) = prefill.keys.dims3()?;
+                let keys = prefill.keys.narrow(1, prefill.settings.sink, n - prefill.settings.sink)?;
+                let train_keys = prefill.training_keys()?.dim(1)?;
+                let weights = self.training.weights(&prefill.queries, h_kv)?;
+                let index = Arc::new(Index::train(self, &prefill.settings, &keys, train_keys, &weights)?);
                 indices.insert(key, index.clone());
                 index
             }
@@ -123,11 +130,13 @@ impl Method for Clusters {
     }
 }
 
-/// Centroids trained on a layer's prefill, and what they make of its keys.
+/// Centroids trained on a layer's keys, and what they make of them.
 pub struct Index {
-    coarse: Tensor,   // [1, h_kv, 1, n, head_dim]
-    residual: Tensor, // [1, h_kv, pq_dim, n_centroids, pq_len]
-    prefill: Encoded,
+    coarse: Quantizer,
+    residual: Quantizer,
+    /// As [`Training::weights`].
+    weights: Tensor,
+    known: Encoded,
     /// Variances of the prefill's keys around their reconstructions.
     spread: SpreadOf,
 }
@@ -153,70 +162,50 @@ struct SpreadOf {
 }
 
 impl Index {
-    fn train(prefill: &Prefill, n: usize, (pq_dim, pq_bits): (usize, usize)) -> Result<Self> {
-        let keys = prefill.training_keys()?.unsqueeze(0)?;
-        let d = keys.dim(D::Minus1)?;
-        ensure!(d.is_multiple_of(pq_dim), "codes: expected a divisor of head_dim {d}, got {pq_dim}");
-        let kmeans = |keys: &Tensor, pq_dim, pq_bits| -> Result<Tensor> {
-            let options = KmeansOptions {
-                pq_dim,
-                pq_bits,
-                iters: PqConfig::default().kmeans_iters,
-                metric: Metric::Euclidean,
-                max_keys: prefill.settings.max_train_keys,
-                seed: prefill.settings.seed,
-            };
-            Ok(ops::kmeans(keys, &options)?.0)
-        };
-        let coarse = kmeans(&keys, 1, n.ilog2() as usize)?;
-        let centroids = decode(&ops::encode(&keys, &coarse, None)?, &coarse)?;
-        let residual = kmeans(&(keys - centroids)?, pq_dim, pq_bits)?;
-        let behind_sink = prefill.keys.dim(1)? - prefill.settings.sink;
-        let keys = prefill.keys.narrow(1, prefill.settings.sink, behind_sink)?;
-        let prefill = encode(&keys, &coarse, &residual)?;
-        let spread = SpreadOf::new(&(keys - &prefill.decoded)?, &prefill.clusters, n)?;
-        Ok(Self { coarse, residual, prefill, spread })
+    /// Trains on the first `train_keys` of `keys`, `[h_kv, n, head_dim]`, and codes all of them.
+    fn train(
+        method: &Clusters,
+        settings: &Settings,
+        keys: &Tensor,
+        train_keys: usize,
+        weights: &Tensor,
+    ) -> Result<Self> {
+        let training = &method.training;
+        let sample = keys.narrow(1, 0, train_keys)?.unsqueeze(0)?;
+        let sample = training.sample(&sample, settings.max_train_keys)?;
+        let coarse = Quantizer::train(training, settings, &sample, (1, method.n.ilog2() as usize), weights)?;
+        let rest = (&sample - coarse.encode(&sample)?.1)?;
+        let residual = Quantizer::train(training, settings, &rest, method.codes, weights)?;
+        let known = encode(keys, &coarse, &residual)?;
+        let spread = SpreadOf::new(&(keys - &known.decoded)?, &known.clusters, method.n)?;
+        Ok(Self { coarse, residual, weights: weights.clone(), known, spread })
     }
 
-    /// The keys behind the sink, of which the first are the prefill's and known already.
+    /// The keys behind the sink, of which the first are known already.
     fn encode(&self, keys: &Tensor) -> Result<Encoded> {
-        let known = self.prefill.decoded.dim(1)?;
+        let known = self.known.decoded.dim(1)?;
         let new = keys.dim(1)? - known;
         if new == 0 {
-            return Ok(self.prefill.clone());
+            return Ok(self.known.clone());
         }
         let new = encode(&keys.narrow(1, known, new)?, &self.coarse, &self.residual)?;
-        let clusters = self.prefill.clusters.iter().zip(&new.clusters).map(|(known, new)| [&known[..], new].concat());
+        let clusters = self.known.clusters.iter().zip(&new.clusters).map(|(known, new)| [&known[..], new].concat());
         Ok(Encoded {
             clusters: clusters.collect(),
-            centroids: Tensor::cat(&[&self.prefill.centroids, &new.centroids], 1)?,
-            decoded: Tensor::cat(&[&self.prefill.decoded, &new.decoded], 1)?,
+            centroids: Tensor::cat(&[&self.known.centroids, &new.centroids], 1)?,
+            decoded: Tensor::cat(&[&self.known.decoded, &new.decoded], 1)?,
         })
     }
 }
 
 /// Codes `keys`, `[h_kv, n, head_dim]`.
-fn encode(keys: &Tensor, coarse: &Tensor, residual: &Tensor) -> Result<Encoded> {
+fn encode(keys: &Tensor, coarse: &Quantizer, residual: &Quantizer) -> Result<Encoded> {
     let keys = keys.unsqueeze(0)?;
-    let clusters = ops::encode(&keys, coarse, None)?;
-    let centroids = decode(&clusters, coarse)?;
+    let (clusters, centroids) = coarse.encode(&keys)?;
     let rest = (&keys - &centroids)?;
-    let decoded = (&centroids + decode(&ops::encode(&rest, residual, None)?, residual)?)?;
+    let decoded = (&centroids + residual.encode(&rest)?.1)?;
     let clusters = clusters.squeeze(0)?.squeeze(2)?.to_vec2()?;
     Ok(Encoded { clusters, centroids: centroids.squeeze(0)?, decoded: decoded.squeeze(0)? })
-}
-
-/// The centroids that `codes`, `[1, h_kv, n, pq_dim]`, stand for: `[1, h_kv, n, head_dim]`.
-fn decode(codes: &Tensor, centroids: &Tensor) -> Result<Tensor> {
-    let (_, h_kv, _, pq_dim) = codes.dims4()?;
-    let heads = (0..h_kv).map(|kv| {
-        let parts = (0..pq_dim).map(|m| {
-            let codes = codes.get(0)?.get(kv)?.narrow(1, m, 1)?.squeeze(1)?.to_dtype(DType::U32)?;
-            centroids.get(0)?.get(kv)?.get(m)?.index_select(&codes.contiguous()?, 0)
-        });
-        Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 1)
-    });
-    Ok(Tensor::stack(&heads.collect::<candle_core::Result<Vec<_>>>()?, 0)?.unsqueeze(0)?)
 }
 
 impl SpreadOf {
@@ -250,15 +239,44 @@ struct Indexed {
 
 impl Layer for Indexed {
     fn attend(&self, queries: &Queries, heavy: Heavy) -> Result<Attended> {
+        let sink = self.settings.sink;
+        let (s, n) = (queries.q.dim(1)?, queries.keys.dim(1)?);
+        let mut index = self.index.clone();
+        let mut trained = sink + index.known.decoded.dim(1)?;
+        let mut parts = Vec::new();
+        let mut done = 0;
+        while done < s {
+            let next = self.method.training.next(trained);
+            let keys = n - s + done;
+            if next <= keys {
+                let keys = queries.keys.narrow(1, sink, next - sink)?;
+                index = Arc::new(Index::train(&self.method, &self.settings, &keys, next - sink, &index.weights)?);
+                trained = next;
+                continue;
+            }
+            let count = (next - keys).min(s - done);
+            let upto = |x: &Tensor| x.narrow(1, 0, keys + count)?.contiguous();
+            let (q, keys, values) = (queries.q.narrow(1, done, count)?, upto(queries.keys)?, upto(queries.values)?);
+            let part = Queries { q: &q.contiguous()?, keys: &keys, values: &values, scale: queries.scale };
+            parts.push(self.attend_by(&index, &part, heavy)?);
+            done += count;
+        }
+        Attended::cat(&parts)
+    }
+}
+
+impl Indexed {
+    /// Attends with an index of some or all of the keys.
+    fn attend_by(&self, index: &Index, queries: &Queries, heavy: Heavy) -> Result<Attended> {
         let Settings { sink, window, .. } = self.settings;
         let keys = queries.keys.narrow(1, sink, queries.keys.dim(1)? - sink)?;
-        let encoded = self.index.encode(&keys)?;
+        let encoded = index.encode(&keys)?;
         let standins = |by| match by {
             By::Exact => &keys,
             By::Codes => &encoded.decoded,
             By::Centroids => &encoded.centroids,
         };
-        let spread = &self.index.spread;
+        let spread = &index.spread;
         let spread = match self.method.variance {
             Variance::Ignored => Spread::Ignored,
             Variance::Head => Spread::Diagonal(&spread.head),

@@ -5,9 +5,10 @@ mod edges;
 mod oracle;
 mod pq;
 mod quest;
+mod train;
 
 #[cfg(test)]
-pub use quest::bounds;
+pub use {quest::bounds, train::Training};
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -58,14 +59,16 @@ pub struct Settings {
 pub struct Prefill {
     /// `[h_kv, n, head_dim]`, f32, contiguous
     pub keys: Tensor,
+    /// `[h, n, head_dim]`, the same
+    pub queries: Tensor,
     pub settings: Settings,
     /// Clusters and codes that methods have in common, by how many of each.
-    indices: Mutex<HashMap<(usize, usize), Arc<Index>>>,
+    indices: Mutex<HashMap<String, Arc<Index>>>,
 }
 
 impl Prefill {
-    pub fn new(keys: Tensor, settings: Settings) -> Self {
-        Self { keys, settings, indices: Mutex::default() }
+    pub fn new(keys: Tensor, queries: Tensor, settings: Settings) -> Self {
+        Self { keys, queries, settings, indices: Mutex::default() }
     }
 
     /// The keys to train on: those behind the sink.
@@ -104,6 +107,13 @@ METHODS
                     select=query-head  or kv-head: one choice for all query heads of a KV head
                     means=all        or rest: mean values without the chosen keys
                     spread=none      corrects weights for the variance of what codes lose: head, cluster, or full
+                    weigh=none       elements of keys by the mean square of those of queries: diagonal, or pairs,
+                                     one weight for the two elements that are rotated together
+                    queries=N        number of the first queries of the prefill that count for that
+                    recent=none      or half: half of what is trained on is from the last quarter of the keys
+                    sample=1         number of keys to train on over the number of all; above 1 they repeat
+                    rounds=10        of k-means
+                    grow=none        trains anew when keys have grown by this share, such as 0.0625
   ours            clusters
   ours-no-tail    clusters:tail=none
   ours-kv         clusters:select=kv-head
