@@ -8,6 +8,8 @@ use anyhow::Result;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use serde_json::json;
 use tokenizers::models::bpe::{Vocab, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -48,7 +50,8 @@ pub fn tiny_config() -> ModelConfig {
     }
 }
 
-/// Random weights for `config`, large enough for attention to prefer some keys over others.
+/// Random weights for `config`, large enough for attention to prefer some keys over others; the same each time, for with
+/// some an answer ends before it begins.
 pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
     let &ModelConfig { vocab_size, hidden_size, intermediate_size, head_dim, .. } = config;
     let (q_size, kv_size) = (config.heads * head_dim, config.kv_heads * head_dim);
@@ -79,8 +82,12 @@ pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
         add("mlp.up_proj.weight", &[intermediate_size, hidden_size]);
         add("mlp.down_proj.weight", &[hidden_size, intermediate_size]);
     }
-    let random = |(name, shape): (String, Vec<usize>)| Ok((name, Tensor::randn(0f32, 0.3, shape, &Device::Cpu)?));
-    shapes.into_iter().map(random).collect()
+    let mut rng = StdRng::seed_from_u64(1);
+    let mut random = |(name, shape): (String, Vec<usize>)| {
+        let numbers: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-0.5..0.5)).collect();
+        Ok((name, Tensor::from_vec(numbers, shape, &Device::Cpu)?))
+    };
+    shapes.into_iter().map(&mut random).collect()
 }
 
 /// Writes a model in the layout of Hugging Face, its weights cut into `shards`.
