@@ -289,12 +289,12 @@ impl PqKvCache {
 
     /// Encodes the full blocks that have no codes yet, and adds their values to their clusters'.
     fn encode_blocks(&mut self) -> Result<()> {
-        let end = self.blocks_end(self.len);
-        let Some(trained) = &mut self.trained else { return Ok(()) };
         #[cfg(feature = "cuda")]
-        if self.kv.device().is_cuda() && crate::cuda::is_capturing(self.kv.device().as_cuda_device()?)? {
+        if self.is_capturing()? {
             return self.encode_in_replays();
         }
+        let end = self.blocks_end(self.len);
+        let Some(trained) = &mut self.trained else { return Ok(()) };
         if self.encoded < end {
             let codes = (&self.codes, self.coarse_codes.as_ref());
             trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
