@@ -8,26 +8,6 @@ use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, 
 use common::*;
 use proptest::prelude::*;
 
-/// Small enough that a few hundred keys have everything: codebook, candidates, selection.
-fn small() -> PqConfig {
-    PqConfig {
-        sink: 3,
-        window: 8,
-        heavy: Heavy::Keys(12),
-        pq_dim: 4,
-        pq_bits: 4,
-        kmeans_iters: 3,
-        coarse: 0,
-        tail: Tail::None,
-        ..PqConfig::default()
-    }
-}
-
-/// The same with coarse clusters and a tail.
-fn with_tail() -> PqConfig {
-    PqConfig { coarse: 32, tail: Tail::ClusterMeans, ..small() }
-}
-
 fn append(cache: &mut PqKvCache, keys: &Tensor, values: &Tensor, from: usize, to: usize) -> Result<()> {
     cache.append(&keys.narrow(2, from, to - from)?, &values.narrow(2, from, to - from)?)
 }

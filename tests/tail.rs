@@ -328,21 +328,6 @@ fn nothing_unlisted_is_no_tail() -> Result<()> {
     Ok(())
 }
 
-/// Small enough that a few hundred keys have everything.
-fn small() -> PqConfig {
-    PqConfig {
-        sink: 3,
-        window: 8,
-        heavy: Heavy::Keys(12),
-        pq_dim: 4,
-        pq_bits: 4,
-        kmeans_iters: 3,
-        coarse: 32,
-        tail: Tail::ClusterMeans,
-        ..PqConfig::default()
-    }
-}
-
 /// Every step attends exactly to sink, heavy keys and window, and to the rest by the means of the clusters.
 #[test]
 fn decode_attends_to_the_tail() -> Result<()> {
@@ -353,7 +338,7 @@ fn decode_attends_to_the_tail() -> Result<()> {
         (DType::BF16, Selection::PerQueryHead, Some(9), 0),
         (DType::F16, Selection::PerKvHead, Some(40), 30),
     ] {
-        let config = PqConfig { selection, init_offset, window, ..small() };
+        let config = PqConfig { selection, init_offset, window, ..with_tail() };
         let (b, h, h_kv, d, scale) = (2, 6, 2, 16, 0.4);
         let attn = PqAttention::new(config.clone(), scale)?;
         let mut cache = attn.new_cache([b, h_kv, d], 0, dtype, &Device::Cpu)?;
@@ -420,7 +405,7 @@ fn naive_decode(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32
 fn a_cluster_a_key_is_dense_attention() -> Result<()> {
     let mut rng = Rng(9);
     // 64 candidates are 8 blocks, so the clusters have no values of others.
-    let config = PqConfig { sink: 2, window: 7, heavy: Heavy::Keys(1), coarse: 64, ..small() };
+    let config = PqConfig { sink: 2, window: 7, heavy: Heavy::Keys(1), coarse: 64, ..with_tail() };
     let (sink, window, n, d) = (config.sink, config.window, 2 + 64 + 7, 16);
     assert!(!config.is_dense(n));
     let (keys, values) = (rng.tensor(&[1, 2, n, d], DType::F32), rng.tensor(&[1, 2, n, d], DType::F32));
@@ -453,7 +438,7 @@ fn a_tail_is_closer_to_dense() -> Result<()> {
         let dense = ops::dense_attend(&query, &keys, &values, 0.25)?.out;
         Ok(numbers(&(out - dense)?.sqr()?.sum_all()?)[0].sqrt())
     };
-    let (with, without) = (error(small())?, error(PqConfig { tail: Tail::None, ..small() })?);
+    let (with, without) = (error(with_tail())?, error(PqConfig { tail: Tail::None, ..with_tail() })?);
     assert!(with < 0.3 * without, "{with} with a tail, {without} without");
     Ok(())
 }

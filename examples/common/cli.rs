@@ -1,6 +1,29 @@
 //! What the command lines share.
 
+use std::process::ExitCode;
+
+use anyhow::Result;
 use candle_pq_attn::Heavy;
+use clap::Parser;
+
+/// Parses the command line and runs; a bad one and an error are a line each, and exit codes 2 and 1.
+pub fn run<A: Parser>(run: impl FnOnce(&A) -> Result<()>) -> ExitCode {
+    let args = match A::try_parse() {
+        Ok(args) => args,
+        Err(help) if !help.use_stderr() => help.exit(),
+        Err(error) => {
+            eprintln!("{}", usage_error(&error.to_string()));
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", first_line(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// clap's report of a bad command line in one line, without the usage.
 pub fn usage_error(report: &str) -> String {
@@ -15,11 +38,11 @@ pub fn first_line(error: &str) -> &str {
 }
 
 /// Parses a number that is not 0.
-pub fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a number from 1 up".to_string())
 }
 
 /// Parses a budget of selected keys.
-pub fn heavy(text: &str) -> Result<Heavy, String> {
+pub fn heavy(text: &str) -> std::result::Result<Heavy, String> {
     text.parse().map_err(|error: candle_core::Error| first_line(&error.to_string()).to_string())
 }

@@ -18,11 +18,9 @@ use std::process::ExitCode;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device};
-use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use cli::{Args, Measure};
-use common::cli::{first_line, usage_error};
 use common::decoder::Decoder;
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
@@ -33,24 +31,10 @@ use report::Report;
 use subject::Subject;
 
 fn main() -> ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(help) if !help.use_stderr() => help.exit(),
-        Err(error) => {
-            eprintln!("{}", usage_error(&error.to_string()));
-            return ExitCode::from(2);
-        }
-    };
-    match run(&args) {
-        Ok(report) => {
-            println!("{report}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("error: {}", first_line(&format!("{error:#}")));
-            ExitCode::FAILURE
-        }
-    }
+    common::cli::run(|args| {
+        println!("{}", run(args)?);
+        Ok(())
+    })
 }
 
 /// Measures, and writes the files that were asked for.

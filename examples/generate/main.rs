@@ -14,10 +14,8 @@ use std::io::{stdout, Write};
 use std::process::ExitCode;
 
 use anyhow::{ensure, Context, Result};
-use clap::Parser;
 
 use cli::{Args, Attention};
-use common::cli::{first_line, usage_error};
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
 use common::weights::Weights;
@@ -27,22 +25,8 @@ use report::Report;
 use sampling::Sampler;
 
 fn main() -> ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(help) if !help.use_stderr() => help.exit(),
-        Err(error) => {
-            eprintln!("{}", usage_error(&error.to_string()));
-            return ExitCode::from(2);
-        }
-    };
     // Within the thread pool: work that one of its threads hands out costs no switch to another thread.
-    match rayon::scope(|_| run(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", first_line(&format!("{error:#}")));
-            ExitCode::FAILURE
-        }
-    }
+    common::cli::run(|args| rayon::scope(|_| run(args)))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -118,7 +102,10 @@ fn print(text: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::common::cli::{first_line, usage_error};
     use crate::common::testing::*;
 
     /// A tiny model, and the report of a run on it.

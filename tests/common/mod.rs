@@ -3,8 +3,29 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{Selected, PADDING};
+use candle_pq_attn::{Heavy, PqConfig, Tail};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Small enough that a few hundred keys have everything: codebook, candidates, selection.
+pub fn small() -> PqConfig {
+    PqConfig {
+        sink: 3,
+        window: 8,
+        heavy: Heavy::Keys(12),
+        pq_dim: 4,
+        pq_bits: 4,
+        kmeans_iters: 3,
+        coarse: 0,
+        tail: Tail::None,
+        ..PqConfig::default()
+    }
+}
+
+/// The same with coarse clusters and a tail.
+pub fn with_tail() -> PqConfig {
+    PqConfig { coarse: 32, tail: Tail::ClusterMeans, ..small() }
+}
 
 /// Seeded numbers (SplitMix64), since Candle's CPU generator takes no seed.
 pub struct Rng(pub u64);
