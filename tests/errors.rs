@@ -128,6 +128,67 @@ fn score() {
 }
 
 #[test]
+fn fast_scan() {
+    let scan = |query: &[usize], packed: &[usize], dtype, n, centroids: &[usize]| {
+        ops::fast_scan(&f32s(query), &zeros(packed, dtype), n, &f32s(centroids), 1).map(drop)
+    };
+    let (query, packed, byte, centroids): (&[usize], &[usize], _, &[usize]) =
+        (&[1, 4, 1, 8], &[1, 2, 3, 1, 32], DType::U8, &[1, 2, 2, 16, 4]);
+    // The bad code is the very last one.
+    let mut codes = vec![7u8; 20];
+    codes[19] = 16;
+    let sixteen = Tensor::from_vec(codes.clone(), (1, 2, 5, 2), &Device::Cpu).unwrap();
+    codes[19] = 9;
+    let nine = ops::pack_codes(&Tensor::from_vec(codes, (1, 2, 5, 2), &Device::Cpu).unwrap()).unwrap();
+    assert_errors(vec![
+        (ops::pack_codes(&f32s(&[1, 2, 5, 2])).map(drop), "pack_codes: codes: expected dtype u8, got f32"),
+        (
+            ops::pack_codes(&zeros(&[2, 5, 2], byte)).map(drop),
+            "pack_codes: codes: expected [b, h_kv, n, pq_dim], got [2, 5, 2]",
+        ),
+        (ops::pack_codes(&sixteen).map(drop), "pack_codes: codes: expected codes below 16, got 16"),
+        (
+            scan(&[1, 4, 2, 8], packed, byte, 96, centroids),
+            "fast_scan: query: expected shape [1, 4, 1, 8], got [1, 4, 2, 8]",
+        ),
+        (
+            scan(&[1, 4, 1, 0], packed, byte, 96, &[1, 2, 2, 16, 0]),
+            "fast_scan: query: expected a head_dim of 1 to 256, got 0",
+        ),
+        (
+            scan(query, packed, byte, 96, &[1, 3, 2, 16, 4]),
+            "fast_scan: centroids: expected an h_kv that divides h 4, got 3",
+        ),
+        (
+            scan(query, packed, byte, 96, &[1, 2, 2, 32, 4]),
+            "fast_scan: centroids: expected 2, 4, 8 or 16 centroids, got 32",
+        ),
+        (
+            scan(query, packed, byte, 96, &[1, 2, 3, 16, 4]),
+            "fast_scan: centroids: expected a pq_dim that divides head_dim 8, got 3",
+        ),
+        (
+            scan(query, packed, byte, 96, &[1, 2, 2, 16, 5]),
+            "fast_scan: centroids: expected shape [1, 2, 2, 16, 4], got [1, 2, 2, 16, 5]",
+        ),
+        (scan(query, packed, DType::U32, 96, centroids), "fast_scan: packed: expected dtype u8, got u32"),
+        (
+            scan(query, &[2, 3, 1, 32], byte, 96, centroids),
+            "fast_scan: packed: expected [b, h_kv, blocks, rows, 32], got [2, 3, 1, 32]",
+        ),
+        (
+            scan(query, packed, byte, 64, centroids),
+            "fast_scan: packed: expected shape [1, 2, 2, 1, 32], got [1, 2, 3, 1, 32]",
+        ),
+        (scan(query, packed, byte, 1 << 32, centroids), "fast_scan: n: expected at most u32::MAX keys, got 4294967296"),
+        (
+            ops::fast_scan(&f32s(query), &nine, 5, &f32s(&[1, 2, 2, 8, 4]), 1).map(drop),
+            "fast_scan: packed: expected codes below n_centroids 8, got 9",
+        ),
+    ]);
+}
+
+#[test]
 fn selection() {
     let geometry = |n| Geometry { n, sink: 1, window: 1, init_offset: 2 };
     let list = |heavy: &[u32], n| ops::indices_and_weights(&u32s(heavy, &[1, 1, heavy.len()]), geometry(n)).map(drop);

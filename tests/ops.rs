@@ -157,6 +157,95 @@ fn topk_is_exact() -> Result<()> {
     Ok(())
 }
 
+/// What `fast_scan` selects, against top-k of the scores.
+#[track_caller]
+fn check_fast_scan(query: &Tensor, codes: &Tensor, centroids: &Tensor, what: &str) -> Result<()> {
+    let n = codes.dim(2)?;
+    let packed = ops::pack_codes(codes)?;
+    let scores = ops::score(query, codes, centroids)?;
+    for k in [0, 1, 2, 31, 32, n / 20, n / 3, n.saturating_sub(1), n, n + 5] {
+        let got = ops::fast_scan(query, &packed, n, centroids, k)?;
+        let want = ops::topk(&scores, k)?;
+        assert_eq!(got.dims(), want.dims());
+        assert!(integers(&got) == integers(&want), "{what}, n {n}, k {k}");
+    }
+    Ok(())
+}
+
+fn random_codes(rng: &mut Rng, dims: [usize; 4], n_centroids: usize) -> Result<Tensor> {
+    let codes: Vec<u8> = (0..dims.iter().product()).map(|_| rng.below(n_centroids) as u8).collect();
+    Tensor::from_vec(codes, &dims, &Device::Cpu)
+}
+
+#[test]
+fn fast_scan_is_topk_of_the_scores() -> Result<()> {
+    let mut rng = Rng(12);
+    for (b, h, h_kv, n, d) in SHAPES.into_iter().chain([(1, 2, 1, 0, 8), (1, 1, 1, 10_000, 64)]) {
+        for (pq_dim, bits) in [(1, 4), (d, 4), (d, 1), (if d % 4 == 0 { d / 4 } else { 1 }, 3)] {
+            for (dtype, strides) in DTYPES.into_iter().zip(STRIDES.into_iter().cycle().skip(rng.below(4))) {
+                let query = lay_out(&rng.tensor(&[b, h, 1, d], dtype), strides)?;
+                let centroids = rng.tensor(&[b, h_kv, pq_dim, 1 << bits, d / pq_dim], DType::F32);
+                let codes = lay_out(&random_codes(&mut rng, [b, h_kv, n, pq_dim], 1 << bits)?, strides)?;
+                check_fast_scan(&query, &codes, &lay_out(&centroids, strides)?, "random")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where rounded tables tell little or nothing.
+#[test]
+fn fast_scan_is_exact_on_odd_data() -> Result<()> {
+    let mut rng = Rng(13);
+    for (n, pq_dim) in [(37, 3), (1000, 8), (3001, 7)] {
+        let codes = random_codes(&mut rng, [1, 1, n, pq_dim], 16)?;
+        let centroids = rng.tensor(&[1, 1, pq_dim, 16, 1], DType::F32);
+        let whole = (&centroids * 2.0)?.round()?;
+        let same_codes = codes.narrow(2, 0, 1)?.expand((1, 1, n, pq_dim))?;
+        let query =
+            |x: &[f32]| Tensor::new(x.repeat(pq_dim)[..pq_dim].to_vec(), &Device::Cpu)?.reshape((1, 1, 1, pq_dim));
+        check_fast_scan(&query(&[1.0])?, &same_codes, &centroids, "one key many times")?;
+        check_fast_scan(&query(&[0.0])?, &codes, &centroids, "all scores 0")?;
+        check_fast_scan(&query(&[1.0, -0.0])?, &codes, &whole, "mass ties")?;
+        for x in [1e-44, 1e-30, 1e30, 1e38, f32::MAX, f32::INFINITY, f32::NAN] {
+            check_fast_scan(&query(&[x])?, &codes, &centroids, &format!("query {x}"))?;
+            check_fast_scan(&query(&[x, 1.0])?, &codes, &centroids, &format!("query {x}, 1"))?;
+            check_fast_scan(&query(&[-x, 1.0, x])?, &codes, &centroids, &format!("query {}, 1, {x}", -x))?;
+        }
+        // Large terms that cancel: the scores are the roundings of the additions.
+        check_fast_scan(&query(&[1.0])?, &codes, &(centroids + 1e6)?, "far from 0")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn codes_are_packed_by_blocks() -> Result<()> {
+    let mut rng = Rng(14);
+    let codes = random_codes(&mut rng, [2, 3, 75, 5], 16)?;
+    let packed = ops::pack_codes(&codes)?;
+    assert_eq!(packed.dims(), [2, 3, 3, 3, 32]);
+    let (bytes, numbers) = (integers(&packed), integers(&codes));
+    for (i, byte) in bytes.iter().enumerate() {
+        let (key, row, block, pair) = (i % 32, i / 32 % 3, i / 96 % 3, i / 288);
+        let code = |m: usize| match block * 32 + key {
+            t if t < 75 && m < 5 => numbers[(pair * 75 + t) * 5 + m],
+            _ => 0,
+        };
+        assert_eq!(*byte, code(2 * row) | code(2 * row + 1) << 4);
+    }
+    // A block depends on its own keys alone.
+    assert_same_bits(&packed.narrow(2, 1, 2)?, &ops::pack_codes(&codes.narrow(2, 32, 43)?)?, "later blocks");
+    // Blocks in a larger buffer are scanned in place.
+    let (query, centroids) = (rng.tensor(&[2, 3, 1, 10], DType::F32), rng.tensor(&[2, 3, 5, 16, 2], DType::F32));
+    let want = integers(&ops::fast_scan(&query, &packed, 75, &centroids, 9)?);
+    let room = Tensor::full(255u8, (2, 3, 8, 3, 32), &Device::Cpu)?;
+    room.slice_set(&packed, 2, 4)?;
+    for packed in [room.narrow(2, 4, 3)?, lay_out(&packed, Strides::LastDim)?] {
+        assert_eq!(integers(&ops::fast_scan(&query, &packed, 75, &centroids, 9)?), want);
+    }
+    Ok(())
+}
+
 #[test]
 fn group_mass_sums_the_softmax_of_a_group() -> Result<()> {
     let mut rng = Rng(4);

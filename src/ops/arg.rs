@@ -61,7 +61,7 @@ impl<'a> Arg<'a> {
 pub(crate) struct View<const N: usize> {
     offset: usize,
     pub(crate) dims: [usize; N],
-    strides: [usize; N],
+    pub(crate) strides: [usize; N],
 }
 
 impl<const N: usize> View<N> {

@@ -16,6 +16,7 @@ mod cluster_sums;
 #[cfg(feature = "cuda")]
 mod decode;
 mod encode;
+mod fast_scan;
 mod group_mass;
 mod indices_and_weights;
 mod kmeans;
@@ -34,6 +35,7 @@ pub(crate) use decode::{decode, Sequences, Workspace};
 pub use encode::encode;
 #[cfg(feature = "cuda")]
 pub(crate) use encode::{encode_into, Due};
+pub use fast_scan::{fast_scan, pack_codes};
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};

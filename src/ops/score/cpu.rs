@@ -13,16 +13,14 @@ use crate::ops::arg::View;
 /// Keys a parallel task scores.
 const KEYS_PER_TASK: usize = 2048;
 
-/// Keys whose sums are kept while the tables pass, and tables in a pass: few enough that both stay in the first-level
-/// cache, which all the tables of 16 subspaces would not.
+/// Keys whose sums are kept while the tables pass: few enough that they stay in the first-level cache.
 const KEYS_PER_BLOCK: usize = 256;
-const TABLES_PER_PASS: usize = 8;
 
 /// The most heads one table entry serves; larger groups take several passes over the codes.
 const MAX_LANES: usize = 8;
 
 /// Table entries of one subspace: as many as a byte can name, so that no look-up needs a bounds check.
-type Table<const LANES: usize> = [[f32; LANES]; 256];
+pub(in crate::ops) type Table<const LANES: usize> = [[f32; LANES]; 256];
 
 pub(super) fn run(
     plan: &Plan,
@@ -86,9 +84,9 @@ fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, quantizers: &[Quantizer]) -
 
 /// Some query heads of one group: of the `pair`-th (batch, KV head), from the group's `first` head on.
 #[derive(Clone, Copy)]
-struct Heads {
-    pair: usize,
-    first: usize,
+pub(in crate::ops) struct Heads {
+    pub(in crate::ops) pair: usize,
+    pub(in crate::ops) first: usize,
 }
 
 /// Scores all keys for up to `LANES` query heads; `rows` are their outputs.
@@ -101,7 +99,10 @@ fn score_heads<T: Elem, const LANES: usize>(
 ) {
     let h_kv = plan.codes.dims[1];
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
-    let tables = |quantizer| build_tables::<T, LANES>(plan, query, quantizer, heads, rows.len());
+    let query = Queries { view: &plan.query, numbers: query, group: plan.group };
+    let tables = |quantizer: &Quantizer| {
+        build_tables::<T, LANES>(&query, (quantizer.centroids_view, quantizer.centroids), heads, rows.len())
+    };
     let tables: Vec<_> = quantizers.iter().map(|quantizer| (quantizer, tables(quantizer))).collect();
     // Split every row at the same keys, so that a task owns its keys' scores of all the heads.
     let mut parts: Vec<_> = rows.iter_mut().map(|row| row.chunks_mut(KEYS_PER_TASK)).collect();
@@ -125,11 +126,20 @@ fn score_keys<const LANES: usize>(
         let sums = &mut sums[..KEYS_PER_BLOCK.min(count - start)];
         sums.fill([0.0; LANES]);
         for (quantizer, tables) in tables {
-            for (part, tables) in tables.chunks(TABLES_PER_PASS).enumerate() {
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let at = quantizer.codes_view.at(&[b, kv, first + start + i]) + part * TABLES_PER_PASS;
-                    *sums = look_up(tables, &quantizer.codes[at..at + tables.len()], *sums);
-                }
+            let codes = Codes::new(quantizer, [b, kv, first + start]);
+            let (wide, rest) = tables.as_chunks::<16>();
+            for (part, tables) in wide.iter().enumerate() {
+                pass(tables, codes.skip(16 * part), sums);
+            }
+            let mut codes = codes.skip(16 * wide.len());
+            let (eight, rest) = rest.as_chunks::<8>();
+            for tables in eight {
+                pass(tables, codes, sums);
+                codes = codes.skip(8);
+            }
+            for table in rest {
+                pass::<LANES, 1>(std::array::from_ref(table), codes, sums);
+                codes = codes.skip(1);
             }
         }
         for (lane, row) in rows.iter_mut().enumerate() {
@@ -140,42 +150,93 @@ fn score_keys<const LANES: usize>(
     }
 }
 
+/// The codes of consecutive keys, from a subspace on.
+#[derive(Clone, Copy)]
+struct Codes<'a> {
+    codes: &'a [u8],
+    /// From a key to the next.
+    stride: usize,
+}
+
+impl<'a> Codes<'a> {
+    #[inline(always)]
+    fn new(quantizer: &Quantizer<'a>, key: [usize; 3]) -> Self {
+        Self { codes: &quantizer.codes[quantizer.codes_view.at(&key)..], stride: quantizer.codes_view.strides[2] }
+    }
+
+    #[inline(always)]
+    fn skip(self, subspaces: usize) -> Self {
+        Self { codes: &self.codes[subspaces..], ..self }
+    }
+
+    #[inline(always)]
+    fn of<const N: usize>(self, key: usize) -> &'a [u8; N] {
+        &self.codes[key * self.stride..].as_chunks().0[0]
+    }
+}
+
+/// Adds the look-ups in `N` tables to the sums of consecutive keys, four at a time: their chains of additions overlap.
 #[inline(always)]
-fn look_up<const LANES: usize>(tables: &[Table<LANES>], codes: &[u8], mut sums: [f32; LANES]) -> [f32; LANES] {
-    for (table, &code) in tables.iter().zip(codes) {
-        let entry = table[usize::from(code)];
-        for l in 0..LANES {
-            sums[l] += entry[l];
+fn pass<const LANES: usize, const N: usize>(tables: &[Table<LANES>; N], codes: Codes, sums: &mut [[f32; LANES]]) {
+    let (fours, rest) = sums.as_chunks_mut::<4>();
+    let first = 4 * fours.len();
+    for (i, sums) in fours.iter_mut().enumerate() {
+        look_up(tables, [0, 1, 2, 3].map(|key| codes.of(4 * i + key)), sums);
+    }
+    for (i, sums) in rest.iter_mut().enumerate() {
+        look_up(tables, [codes.of(first + i)], std::array::from_mut(sums));
+    }
+}
+
+#[inline(always)]
+fn look_up<const LANES: usize, const N: usize, const KEYS: usize>(
+    tables: &[Table<LANES>; N],
+    codes: [&[u8; N]; KEYS],
+    sums: &mut [[f32; LANES]; KEYS],
+) {
+    let mut acc = *sums;
+    for (m, table) in tables.iter().enumerate() {
+        for (sums, codes) in acc.iter_mut().zip(codes) {
+            let entry = &table[usize::from(codes[m])];
+            for l in 0..LANES {
+                sums[l] += entry[l];
+            }
         }
     }
-    sums
+    *sums = acc;
+}
+
+/// A checked `query` argument.
+pub(in crate::ops) struct Queries<'a, T> {
+    /// `[b, h, 1, head_dim]`
+    pub(in crate::ops) view: &'a View<4>,
+    pub(in crate::ops) numbers: &'a [T],
+    pub(in crate::ops) group: usize,
 }
 
 /// `LUT[m][c]` of `count` heads, one a lane.
 #[multiversion(targets = "simd")]
-fn build_tables<T: Elem, const LANES: usize>(
-    plan: &Plan,
-    query: &[T],
-    quantizer: &Quantizer,
+pub(in crate::ops) fn build_tables<T: Elem, const LANES: usize>(
+    queries: &Queries<T>,
+    (view, centroids): (&View<5>, &[f32]),
     heads: Heads,
     count: usize,
 ) -> Vec<Table<LANES>> {
-    let Quantizer { centroids_view: view, centroids, .. } = quantizer;
     let [_, h_kv, pq_dim, n_centroids, pq_len] = view.dims;
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
     let mut tables = vec![[[0f32; LANES]; 256]; pq_dim];
     // The queries coordinate by coordinate, so that all heads advance together.
     let head_dim = pq_dim * pq_len;
-    let mut queries = vec![[0f32; LANES]; head_dim];
+    let mut columns = vec![[0f32; LANES]; head_dim];
     let widened = &mut [0f32; super::MAX_HEAD_DIM][..head_dim];
     for lane in 0..count {
-        let at = plan.query.at(&[b, kv * plan.group + heads.first + lane]);
-        T::widen(&query[at..at + head_dim], widened);
-        for (coordinate, x) in queries.iter_mut().zip(&*widened) {
+        let at = queries.view.at(&[b, kv * queries.group + heads.first + lane]);
+        T::widen(&queries.numbers[at..at + head_dim], widened);
+        for (coordinate, x) in columns.iter_mut().zip(&*widened) {
             coordinate[lane] = *x;
         }
     }
-    for (m, (table, query)) in tables.iter_mut().zip(queries.chunks_exact(pq_len)).enumerate() {
+    for (m, (table, query)) in tables.iter_mut().zip(columns.chunks_exact(pq_len)).enumerate() {
         for (c, entry) in table.iter_mut().take(n_centroids).enumerate() {
             let centroid = &centroids[view.at(&[b, kv, m, c])..][..pq_len];
             let mut sums = [0f32; LANES];

@@ -1,6 +1,6 @@
 //! PQ scores: query-key inner products estimated from the codes alone.
 
-mod cpu;
+pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]

@@ -1,5 +1,6 @@
 //! One pass that keeps a buffer of candidates above a rising threshold:
-//! 1. Append every score above the threshold, without a branch, until the buffer is full.
+//! 1. Pass over blocks that have no score above the threshold, which in a long row are nearly all. Of the others, append
+//!    every score above it, without a branch, until the buffer is full.
 //! 2. Cut the buffer to its k best by quickselect; the worst of them is the new threshold. A later score equal to it
 //!    cannot enter, since k candidates at lower positions are as good, so "above" is strict.
 //!
@@ -13,8 +14,11 @@ use rayon::prelude::*;
 use super::Plan;
 use crate::cpu::slice;
 
-/// Scores between two looks at how full the buffer is.
-const BLOCK: usize = 256;
+/// Scores between two looks at the threshold and at how full the buffer is.
+const BLOCK: usize = 32;
+
+/// Room of the buffer beside that for 2 k candidates, so that a small k is not cut every few appends.
+const ROOM: usize = 512;
 
 pub(super) fn run(plan: &Plan, scores: &CpuStorage, layout: &Layout) -> Result<Vec<u32>> {
     let scores = slice::<f32>(scores)?;
@@ -29,19 +33,26 @@ pub(super) fn run(plan: &Plan, scores: &CpuStorage, layout: &Layout) -> Result<V
     Ok(positions)
 }
 
-/// Writes the positions of the `positions.len()` largest scores, ascending.
+/// Writes the positions of the `positions.len()` largest scores, ascending; there are as many scores, and one at least.
 #[multiversion(targets = "simd")]
-fn select(scores: &[f32], positions: &mut [u32]) {
+pub(in crate::ops) fn select(scores: &[f32], positions: &mut [u32]) {
     let k = positions.len();
-    let mut buffer = vec![0u64; (2 * k + 2 * BLOCK).min(scores.len() + BLOCK)];
-    let (mut len, mut threshold) = (0, -1);
+    let mut buffer = vec![0u64; (2 * k + ROOM).min(scores.len() + BLOCK)];
+    let (mut len, mut threshold, mut bar) = (0, -1, f32::NAN);
     for (block, scores) in scores.chunks(BLOCK).enumerate() {
+        let mut above = above(scores, bar);
+        if above == 0 {
+            continue;
+        }
         if len + BLOCK > buffer.len() {
             threshold = cut(&mut buffer[..len], k);
+            bar = score(threshold as u32);
             len = k;
         }
-        for (i, &x) in scores.iter().enumerate() {
-            let rank = rank(x);
+        while above != 0 {
+            let i = above.trailing_zeros() as usize;
+            above &= above - 1;
+            let rank = rank(scores[i]);
             // The position's complement makes the lower position the better one of equal ranks.
             buffer[len] = u64::from(rank) << 32 | u64::from(!((block * BLOCK + i) as u32));
             len += usize::from(i64::from(rank) > threshold);
@@ -52,6 +63,16 @@ fn select(scores: &[f32], positions: &mut [u32]) {
         *position = !(*candidate as u32);
     }
     positions.sort_unstable();
+}
+
+/// Which scores may be above `bar`, a bit each: all of them where it is NaN.
+#[inline(always)]
+fn above(scores: &[f32], bar: f32) -> u32 {
+    let mut bits = 0;
+    for (i, x) in scores.iter().enumerate() {
+        bits |= u32::from(*x > bar || bar.is_nan()) << i;
+    }
+    bits
 }
 
 /// Moves the `k` best candidates to the front; returns the rank of the worst of them.
@@ -70,5 +91,14 @@ fn rank(x: f32) -> u32 {
         0
     } else {
         ordered
+    }
+}
+
+/// The score of a rank.
+fn score(rank: u32) -> f32 {
+    match rank {
+        0 => f32::NAN,
+        1..0x8000_0000 => f32::from_bits(!rank),
+        _ => f32::from_bits(rank ^ 0x8000_0000),
     }
 }

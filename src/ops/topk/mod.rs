@@ -1,6 +1,6 @@
 //! Exact top-k: the positions of the k largest scores of each row.
 
-mod cpu;
+pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
