@@ -5,6 +5,7 @@ struct Encode {
   View<4> keys;
   View<5> centroids;
   View<3> phi;
+  View<3> weights;
   View<4> codes;
   View<3> clusters;
   View<4> coarse;
@@ -17,11 +18,12 @@ struct Encode {
   u32 augmented;
 };
 
-// Encodes n keys, or with `lens` the block of n that is due; with `coarse`, what their clusters' centroids leave of them.
+// Encodes n keys, or with `lens` the block of n that is due; with `weights`, their products with these; with `coarse`, what
+// their clusters' centroids leave of them.
 // Grid: (tiles of keys, pq_dim, b * h_kv).
 template <int LEN, class T>
-__device__ void encode(const T* keys, const float* centroids, const float* phi, const u8* clusters, const float* coarse,
-                       const u32* lens, u8* codes, const Encode& p) {
+__device__ void encode(const T* keys, const float* centroids, const float* phi, const float* weights,
+                       const u8* clusters, const float* coarse, const u32* lens, u8* codes, const Encode& p) {
   const u32 m = blockIdx.y, pair = blockIdx.z, b = pair / p.h_kv, h = pair % p.h_kv;
   u64 begin;
   if (!p.step.find_due(lens, b, p.n, &begin)) return;
@@ -32,6 +34,7 @@ __device__ void encode(const T* keys, const float* centroids, const float* phi, 
   vectors.len = p.pq_len;
   vectors.augmented = p.augmented;
   vectors.phi = p.augmented ? phi[p.phi.at(b, h, m)] : 0;
+  if (weights) vectors.weights = weights + p.weights.at(b, h) + m * p.pq_len;
   if (coarse) {
     vectors.clusters = clusters + p.clusters.at(b, h, begin);
     vectors.cluster_stride = p.clusters.strides[2];
@@ -48,12 +51,13 @@ __device__ void encode(const T* keys, const float* centroids, const float* phi, 
       const type* keys,        /* [b, h_kv, n, head_dim] */                            \
       const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, columns] */           \
       const float* phi,        /* [b, h_kv, pq_dim], read where augmented */           \
+      const float* weights,    /* [b, h_kv, head_dim], or null */                      \
       const u8* clusters,      /* [b, h_kv, n], or null */                             \
       const float* coarse,     /* [b, h_kv, n_clusters, head_dim], or null */          \
       const u32* lens,         /* [b], or null */                                      \
       u8* codes,               /* [b, h_kv, n, pq_dim] */                              \
       const Encode p) {                                                                \
-    encode<LEN>(keys, centroids, phi, clusters, coarse, lens, codes, p);               \
+    encode<LEN>(keys, centroids, phi, weights, clusters, coarse, lens, codes, p);      \
   }
 #define KERNELS(suffix, type) FOR_EACH_LENGTH(KERNEL, suffix, type)
 FOR_EACH_FLOAT(KERNELS)

@@ -20,6 +20,8 @@ struct SubVectors {
   u32 len;
   bool augmented;
   float phi;
+  // What to multiply each coordinate by; null for nothing.
+  const float* weights = nullptr;
   // The cluster of each key, and what to subtract from its sub-vector; null for nothing.
   const u8* clusters = nullptr;
   u64 cluster_stride;
@@ -35,6 +37,12 @@ struct SubVectors {
     return coarse ? coarse + clusters[position(i) * cluster_stride] * coarse_stride : nullptr;
   }
 
+  // Coordinate `j` of `x`, minus that of `base` where that is not null.
+  __device__ float value(const T* x, const float* base, u32 j) const {
+    const float weighted = weights ? __fmul_rn(widen(x[j]), weights[j]) : widen(x[j]);
+    return base ? __fsub_rn(weighted, base[j]) : weighted;
+  }
+
   __device__ float norm(const T* x) const {
     float sum = 0;
     for (u32 j = 0; j < len; j++) sum = add_square(sum, widen(x[j]));
@@ -48,7 +56,7 @@ struct SubVectors {
   __device__ float coordinate(u64 i, u32 j) const {
     const T* x = (*this)[i];
     if (j >= len) return augmentation(norm(x));
-    return coarse ? widen(x[j]) - base(i)[j] : widen(x[j]);
+    return value(x, base(i), j);
   }
 
   __device__ u32 columns() const { return len + augmented; }
@@ -95,7 +103,7 @@ __device__ void nearest_by_thread(const SubVectors<T>& vectors, const Centroids&
     float norm = 0;
 #pragma unroll
     for (int j = 0; j < LEN; j++) {
-      x[e][j] = base ? widen(from[j]) - base[j] : widen(from[j]);
+      x[e][j] = vectors.value(from, base, j);
       norm = add_square(norm, x[e][j]);
     }
     augmentation[e] = vectors.augmentation(norm);

@@ -140,7 +140,7 @@ impl PqAttention {
         cache.append(&keys.detach(), &values.detach())?;
         let out = match query.dims()[2] {
             1 => decode(self, query, cache).map(|attended| attended.out),
-            _ => self.prefill(query, cache),
+            _ => cache.observe(query).and_then(|()| self.prefill(query, cache)),
         };
         if out.is_err() {
             cache.undo_append(before)?;

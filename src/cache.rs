@@ -5,6 +5,7 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 use crate::codebook::Codebook;
 use crate::config::{PqConfig, Tail};
 use crate::ops::{ClusterSums, Coarse};
+use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
 use crate::{cuda::Lens, ops};
 
@@ -17,6 +18,8 @@ use crate::{cuda::Lens, ops};
 ///   and again whenever the keys have grown by [`PqConfig::refresh`] since: what the codebook has not seen it codes
 ///   poorly. Keys are encoded in blocks of `window + 1`, when a block is full, which is
 ///   before its first key can be selected. With [`Tail::ClusterMeans`] their values are added to their clusters' then.
+/// - **Queries.** With [`PqConfig::query_weights`] it keeps a few of a prompt's, 32 of each doubling of its length: what
+///   they look at is what a codebook is to be good in.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
 ///
@@ -35,6 +38,8 @@ pub struct PqKvCache {
     /// On a GPU, what `len` will be when the launches so far are done.
     #[cfg(feature = "cuda")]
     lens: Option<Lens>,
+    /// With query weights.
+    queries: QuerySample,
     trained: Option<Trained>,
     /// Keys from `init_offset` up to here have codes.
     encoded: usize,
@@ -64,7 +69,7 @@ pub(crate) struct Index {
 pub struct Memory {
     /// Keys and values.
     pub kv_bytes: usize,
-    /// Codes, codebook and sums of clusters.
+    /// Codes, codebook, sums of clusters and sample of queries.
     pub index_bytes: usize,
 }
 
@@ -111,6 +116,7 @@ impl PqKvCache {
             len: 0,
             #[cfg(feature = "cuda")]
             lens,
+            queries: QuerySample::default(),
             trained: None,
             encoded,
         })
@@ -134,6 +140,15 @@ impl PqKvCache {
         self.write(keys, values)?;
         self.len += added;
         Ok(())
+    }
+
+    /// Takes note of the queries of the last positions, `[b, h, s, head_dim]`: codebooks trained from now on know what they
+    /// look at.
+    pub(crate) fn observe(&mut self, query: &Tensor) -> Result<()> {
+        match self.config.query_weights {
+            true => self.queries.add(self.len - query.dim(2)?, query, self.dims()[1]),
+            false => Ok(()),
+        }
     }
 
     /// Writes keys and values behind the last ones, where there is room.
@@ -257,7 +272,11 @@ impl PqKvCache {
         };
         if due {
             self.forbid_capture("training", "call build_index")?;
-            let codebook = Codebook::train(&self.kv.get(0)?.narrow(2, start, trainable)?, &self.config)?;
+            let start = self.config.init_offset();
+            let trainable = self.len - start;
+            let keys = self.kv.get(0)?.narrow(2, start, trainable)?;
+            let weights = self.queries.weights(self.dims(), keys.device())?;
+            let codebook = Codebook::train_weighted(&keys, weights.as_ref(), &self.config)?;
             self.use_codebook(codebook, Some(self.len))?;
         }
         Ok(())
@@ -380,6 +399,7 @@ impl PqKvCache {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
         }
         self.set_len(len)?;
+        self.queries.truncate(len)?;
         if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
             self.trained = None;
             self.encoded = self.config.init_offset();
@@ -399,7 +419,7 @@ impl PqKvCache {
     pub(crate) fn undo_append(&mut self, len: usize) -> Result<()> {
         if self.is_capturing()? {
             self.len = len;
-            return Ok(());
+            return self.queries.truncate(len);
         }
         self.truncate(len)
     }
@@ -541,7 +561,7 @@ impl PqKvCache {
         let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
         let (codebook, clusters) =
             (self.codebook().map_or(0, Codebook::bytes), self.clusters().map_or(0, ClusterSums::bytes));
-        Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters }
+        Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters + self.queries.bytes() }
     }
 }
 

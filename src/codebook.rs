@@ -13,11 +13,24 @@ use crate::ops::{self, KmeansOptions};
 ///
 /// With coarse clusters there are also centroids of whole keys, and those of the subspaces are of residuals: of what the
 /// centroid nearest to a key leaves of it.
+///
+/// With weights all of this is in keys whose elements have been multiplied by them: what is near there is near in what
+/// queries look at. Scores are those of the centroids divided by the weights, so that queries stay as they are.
 #[derive(Debug, Clone)]
 pub struct Codebook {
     centroids: Tensor,
     phi: Option<Tensor>,
     /// `[b, h_kv, n_clusters, head_dim]`
+    coarse: Option<Tensor>,
+    weights: Option<Weights>,
+}
+
+/// Weights of the elements of keys, and the centroids without them.
+#[derive(Debug, Clone)]
+struct Weights {
+    /// `[b, h_kv, head_dim]`, without gaps
+    weights: Tensor,
+    centroids: Tensor,
     coarse: Option<Tensor>,
 }
 
@@ -28,6 +41,16 @@ impl Codebook {
     /// # Errors
     /// A config that does not suit the keys, or fewer keys than centroids or clusters.
     pub fn train(keys: &Tensor, config: &PqConfig) -> Result<Self> {
+        Self::train_weighted(keys, None, config)
+    }
+
+    /// As [`train`](Self::train), on keys whose elements are multiplied by `weights`, `[b, h_kv, head_dim]` f32, where there
+    /// are some. The roots of the mean squares of the elements of queries make the error of a score smallest; see
+    /// [`PqConfig::query_weights`], with which a cache takes them from its prompt.
+    ///
+    /// # Errors
+    /// Those of [`train`](Self::train) and of [`with_weights`](Self::with_weights).
+    pub fn train_weighted(keys: &Tensor, weights: Option<&Tensor>, config: &PqConfig) -> Result<Self> {
         let options = KmeansOptions {
             pq_dim: config.pq_dim,
             pq_bits: config.pq_bits,
@@ -36,16 +59,28 @@ impl Codebook {
             max_keys: config.max_train_keys,
             seed: config.seed,
         };
-        if config.coarse == 0 {
-            let (centroids, phi) = ops::kmeans(keys, &options)?;
-            return Ok(Self { centroids, phi, coarse: None });
+        if let Some(weights) = weights {
+            let (b, h_kv, _, head_dim) = keys.dims4()?;
+            check_weights(weights, [b, h_kv, head_dim], config.metric)?;
         }
-        let sample = select(keys, &sample_positions(keys.dim(2)?, config.max_train_keys, config.coarse))?;
+        let with_weights = |codebook: Self| match weights {
+            None => Ok(codebook),
+            Some(weights) => codebook.with_weights(weights.clone()),
+        };
+        // Weighted, as far as they are trained on.
+        let sample = match (weights, config.coarse) {
+            (None, 0) => keys.clone(),
+            _ => weigh(&select(keys, &sample_positions(keys.dim(2)?, config))?, weights)?,
+        };
+        if config.coarse == 0 {
+            let (centroids, phi) = ops::kmeans(&sample, &options)?;
+            return with_weights(Self::new(centroids, phi)?);
+        }
         let whole = KmeansOptions { pq_dim: 1, pq_bits: config.coarse.ilog2() as usize, ..options };
         let coarse = ops::kmeans(&sample, &whole)?.0.squeeze(2)?;
         let residuals = residuals(&sample, &coarse, &nearest(&sample, &coarse)?)?;
         let (centroids, phi) = ops::kmeans(&residuals, &options)?;
-        Self { centroids, phi, coarse: None }.with_coarse(coarse)
+        with_weights(Self::new(centroids, phi)?.with_coarse(coarse)?)
     }
 
     /// From centroids `[b, h_kv, pq_dim, n_centroids, pq_len]` f32; with `phi` `[b, h_kv, pq_dim]` f32 they are of the
@@ -79,14 +114,14 @@ impl Codebook {
         if columns <= usize::from(phi.is_some()) {
             bail!("Codebook: centroids: expected a pq_len of at least 1, got {:?}", centroids.dims());
         }
-        Ok(Self { centroids, phi, coarse: None })
+        Ok(Self { centroids, phi, coarse: None, weights: None })
     }
 
     /// The same centroids, of residuals to the clusters whose centroids are `coarse`, `[b, h_kv, n_clusters, head_dim]`
-    /// f32.
+    /// f32. Weights come after.
     ///
     /// # Errors
-    /// Another shape or dtype, or a codebook of the inner-product metric.
+    /// Another shape or dtype, or a codebook of the inner-product metric or with weights.
     pub fn with_coarse(self, coarse: Tensor) -> Result<Self> {
         let [b, h_kv, pq_dim, _] = self.dims();
         let head_dim = pq_dim * self.pq_len();
@@ -103,7 +138,28 @@ impl Codebook {
         if self.phi.is_some() {
             bail!("Codebook: coarse: expected centroids of the Euclidean metric, got InnerProduct");
         }
+        if self.weights.is_some() {
+            bail!("Codebook: coarse: expected a codebook that gets its weights afterwards, got one that has some");
+        }
         Ok(Self { coarse: Some(coarse), ..self })
+    }
+
+    /// The same centroids, of keys whose elements have been multiplied by `weights`, `[b, h_kv, head_dim]` f32.
+    ///
+    /// # Errors
+    /// Another shape or dtype, numbers that are not above 0 or not finite or whose inverse is not, or a codebook of the
+    /// inner-product metric.
+    pub fn with_weights(self, weights: Tensor) -> Result<Self> {
+        let ([b, h_kv, pq_dim, _], pq_len) = (self.dims(), self.pq_len());
+        let head_dim = pq_dim * pq_len;
+        let numbers = check_weights(&weights, [b, h_kv, head_dim], self.metric())?;
+        // Inverted here, so that every device multiplies by the same numbers.
+        let inverse: Vec<f32> = numbers.into_iter().map(f32::recip).collect();
+        let inverse = Tensor::from_vec(inverse, (b, h_kv, head_dim), weights.device())?;
+        let centroids = self.centroids.broadcast_mul(&inverse.reshape((b, h_kv, pq_dim, 1, pq_len))?)?;
+        let coarse = self.coarse.as_ref().map(|coarse| weigh(coarse, Some(&inverse))).transpose()?;
+        let weights = Weights { weights: weights.contiguous()?, centroids, coarse };
+        Ok(Self { weights: Some(weights), ..self })
     }
 
     /// Codes `[b, h_kv, n, pq_dim]` u8 of `keys` `[b, h_kv, n, head_dim]`, and with coarse clusters those of the keys,
@@ -112,20 +168,24 @@ impl Codebook {
     /// # Errors
     /// Keys of other dimensions than those trained on.
     pub fn encode(&self, keys: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        // Keys of which there are residuals at a time: a prompt's would be twice the size of its keys, or four times.
+        // Keys that are multiplied, or have residuals, at a time: a prompt's would be twice the size of its keys, or more.
         const BLOCK: usize = 4096;
-        let Some(coarse) = &self.coarse else {
+        if self.coarse.is_none() && self.weights.is_none() {
             return Ok((ops::encode(keys, &self.centroids, self.phi.as_ref())?, None));
-        };
-        let clusters = nearest(keys, coarse)?;
+        }
         let n = keys.dim(2)?;
         let block = |start: usize| {
-            let part = |x: &Tensor| x.narrow(2, start, BLOCK.min(n - start));
-            ops::encode(&residuals(&part(keys)?, coarse, &part(&clusters)?)?, &self.centroids, None)
+            let keys = weigh(&keys.narrow(2, start, BLOCK.min(n - start))?, self.weights())?;
+            let Some(coarse) = &self.coarse else { return Ok((ops::encode(&keys, &self.centroids, None)?, None)) };
+            let clusters = nearest(&keys, coarse)?;
+            let codes = ops::encode(&residuals(&keys, coarse, &clusters)?, &self.centroids, None)?;
+            Ok((codes, Some(clusters)))
         };
         // An empty block where there are no keys.
-        let codes: Result<Vec<_>> = (0..n.max(1)).step_by(BLOCK).map(block).collect();
-        Ok((Tensor::cat(&codes?, 2)?, Some(clusters)))
+        let blocks: Result<(Vec<_>, Vec<_>)> = (0..n.max(1)).step_by(BLOCK).map(block).collect();
+        let (codes, clusters) = blocks?;
+        let clusters: Option<Vec<_>> = clusters.into_iter().collect();
+        Ok((Tensor::cat(&codes, 2)?, clusters.map(|clusters| Tensor::cat(&clusters, 2)).transpose()?))
     }
 
     /// Writes the codes of the keys at `positions` of a cache in place, and their clusters; `[b, h_kv, capacity, ...]` each.
@@ -163,27 +223,40 @@ impl Codebook {
         keys: &Tensor,
         due: Option<ops::Due>,
     ) -> Result<()> {
+        let options = ops::EncodeOptions { weights: self.weights(), due, ..Default::default() };
         let coarse = match (coarse_codes, &self.coarse) {
             (Some(codes), Some(centroids)) => {
-                ops::encode_into(&codes.unsqueeze(3)?, keys, &centroids.unsqueeze(2)?, None, None, due)?;
+                ops::encode_into(&codes.unsqueeze(3)?, keys, &centroids.unsqueeze(2)?, options)?;
                 Some(ops::Coarse { codes: codes.clone(), centroids: centroids.clone() })
             }
             _ => None,
         };
-        ops::encode_into(codes, keys, &self.centroids, self.phi.as_ref(), coarse.as_ref(), due)
+        let options = ops::EncodeOptions { phi: self.phi.as_ref(), coarse: coarse.as_ref(), ..options };
+        ops::encode_into(codes, keys, &self.centroids, options)
     }
 
-    /// Centroids without the augmentation, for [`ops::score`]: `[b, h_kv, pq_dim, n_centroids, pq_len]`.
+    /// Centroids without the augmentation and the weights, for [`ops::score`]: `[b, h_kv, pq_dim, n_centroids, pq_len]`.
     ///
     /// # Errors
     /// None in a codebook that was made here.
     pub fn centroids(&self) -> Result<Tensor> {
-        self.centroids.narrow(4, 0, self.pq_len())
+        match &self.weights {
+            None => self.centroids.narrow(4, 0, self.pq_len()),
+            Some(Weights { centroids, .. }) => Ok(centroids.clone()),
+        }
     }
 
-    /// Centroids of the coarse clusters, `[b, h_kv, n_clusters, head_dim]`, where there are any.
+    /// Centroids of the coarse clusters without the weights, `[b, h_kv, n_clusters, head_dim]`, where there are any.
     pub fn coarse(&self) -> Option<&Tensor> {
-        self.coarse.as_ref()
+        match &self.weights {
+            None => self.coarse.as_ref(),
+            Some(Weights { coarse, .. }) => coarse.as_ref(),
+        }
+    }
+
+    /// What the elements of keys are multiplied by before they are encoded, `[b, h_kv, head_dim]`, if anything.
+    pub fn weights(&self) -> Option<&Tensor> {
+        self.weights.as_ref().map(|Weights { weights, .. }| weights)
     }
 
     /// Elements of a sub-vector.
@@ -205,13 +278,15 @@ impl Codebook {
         [dims[0], dims[1], dims[2], dims[3]]
     }
 
-    /// Bytes of the centroids.
+    /// Bytes of the centroids, with weights those of both forms.
     pub fn bytes(&self) -> usize {
         let tensors = [Some(&self.centroids), self.phi.as_ref(), self.coarse.as_ref()];
-        tensors.into_iter().flatten().map(Tensor::elem_count).sum::<usize>() * size_of::<f32>()
+        let weights = self.weights.as_ref().map(|w| [Some(&w.weights), Some(&w.centroids), w.coarse.as_ref()]);
+        tensors.into_iter().chain(weights.into_iter().flatten()).flatten().map(Tensor::elem_count).sum::<usize>()
+            * size_of::<f32>()
     }
 
-    /// Writes a safetensors file with `centroids` and, where there are any, `phi` and `coarse`.
+    /// Writes a safetensors file with `centroids` and, where there are any, `phi`, `coarse` and `weights`.
     ///
     /// # Errors
     /// What writing the file gives.
@@ -222,6 +297,9 @@ impl Codebook {
         }
         if let Some(coarse) = &self.coarse {
             tensors.insert("coarse", coarse.clone());
+        }
+        if let Some(weights) = self.weights() {
+            tensors.insert("weights", weights.clone());
         }
         candle_core::safetensors::save(&tensors, path)
     }
@@ -236,22 +314,27 @@ impl Codebook {
             bail!("Codebook: expected a tensor `centroids` in {}, found none", path.as_ref().display());
         };
         let codebook = Self::new(centroids, tensors.remove("phi"))?;
-        match tensors.remove("coarse") {
+        let codebook = match tensors.remove("coarse") {
+            None => codebook,
+            Some(coarse) => codebook.with_coarse(coarse)?,
+        };
+        match tensors.remove("weights") {
             None => Ok(codebook),
-            Some(coarse) => codebook.with_coarse(coarse),
+            Some(weights) => codebook.with_weights(weights),
         }
     }
 }
 
-/// Positions of at most `max` of `n` keys to train on: a half spread over the last quarter of them, where that is enough
-/// for each of the `clusters`, and the others over the rest.
-fn sample_positions(n: usize, max: usize, clusters: usize) -> Vec<i64> {
+/// Positions of the keys to train on, of `n`. With clusters: of half of them, or of as many as are enough for all centroids,
+/// a half spread over the last quarter, and the others over the rest.
+fn sample_positions(n: usize, config: &PqConfig) -> Vec<i64> {
     let spread = |from: usize, to: usize, count: usize| {
         let (from, to, len) = (from as u128, to as u128, count as u128);
         (0..len).map(move |i| (from + i * (to - from) / len) as i64)
     };
-    let count = n.min(max);
-    if count < 4 * clusters {
+    let (most, enough) = (n.min(config.max_train_keys), 4 * config.min_train_keys());
+    let count = if config.coarse > 0 { most.min(enough.max(n / 2)) } else { most };
+    if config.coarse == 0 || count < enough {
         return spread(0, n, count).collect();
     }
     let (recent, last_quarter) = (count / 2, n - n / 4);
@@ -268,6 +351,29 @@ fn select(keys: &Tensor, positions: &[i64]) -> Result<Tensor> {
         |i: usize| keys.narrow(0, i / h_kv, 1)?.narrow(1, i % h_kv, 1)?.contiguous()?.index_select(&positions, 2);
     let heads: Result<Vec<_>> = (0..b * h_kv).map(head).collect();
     Tensor::cat(&heads?, 0)?.reshape((b, h_kv, count, head_dim))
+}
+
+/// The numbers of weights for keys of `[b, h_kv, head_dim]`, if they are fit for it.
+fn check_weights(weights: &Tensor, dims: [usize; 3], metric: Metric) -> Result<Vec<f32>> {
+    if weights.dims() != dims || weights.dtype() != DType::F32 {
+        bail!("Codebook: weights: expected {dims:?} f32, got {:?} {}", weights.dims(), weights.dtype().as_str());
+    }
+    if metric != Metric::Euclidean {
+        bail!("Codebook: weights: expected centroids of the Euclidean metric, got {metric:?}");
+    }
+    let numbers = weights.flatten_all()?.to_vec1::<f32>()?;
+    if let Some(bad) = numbers.iter().find(|w| !(w.is_normal() && **w > 0.0 && w.recip().is_normal())) {
+        bail!("Codebook: weights: expected positive finite numbers, got {bad}");
+    }
+    Ok(numbers)
+}
+
+/// Keys, or centroids of keys, `[b, h_kv, n, head_dim]`, in f32 and multiplied by `weights`, if there are any.
+fn weigh(keys: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+    match weights {
+        None => Ok(keys.clone()),
+        Some(weights) => keys.to_dtype(DType::F32)?.broadcast_mul(&weights.unsqueeze(2)?),
+    }
 }
 
 /// The cluster of each key, `[b, h_kv, n]` u8.
@@ -291,11 +397,17 @@ mod tests {
 
     #[test]
     fn half_of_the_sample_is_recent() {
-        assert_eq!(sample_positions(6, 10, 2), [0, 1, 2, 3, 4, 5], "too few to weigh");
-        assert_eq!(sample_positions(8, 4, 2), [0, 2, 4, 6], "too few to weigh");
+        let sample_positions = |n, max_train_keys, coarse| {
+            sample_positions(n, &PqConfig { pq_bits: 1, coarse, max_train_keys, ..PqConfig::default() })
+        };
+        assert_eq!(sample_positions(6, 10, 2), [0, 1, 2, 3, 4, 5], "too few to choose");
+        assert_eq!(sample_positions(8, 4, 2), [0, 2, 4, 6], "too few to choose");
         assert_eq!(sample_positions(16, 8, 2), [0, 3, 6, 9, 12, 13, 14, 15]);
-        // As many as there are: the recent ones twice.
+        assert_eq!(sample_positions(16, 100, 2), [0, 3, 6, 9, 12, 13, 14, 15], "half");
+        assert_eq!(sample_positions(8, 100, 0), [0, 1, 2, 3, 4, 5, 6, 7], "without clusters");
+        // No more than are needed, but enough: the recent ones twice.
         assert_eq!(sample_positions(8, 100, 2), [0, 1, 3, 4, 6, 6, 7, 7]);
+        assert_eq!(sample_positions(100, 1000, 16).len(), 64);
         let many = sample_positions(1 << 40, 1000, 16);
         assert_eq!((many.len(), many[499] < 3 << 38, many[500], many[999] < 1 << 40), (1000, true, 3 << 38, true));
     }

@@ -34,10 +34,11 @@ pub struct PqConfig {
     pub pq_dim: usize,
     /// `2^pq_bits` centroids a subspace: 1 to 8. A code takes a byte whatever it is.
     pub pq_bits: usize,
-    /// Rounds of k-means: any number; gains fade after 5.
+    /// Rounds of k-means: any number; gains fade after 4.
     pub kmeans_iters: usize,
     /// Trains on at most so many keys, at least `2^pq_bits` and `coarse`; without `coarse` they are spread evenly, with it
-    /// half of them over the last quarter. More than 64 a centroid (the default) gain little.
+    /// they are half of all, if those are many, and half of them from the last quarter. More than 64 a centroid (the
+    /// default) gain little.
     pub max_train_keys: usize,
     /// Trains again when the keys have grown by this share since: above 0. Codes of keys that the codebook has not seen
     /// are poor, and the latest keys matter most; rarer training costs fidelity, more frequent training costs time.
@@ -53,6 +54,11 @@ pub struct PqConfig {
     pub init_offset: Option<usize>,
     /// What the codes approximate best.
     pub metric: Metric,
+    /// Whether codes are best in the elements that queries look at, by a sample of the prompt's: good for any model, and
+    /// free in a decode step. The sample is of the positions where [`forward`](crate::PqAttention::forward) was given more
+    /// than one; without any, all elements count alike. Not with the inner-product metric, which is about the norms of
+    /// keys as they are.
+    pub query_weights: bool,
     /// Whether each query head selects for itself.
     pub selection: Selection,
     /// Seed of the codebook's training.
@@ -67,13 +73,14 @@ impl Default for PqConfig {
             heavy: Heavy::Fraction(0.02),
             pq_dim: 8,
             pq_bits: 8,
-            kmeans_iters: 5,
+            kmeans_iters: 4,
             max_train_keys: 16_384,
-            refresh: 0.125,
+            refresh: 0.0625,
             coarse: 256,
             tail: Tail::ClusterMeans,
             init_offset: None,
             metric: Metric::Euclidean,
+            query_weights: true,
             selection: Selection::PerQueryHead,
             seed: 0,
         }
@@ -110,6 +117,9 @@ impl PqConfig {
         }
         if self.coarse != 0 && self.metric != Metric::Euclidean {
             bail!("PqConfig: metric: expected Euclidean with coarse clusters, got {:?}", self.metric);
+        }
+        if self.query_weights && self.metric != Metric::Euclidean {
+            bail!("PqConfig: query_weights: expected false with the metric {:?}, got true", self.metric);
         }
         if self.coarse == 0 && self.tail == Tail::ClusterMeans {
             bail!("PqConfig: coarse: expected at least 2 clusters with a tail of cluster means, got 0");

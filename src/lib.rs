@@ -48,6 +48,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod ops;
+mod query_weights;
 
 pub use attention::PqAttention;
 pub use cache::{Memory, PqKvCache};

@@ -407,6 +407,13 @@ fn kmeans() {
     };
     // Columns of 2: with phi, of pq_len 1.
     let with_coarse = |phi, coarse| Codebook::new(f32s(&[1, 2, 4, 16, 2]), phi)?.with_coarse(coarse).map(drop);
+    let with_weights = |phi, weights, coarse: Option<Tensor>| {
+        let weighted = Codebook::new(f32s(&[1, 2, 4, 16, 2]), phi)?.with_weights(weights)?;
+        coarse.map(|coarse| weighted.with_coarse(coarse)).transpose().map(drop)
+    };
+    let train =
+        |config: PqConfig, weights| Codebook::train_weighted(&f32s(&[1, 2, 40, 8]), Some(&weights), &config).map(drop);
+    let full = |x: f32, d: usize| Tensor::full(x, (1, 2, d), &Device::Cpu).expect("a tensor");
     assert_errors(vec![
         (kmeans(20, 3, 2, 99), "kmeans: pq_dim: expected a divisor of head_dim 8, got 3"),
         (kmeans(20, 2, 0, 99), "kmeans: pq_bits: expected 1 to 8, got 0"),
@@ -448,6 +455,31 @@ fn kmeans() {
             with_coarse(Some(f32s(&[1, 2, 4])), f32s(&[1, 2, 8, 4])),
             "Codebook: coarse: expected centroids of the Euclidean metric, got InnerProduct",
         ),
+        (train(small(), f32s(&[1, 2, 4])), "Codebook: weights: expected [1, 2, 8] f32, got [1, 2, 4] f32"),
+        (train(small(), full(0.0, 8)), "Codebook: weights: expected positive finite numbers, got 0"),
+        (
+            train(PqConfig { metric: Metric::InnerProduct, ..small() }, full(1.0, 8)),
+            "Codebook: weights: expected centroids of the Euclidean metric, got InnerProduct",
+        ),
+        (with_weights(None, f32s(&[1, 2, 4]), None), "Codebook: weights: expected [1, 2, 8] f32, got [1, 2, 4] f32"),
+        (
+            with_weights(None, zeros(&[1, 2, 8], DType::BF16), None),
+            "Codebook: weights: expected [1, 2, 8] f32, got [1, 2, 8] bf16",
+        ),
+        (
+            with_weights(Some(f32s(&[1, 2, 4])), full(1.0, 4), None),
+            "Codebook: weights: expected centroids of the Euclidean metric, got InnerProduct",
+        ),
+        (with_weights(None, full(-1.0, 8), None), "Codebook: weights: expected positive finite numbers, got -1"),
+        (with_weights(None, full(f32::NAN, 8), None), "Codebook: weights: expected positive finite numbers, got NaN"),
+        (
+            with_weights(None, full(f32::INFINITY, 8), None),
+            "Codebook: weights: expected positive finite numbers, got inf",
+        ),
+        (
+            with_weights(None, full(2.0, 8), Some(f32s(&[1, 2, 8, 8]))),
+            "Codebook: coarse: expected a codebook that gets its weights afterwards, got one that has some",
+        ),
     ]);
 }
 
@@ -479,6 +511,10 @@ fn config() {
         (
             check(PqConfig { coarse: 64, metric: Metric::InnerProduct, ..base() }),
             "PqConfig: metric: expected Euclidean with coarse clusters, got InnerProduct",
+        ),
+        (
+            check(PqConfig { coarse: 0, tail: Tail::None, metric: Metric::InnerProduct, ..base() }),
+            "PqConfig: query_weights: expected false with the metric InnerProduct, got true",
         ),
         (
             check(PqConfig { coarse: 0, ..base() }),

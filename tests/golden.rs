@@ -41,6 +41,7 @@ impl Case {
             metric: if self.numbers["metric"] == "ip" { Metric::InnerProduct } else { Metric::Euclidean },
             coarse: 0,
             tail: Tail::None,
+            query_weights: false,
             ..PqConfig::default()
         }
     }

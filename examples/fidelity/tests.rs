@@ -311,6 +311,8 @@ fn weights_are_for_the_queries_they_come_from() -> Result<()> {
         error("ours:codes=4x4:n=16:weigh=pairs")?,
     );
     assert!(diagonal < 0.9 * none && pairs < 0.9 * none, "{none}, weighted {diagonal}, in pairs {pairs}");
+    let (none, library) = (error("pq:4x4:coarse=16:tail=means")?, error("pq:4x4:coarse=16:tail=means:weigh=queries")?);
+    assert!(library < 0.9 * none, "{none}, weighted by the library {library}");
     Ok(())
 }
 
@@ -370,13 +372,28 @@ fn growth_trains_anew() -> Result<()> {
     Ok(())
 }
 
+/// As the loops do, but that a step of the library's counts its own key.
+#[test]
+fn the_library_grows() -> Result<()> {
+    let example = Example::new(40, 400)?;
+    let (frozen, heavy) = ("pq:8x4:coarse=16:tail=means", Heavy::Keys(8));
+    let grown = example.run(&format!("{frozen}:grow=0.1"), heavy)?.out;
+    let (frozen, fresh) = (example.run(frozen, heavy)?.out, example.run_after(396, frozen, heavy)?.out);
+    let same = |other: &Tensor, from, len| -> Result<bool> {
+        Ok(off(&grown.narrow(1, from, len)?, &other.narrow(1, from, len)?)? < 1e-6)
+    };
+    assert!(same(&frozen, 0, 35)? && same(&fresh, 35, 5)? && !same(&frozen, 35, 5)?);
+    Ok(())
+}
+
 /// What lies beyond a query does not reach it.
 #[test]
 fn queries_see_no_later_keys() -> Result<()> {
     let example = Example::new(40, 400)?;
     let later = |x: &Tensor| Tensor::cat(&[x.narrow(1, 0, 380)?, x.narrow(1, 380, 20)?.affine(-3., 1.)?], 1);
     let changed = Example { q: example.q.clone(), keys: later(&example.keys)?, values: later(&example.values)? };
-    for method in methods::DEFAULT.into_iter().chain(["ours:weigh=diagonal:recent=half:grow=0.02"]) {
+    let growing = ["ours:weigh=diagonal:recent=half:grow=0.02", "pq:8x4:coarse=16:tail=means:weigh=queries:grow=0.02"];
+    for method in methods::DEFAULT.into_iter().chain(growing) {
         let [a, b] = [&example, &changed].map(|example| example.run(method, Heavy::Keys(16)));
         let (a, b) = (a?.out, b?.out);
         assert!(off(&a.narrow(1, 0, 20)?, &b.narrow(1, 0, 20)?)? < 1e-6, "{method}");
@@ -389,7 +406,8 @@ fn queries_see_no_later_keys() -> Result<()> {
 #[test]
 fn queries_do_not_depend_on_each_other() -> Result<()> {
     let example = Example::new(40, 400)?;
-    for method in methods::DEFAULT.into_iter().chain(["ours:weigh=pairs:recent=half"]) {
+    let weighted = ["ours:weigh=pairs:recent=half", "pq:8x4:coarse=16:tail=means:weigh=queries:grow=0.03"];
+    for method in methods::DEFAULT.into_iter().chain(weighted) {
         let together = example.run(method, Heavy::Keys(16))?.out;
         for i in [0, 31, 32, 39] {
             let upto = |x: &Tensor| x.narrow(1, 0, 361 + i)?.contiguous();
@@ -441,6 +459,8 @@ fn bad_methods_say_what_is_expected() -> Result<()> {
         ("pq", "expected pq:MxB"),
         ("pq:8", "expected MxB"),
         ("pq:8x9", "codes of 1 to 8 bits"),
+        ("pq:8x8:weigh=pairs", "such as coarse=256; got \"weigh=pairs\""),
+        ("pq:8x8:grow=often", "such as coarse=256; got \"grow=often\""),
         ("pq:8x8:select=all", "such as coarse=256; got \"select=all\""),
         ("ours:n=100", "n: expected 2, 4, 8, ... or 256"),
         ("ours:codes=0x8", "expected MxB"),
@@ -455,7 +475,11 @@ fn bad_methods_say_what_is_expected() -> Result<()> {
         assert!(error.contains(expected), "{name}: {error}");
     }
     let example = Example::new(4, 400)?;
-    for (name, expected) in [("pq:5x8", "pq_dim: expected a divisor"), ("ours:codes=5x8", "expected a divisor of")] {
+    for (name, expected) in [
+        ("pq:8x8:grow=0", "refresh: expected a share above 0"),
+        ("pq:5x8", "pq_dim: expected a divisor"),
+        ("ours:codes=5x8", "expected a divisor of"),
+    ] {
         let error = format!("{:#}", example.run(name, Heavy::Keys(8)).err().unwrap());
         assert!(error.contains(expected), "{name}: {error}");
     }

@@ -110,6 +110,8 @@ impl Args {
             coarse: self.coarse,
             tail: self.tail.unwrap_or(if self.coarse > 0 { Tail::ClusterMeans } else { Tail::None }),
             selection: self.selection,
+            // A dense run keeps no sample of queries for an index that it does not build.
+            query_weights: self.attention != Attention::Dense,
             ..PqConfig::default()
         };
         config.validate(head_dim)?;

@@ -34,7 +34,7 @@ pub use cluster_sums::{cluster_sums, ClusterSums};
 pub(crate) use decode::{decode, Sequences, Workspace};
 pub use encode::encode;
 #[cfg(feature = "cuda")]
-pub(crate) use encode::{encode_into, Due};
+pub(crate) use encode::{encode_into, Due, EncodeOptions};
 pub use fast_scan::{fast_scan, pack_codes};
 pub use group_mass::group_mass;
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};

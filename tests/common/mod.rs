@@ -18,13 +18,14 @@ pub fn small() -> PqConfig {
         kmeans_iters: 3,
         coarse: 0,
         tail: Tail::None,
+        query_weights: false,
         ..PqConfig::default()
     }
 }
 
-/// The same with coarse clusters and a tail.
+/// The same with coarse clusters, a tail and weights.
 pub fn with_tail() -> PqConfig {
-    PqConfig { coarse: 32, tail: Tail::ClusterMeans, ..small() }
+    PqConfig { coarse: 32, tail: Tail::ClusterMeans, query_weights: true, ..small() }
 }
 
 /// Seeded numbers (SplitMix64), since Candle's CPU generator takes no seed.

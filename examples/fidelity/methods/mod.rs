@@ -98,6 +98,9 @@ METHODS
                     coarse=0         clusters of whole keys, of whose residuals the codes are
                     tail=none        or means: their mean values stand for the rest
                     select=query-head  or kv-head: one choice for all query heads of a KV head
+                    weigh=none       or queries: elements of keys by what queries look at
+                    rounds=4         of k-means
+                    grow=none        trains anew when keys have grown by this share, such as 0.0625
   clusters        clusters of whole keys, PQ codes of the residuals, and a tail: the weights of the keys that
                   were not chosen, spent on their clusters' mean values. In plain loops, with the options
                     n=256            clusters: 2, 4, ... 256
@@ -112,7 +115,7 @@ METHODS
                     queries=N        number of the first queries of the prefill that count for that
                     recent=none      or half: half of what is trained on is from the last quarter of the keys
                     sample=1         number of keys to train on over the number of all; above 1 they repeat
-                    rounds=10        of k-means
+                    rounds=4         of k-means
                     grow=none        trains anew when keys have grown by this share, such as 0.0625
   ours            clusters
   ours-no-tail    clusters:tail=none

@@ -1,6 +1,6 @@
 //! What the library does, by [`PqAttention::forward`].
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 use candle_core::Tensor;
 use candle_pq_attn::ops::{self, Geometry};
 use candle_pq_attn::{Codebook, Heavy, PqAttention, PqConfig, PqKvCache, Selection, Tail};
@@ -8,41 +8,55 @@ use candle_pq_attn::{Codebook, Heavy, PqAttention, PqConfig, PqKvCache, Selectio
 use super::{codes, Layer, Method, Prefill};
 use crate::attend::{Attended, Queries};
 
-/// The parts of its config that do not come from the command line.
-#[derive(Clone)]
-pub struct Pq(PqConfig);
+/// The parts of its config that come from the command line.
+pub struct Pq {
+    config: PqConfig,
+    /// Whether the codebook is trained again as keys are added, rather than on the prefill alone.
+    grows: bool,
+}
 
 impl Pq {
     /// `16x8`, and options such as `coarse=256`
     pub fn parse(text: &str) -> Result<Self> {
         let mut parts = text.split(':');
         let (pq_dim, pq_bits) = codes(parts.next().unwrap_or_default())?;
-        let mut config = PqConfig { pq_dim, pq_bits, coarse: 0, tail: Tail::None, ..PqConfig::default() };
+        let (coarse, tail, query_weights) = (0, Tail::None, false);
+        let mut config = PqConfig { pq_dim, pq_bits, coarse, tail, query_weights, ..PqConfig::default() };
+        let mut grows = false;
         for option in parts {
             match option.split_once('=') {
                 Some(("select", "query-head")) => config.selection = Selection::PerQueryHead,
                 Some(("select", "kv-head")) => config.selection = Selection::PerKvHead,
                 Some(("tail", "none")) => config.tail = Tail::None,
                 Some(("tail", "means")) => config.tail = Tail::ClusterMeans,
+                Some(("weigh", "none")) => config.query_weights = false,
+                Some(("weigh", "queries")) => config.query_weights = true,
+                Some(("grow", "none")) => grows = false,
+                Some(("grow", share)) if share.parse::<f64>().is_ok() => {
+                    (config.refresh, grows) = (share.parse()?, true);
+                }
+                Some(("rounds", number)) if number.parse::<usize>().is_ok() => config.kmeans_iters = number.parse()?,
                 Some(("coarse", number)) if number.parse::<usize>().is_ok() => config.coarse = number.parse()?,
                 _ => bail!("pq: expected options as --help lists them, such as coarse=256; got {option:?}"),
             }
         }
-        Ok(Self(config))
+        Ok(Self { config, grows })
     }
 }
 
 impl Method for Pq {
     fn label(&self) -> String {
-        let PqConfig { pq_dim, pq_bits, coarse, tail, selection, .. } = self.0;
+        let PqConfig { pq_dim, pq_bits, coarse, tail, selection, query_weights, .. } = self.config;
         let coarse = if coarse > 0 { format!(" on residuals to {coarse}") } else { String::new() };
         let tail = if tail == Tail::ClusterMeans { " + tail" } else { "" };
         let by = if selection == Selection::PerKvHead { ", by KV head" } else { "" };
-        format!("PQ {pq_dim} x {pq_bits}{coarse}{tail}{by}")
+        let weighted = if query_weights { ", weighted" } else { "" };
+        let grows = if self.grows { ", trained as it grows" } else { "" };
+        format!("PQ {pq_dim} x {pq_bits}{coarse}{tail}{by}{weighted}{grows}")
     }
 
     fn bytes_per_key(&self, _: usize) -> Option<f64> {
-        Some((self.0.pq_dim + usize::from(self.0.coarse > 0)) as f64)
+        Some((self.config.pq_dim + usize::from(self.config.coarse > 0)) as f64)
     }
 
     fn observe(&self, prefill: &Prefill) -> Result<Box<dyn Layer>> {
@@ -52,17 +66,41 @@ impl Method for Pq {
             window: settings.window,
             seed: settings.seed,
             max_train_keys: settings.max_train_keys,
-            ..self.0.clone()
+            ..self.config.clone()
         };
-        let keys = prefill.training_keys()?.unsqueeze(0)?;
-        config.validate(keys.dim(3)?)?;
-        Ok(Box::new(Trained { codebook: Codebook::train(&keys, &config)?, config }))
+        config.validate(prefill.keys.dim(2)?)?;
+        let n = settings.sink + prefill.training_keys()?.dim(1)?;
+        let [queries, keys] = [&prefill.queries, &prefill.keys].map(|x| x.narrow(1, 0, n)?.unsqueeze(0));
+        let (queries, keys) = (queries?, keys?);
+        let mut cache = read(&PqAttention::new(config.clone(), 1.)?, &queries, &keys, &keys)?;
+        cache.build_index()?;
+        let codebook = cache.codebook().with_context(|| {
+            let least = config.n_centroids().max(config.coarse);
+            format!(
+                "expected at least {least} keys to train on, a centroid's each, got {}: raise --train-tokens",
+                n - settings.sink
+            )
+        })?;
+        let queries = prefill.queries.unsqueeze(0)?;
+        Ok(Box::new(Trained { codebook: (!self.grows).then(|| codebook.clone()), config, queries }))
     }
 }
 
+/// A cache after a prefill whose output nobody wants.
+fn read(attention: &PqAttention, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<PqKvCache> {
+    let attention = attention.clone().with_prefill(|queries, _, _, _| Ok(queries.clone()));
+    let (_, h_kv, n, d) = keys.dims4()?;
+    let mut cache = attention.new_cache([1, h_kv, d], n, keys.dtype(), keys.device())?;
+    attention.forward(queries, keys, values, &mut cache)?;
+    Ok(cache)
+}
+
 struct Trained {
-    codebook: Codebook,
+    /// None: each cache trains its own.
+    codebook: Option<Codebook>,
     config: PqConfig,
+    /// Those of the prefill.
+    queries: Tensor,
 }
 
 impl Layer for Trained {
@@ -71,10 +109,19 @@ impl Layer for Trained {
         let [q, keys, values] = [queries.q, queries.keys, queries.values].map(|tensor| tensor.unsqueeze(0));
         let (q, keys, values) = (q?, keys?, values?);
         let (_, h, s, _) = q.dims4()?;
-        let (_, h_kv, n, d) = keys.dims4()?;
-        let mut cache = attention.new_cache([1, h_kv, d], n, q.dtype(), q.device())?;
-        cache.set_codebook(self.codebook.clone())?;
-        cache.append(&keys.narrow(2, 0, n - s)?, &values.narrow(2, 0, n - s)?)?;
+        let n = keys.dim(2)?;
+        let prompt = self.queries.dim(2)?.min(n - s);
+        let upto = |x: &Tensor| x.narrow(2, 0, prompt);
+        let mut cache = read(&attention, &upto(&self.queries)?, &upto(&keys)?, &upto(&values)?)?;
+        match &self.codebook {
+            Some(codebook) => cache.set_codebook(codebook.clone())?,
+            None => cache.build_index()?,
+        }
+        // As decode steps would.
+        for t in prompt..n - s {
+            cache.append(&keys.narrow(2, t, 1)?, &values.narrow(2, t, 1)?)?;
+            cache.build_index()?;
+        }
         let (mut outs, mut masses, mut tails) = (Vec::with_capacity(s), vec![0f64; h * s], vec![0f64; h * s]);
         for i in 0..s {
             let [q, key, value] = [(&q, i), (&keys, n - s + i), (&values, n - s + i)].map(|(x, at)| x.narrow(2, at, 1));

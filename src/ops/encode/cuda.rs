@@ -11,6 +11,7 @@ struct Encode {
     keys: DeviceView<4>,
     centroids: DeviceView<5>,
     phi: DeviceView<3>,
+    weights: DeviceView<3>,
     codes: DeviceView<4>,
     clusters: DeviceView<3>,
     coarse: DeviceView<4>,
@@ -42,7 +43,7 @@ pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi:
     let [b, h_kv, n, _] = plan.keys.dims;
     let dims = [b, h_kv, n, plan.centroids.dims[2]];
     let mut codes = cuda::output(device, dims.as_slice(), DType::U8)?;
-    launch(plan, None, [keys, centroids, phi], None, (&View::contiguous(dims), &mut codes))?;
+    launch(plan, None, [keys, centroids, phi], None, None, (&View::contiguous(dims), &mut codes))?;
     Ok(codes)
 }
 
@@ -59,6 +60,7 @@ pub(super) fn launch(
     plan: &Plan,
     due: Option<Due>,
     [keys, centroids, phi]: [&CudaStorage; 3],
+    weights: Option<(&CudaStorage, &View<3>)>,
     coarse: Option<CoarseInput>,
     (codes_view, codes): (&View<4>, &mut CudaStorage),
 ) -> Result<()> {
@@ -71,6 +73,7 @@ pub(super) fn launch(
         keys: plan.keys.device(),
         centroids: plan.centroids.device(),
         phi: plan.phi.map_or(DeviceView::NONE, |phi| phi.device()),
+        weights: weights.map_or(DeviceView::NONE, |(_, view)| view.device()),
         codes: codes_view.device(),
         clusters: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.codes_view.device()),
         coarse: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.centroids_view.device()),
@@ -85,6 +88,7 @@ pub(super) fn launch(
     let (len, tile) = nearest_kernel(plan.pq_len, n);
     let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
     let launch = kernel.launch().input(keys)?.input(centroids)?.input(phi)?;
+    let launch = launch.input_or_null(weights.map(|(weights, _)| weights))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.codes))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.centroids))?;
     let launch = launch.input_or_null(due.map(|due| due.lens.storage()))?.output(codes)?.value(&params);

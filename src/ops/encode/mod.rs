@@ -48,18 +48,9 @@ pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result
 }
 
 /// As [`encode`], but writes to `codes`, `[b, h_kv, n, pq_dim]` of any strides, in place: a view into a cache.
-///
-/// With `coarse`, the codes are of what the centroids of the keys' clusters leave of them. With `due`, `keys`, `codes` and
-/// clusters are those of all positions that there is room for, and only a block of them is encoded.
 #[cfg(feature = "cuda")]
-pub(crate) fn encode_into(
-    codes: &Tensor,
-    keys: &Tensor,
-    centroids: &Tensor,
-    phi: Option<&Tensor>,
-    coarse: Option<&Coarse>,
-    due: Option<Due>,
-) -> Result<()> {
+pub(crate) fn encode_into(codes: &Tensor, keys: &Tensor, centroids: &Tensor, options: EncodeOptions) -> Result<()> {
+    let EncodeOptions { phi, weights, coarse, .. } = options;
     let plan = Plan::new(keys, centroids, phi)?;
     let arg = Arg::new(OP, "codes", codes);
     let [b, h_kv, n, head_dim] = plan.keys.dims;
@@ -79,7 +70,22 @@ pub(crate) fn encode_into(
             Some((codes.view("[b, h_kv, n]")?, view))
         }
     };
-    codes.inplace_op3(keys, centroids, &EncodeInto { plan, codes_view, coarse_views, phi, coarse, due })
+    let weights_view = optional("weights", weights, [b, h_kv, head_dim], "[b, h_kv, head_dim]")?;
+    codes.inplace_op3(keys, centroids, &EncodeInto { plan, codes_view, coarse_views, weights_view, options })
+}
+
+/// What [`encode_into`] may be given beyond keys and centroids.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct EncodeOptions<'a> {
+    /// As in [`encode`].
+    pub(crate) phi: Option<&'a Tensor>,
+    /// `[b, h_kv, head_dim]` f32, without gaps: the elements of keys are multiplied by them first.
+    pub(crate) weights: Option<&'a Tensor>,
+    /// The codes are of what the centroids of the keys' clusters leave of them.
+    pub(crate) coarse: Option<&'a Coarse>,
+    /// Keys, codes and clusters are those of all positions that there is room for, and only a block of them is encoded.
+    pub(crate) due: Option<Due<'a>>,
 }
 
 /// On which condition keys are encoded: blocks of keys follow each other from `init_offset` on, and one that ends with the
@@ -97,9 +103,8 @@ struct EncodeInto<'a> {
     plan: Plan,
     codes_view: View<4>,
     coarse_views: Option<(View<3>, View<4>)>,
-    phi: Option<&'a Tensor>,
-    coarse: Option<&'a Coarse>,
-    due: Option<Due<'a>>,
+    weights_view: Option<View<3>>,
+    options: EncodeOptions<'a>,
 }
 
 #[cfg(feature = "cuda")]
@@ -129,13 +134,14 @@ impl InplaceOp3 for EncodeInto<'_> {
         centroids: &CudaStorage,
         _: &Layout,
     ) -> Result<()> {
-        let phi = self.phi.map(|phi| phi.storage_and_layout().0);
+        let EncodeOptions { phi, weights, coarse, due } = self.options;
+        let phi = phi.map(|phi| phi.storage_and_layout().0);
         let phi = match &phi {
             None => centroids, // not read
             Some(phi) => crate::cuda::storage_of(OP, phi)?,
         };
         let guards =
-            self.coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
+            coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
         let coarse = match (&guards, &self.coarse_views) {
             (Some((codes, centroids)), Some((codes_view, centroids_view))) => Some(cuda::CoarseInput {
                 codes: crate::cuda::storage_of(OP, codes)?,
@@ -145,7 +151,12 @@ impl InplaceOp3 for EncodeInto<'_> {
             }),
             _ => None,
         };
-        cuda::launch(&self.plan, self.due, [keys, centroids, phi], coarse, (&self.codes_view, codes))
+        let weights = weights.map(|weights| weights.storage_and_layout().0);
+        let weights = match (&weights, &self.weights_view) {
+            (Some(weights), Some(view)) => Some((crate::cuda::storage_of(OP, weights)?, view)),
+            _ => None,
+        };
+        cuda::launch(&self.plan, due, [keys, centroids, phi], weights, coarse, (&self.codes_view, codes))
     }
 }
 
@@ -173,17 +184,23 @@ impl Plan {
         let pq_len = head_dim / pq_dim;
         let columns = pq_len + usize::from(phi.is_some());
         centroids_arg.has_dims(&[b, h_kv, pq_dim, n_centroids, columns])?;
-        let phi = match phi {
-            None => None,
-            Some(phi) => {
-                let arg = Arg::new(OP, "phi", phi);
-                arg.is(DType::F32)?;
-                arg.has_dims(&[b, h_kv, pq_dim])?;
-                Some(arg.view("[b, h_kv, pq_dim]")?)
-            }
-        };
+        let phi = optional("phi", phi, [b, h_kv, pq_dim], "[b, h_kv, pq_dim]")?;
         Ok(Self { keys, centroids, phi, pq_len })
     }
+}
+
+/// An f32 argument that there may be; `shape` says its dimensions in words.
+fn optional<const N: usize>(
+    name: &'static str,
+    tensor: Option<&Tensor>,
+    dims: [usize; N],
+    shape: &str,
+) -> Result<Option<View<N>>> {
+    let Some(tensor) = tensor else { return Ok(None) };
+    let arg = Arg::new(OP, name, tensor);
+    arg.is(DType::F32)?;
+    arg.has_dims(&dims)?;
+    arg.view(shape).map(Some)
 }
 
 /// Fails unless `pq_dim` divides `head_dim` and `n_centroids` fits a `pq_bits` of 1 to 8.
