@@ -108,6 +108,18 @@ __device__ inline float add_product(float sum, float x, float y) { return __fadd
 
 __device__ inline float add_square(float sum, float diff) { return add_product(sum, diff, diff); }
 
+constexpr float LOG2_E = 1.44269504f;
+
+// A shift to subtract: scores that are all negative infinity must not become NaN.
+__device__ inline float finite(float largest) { return largest == -INFINITY ? 0.0f : largest; }
+
+// Orders as the scores do: NaN lowest, zeros of either sign equal.
+__device__ inline u32 rank_of(float score) {
+  const u32 bits = __float_as_uint(score + 0.0f);
+  const u32 sign = static_cast<u32>(static_cast<int32_t>(bits) >> 31);
+  return isnan(score) ? 0 : bits ^ (sign | 0x80000000u);
+}
+
 // Reductions over a block of `WARPS` full warps; every thread gets the result. The order is fixed.
 template <int WARPS, class Combine>
 __device__ float block_reduce(float x, Combine combine) {

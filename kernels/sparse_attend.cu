@@ -47,11 +47,6 @@ constexpr int DEPTH = HEADS > 4 ? 2 : 4;
 template <int HEADS>
 constexpr int MIN_BLOCKS = HEADS > 4 ? 2 : HEADS > 2 ? 3 : 4;
 
-constexpr float LOG2_E = 1.44269504f;
-
-// A shift to subtract: scores that are all negative infinity must not become NaN.
-__device__ inline float finite(float largest) { return largest == -INFINITY ? 0.0f : largest; }
-
 // Eight elements from `d` on of a row of `head_dim`, zero beyond its end.
 template <bool ALIGNED, class T>
 __device__ inline Chunk<T> load(const T* row, u32 d, u32 head_dim) {

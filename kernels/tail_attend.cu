@@ -17,8 +17,6 @@ constexpr int ATTEND_THREADS = ATTEND_WARPS * 32;
 constexpr u32 TILE = 4096;
 constexpr int EACH = TILE / THREADS;
 
-constexpr float LOG2_E = 1.44269504f;
-
 struct TailAttend {
   View<3> scores;
   View<4> codes;

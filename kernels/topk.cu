@@ -27,13 +27,6 @@ struct Workspace {
   u32 padding[63];
 };
 
-// Orders as the scores do: NaN lowest, zeros of either sign equal.
-__device__ inline u32 rank_of(float score) {
-  const u32 bits = __float_as_uint(score + 0.0f);
-  const u32 sign = static_cast<u32>(static_cast<int32_t>(bits) >> 31);
-  return isnan(score) ? 0 : bits ^ (sign | 0x80000000u);
-}
-
 // Waits until all blocks of the row came here for the `round`-th time.
 __device__ void wait_for_row(Workspace* row, u32 parts, u32 round) {
   __syncthreads();

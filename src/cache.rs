@@ -102,10 +102,11 @@ impl PqKvCache {
             _ => None,
         };
         let kv = Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?;
-        let codes = Tensor::zeros((batch, kv_heads, capacity, config.pq_dim), DType::U8, device)?;
+        let code_capacity = code_capacity(capacity);
+        let codes = Tensor::zeros((batch, kv_heads, code_capacity, config.pq_dim), DType::U8, device)?;
         let coarse_codes = match config.coarse {
             0 => None,
-            _ => Some(Tensor::zeros((batch, kv_heads, capacity), DType::U8, device)?),
+            _ => Some(Tensor::zeros((batch, kv_heads, code_capacity), DType::U8, device)?),
         };
         let encoded = config.init_offset();
         Ok(Self {
@@ -191,7 +192,7 @@ impl PqKvCache {
         let capacity = needed.max(2 * capacity).max(SMALLEST);
         check_capacity(self.dims(), capacity, self.dtype())?;
         self.forbid_capture("growth", "reserve room for all steps")?;
-        let grown = |old: &Tensor, dim: usize| {
+        let grown = |old: &Tensor, dim: usize, capacity: usize| {
             let mut dims = old.dims().to_vec();
             dims[dim] = capacity;
             let new = Tensor::zeros(dims, old.dtype(), old.device())?;
@@ -202,8 +203,9 @@ impl PqKvCache {
             }
             Ok::<_, candle_core::Error>(new)
         };
-        let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2)).transpose()?;
-        (self.kv, self.codes) = (grown(&self.kv, 3)?, grown(&self.codes, 2)?);
+        let code_capacity = code_capacity(capacity);
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2, code_capacity)).transpose()?;
+        (self.kv, self.codes) = (grown(&self.kv, 3, capacity)?, grown(&self.codes, 2, code_capacity)?);
         self.coarse_codes = coarse_codes;
         Ok(())
     }
@@ -224,7 +226,7 @@ impl PqKvCache {
         self.build_index()?;
         let candidates = self.config.candidates(self.len);
         let positions = match self.kv.device().is_cuda() {
-            true => candidates.start..self.capacity(),
+            true => self.config.init_offset()..self.capacity(),
             false => candidates,
         };
         let of_positions = |codes: &Tensor| codes.narrow(2, positions.start, positions.len());
@@ -339,10 +341,13 @@ impl PqKvCache {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
         let due = ops::Due { lens, init_offset: self.config.init_offset(), block };
-        let codes = (&self.codes, self.coarse_codes.as_ref());
-        trained.codebook.encode_due(codes, &self.kv.get(0)?, due)?;
-        if let (Some(clusters), Some(codes)) = (&trained.clusters, &self.coarse_codes) {
-            clusters.add_due(&self.kv.get(1)?, codes, due)?;
+        let (keys, values) = (self.kv.get(0)?, self.kv.get(1)?);
+        let capacity = keys.dim(2)?;
+        let codes = self.codes.narrow(2, 0, capacity)?;
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, 0, capacity)).transpose()?;
+        trained.codebook.encode_due((&codes, coarse_codes.as_ref()), &keys, due)?;
+        if let (Some(clusters), Some(codes)) = (&trained.clusters, &coarse_codes) {
+            clusters.add_due(&values, codes, due)?;
         }
         (self.encoded, trained.summed) = (end, end);
         Ok(())
@@ -566,6 +571,11 @@ impl PqKvCache {
 }
 
 /// Fails where the bytes of the keys cannot be counted.
+/// Positions that codes have room for: a multiple of 16, so that those of every head can be read 16 bytes at a time.
+fn code_capacity(capacity: usize) -> usize {
+    capacity.next_multiple_of(16)
+}
+
 fn check_capacity(dims: [usize; 3], capacity: usize, dtype: DType) -> Result<()> {
     let bytes = dims.iter().try_fold(capacity, |product, dim| product.checked_mul(*dim));
     match bytes.and_then(|elements| elements.checked_mul(dtype.size_in_bytes())) {

@@ -1,5 +1,6 @@
 use candle_core::{CudaStorage, DType, Result};
 
+use super::fused::Fused;
 use super::workspace::Buffers;
 use super::{Decode, SelectionPlan, OP};
 use crate::cache::Index;
@@ -14,6 +15,16 @@ pub(super) fn run(op: &Decode, [query, keys, values]: [&CudaStorage; 3]) -> Resu
     let [b, h, _, head_dim] = plan.attend.query.dims;
     let mut out = cuda::output(device, (b, h, 1, head_dim), dtype)?;
     let mut lse = cuda::output(device, (b, h), DType::F32)?;
+    if let (Some(index), Some(fused)) = (op.index, Fused::new(plan, query)?) {
+        op.workspace.with(device, |buffers| {
+            let done = fused.run(op.lens.storage(), [query, keys, values], index, buffers, [&mut out, &mut lse]);
+            if done.is_err() {
+                buffers.forget_counts();
+            }
+            done
+        })?;
+        return Ok((out, lse));
+    }
     let attend = sparse_attend::Kernels::new(&plan.attend, query)?;
     op.workspace.with(device, |buffers| {
         if let (Some(selection), Some(index)) = (&plan.selection, op.index) {

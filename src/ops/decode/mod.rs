@@ -1,10 +1,12 @@
 //! A whole decode step on a GPU, from the query to the attended output.
 //!
-//! The kernels are those of the single ops. What differs is where sizes come from: lengths are read from device memory,
-//! grids and buffers are made for the cache's capacity, and what one launch leaves to the next has a place that stays.
-//! So nothing but the output is allocated, and a step captured as a CUDA graph serves a sequence that grows.
+//! With an index that suits them the launches are those of [`fused`], else those of the single ops. What differs from
+//! these is where sizes come from: lengths are read from device memory, grids and buffers are made for the cache's
+//! capacity, and what one launch leaves to the next has a place that stays. So nothing but the output is allocated, and a
+//! step captured as a CUDA graph serves a sequence that grows.
 
 mod cuda;
+mod fused;
 mod workspace;
 
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};

@@ -46,6 +46,18 @@ pub(super) struct Buffers {
     pub(super) tail_lse: Buffer,
     pub(super) partials: Buffer,
     pub(super) attend_stats: Buffer,
+    /// Of [`Fused`](super::fused::Fused), as is the next: counts that a step leaves at zero for the next.
+    pub(super) searches: Buffer,
+    pub(super) arrived: Buffer,
+}
+
+impl Buffers {
+    /// After a step that failed on its way.
+    pub(super) fn forget_counts(&mut self) {
+        for buffer in [&mut self.searches, &mut self.arrived] {
+            buffer.replace(None);
+        }
+    }
 }
 
 /// Memory that grows to the most that was ever asked of it.
@@ -61,22 +73,39 @@ pub(super) struct Buffer {
 impl Buffer {
     /// At least `count` elements.
     pub(super) fn of(&mut self, device: &CudaDevice, count: usize, dtype: DType) -> Result<&mut CudaStorage> {
+        self.of_new(device, count, || cuda::output(device, count, dtype))
+    }
+
+    /// As [`of`](Self::of), zeroed when they are allocated.
+    pub(super) fn zeroed(&mut self, device: &CudaDevice, count: usize, dtype: DType) -> Result<&mut CudaStorage> {
+        self.of_new(device, count, || cuda::zeros(device, count, dtype))
+    }
+
+    fn of_new(
+        &mut self,
+        device: &CudaDevice,
+        count: usize,
+        allocate: impl FnOnce() -> Result<CudaStorage>,
+    ) -> Result<&mut CudaStorage> {
         let is_capturing = cuda::is_capturing(device)?;
         if self.storage.as_ref().is_none_or(|(_, len)| *len < count) {
             if is_capturing {
                 bail!("{OP}: expected a step of these sizes before the one that is captured, which cannot allocate");
             }
-            let larger = cuda::output(device, count, dtype)?;
-            if let (Some((old, _)), true) = (self.storage.replace((larger, count)), self.is_captured) {
-                self.retired.push(old);
-            }
-            self.is_captured = false;
+            self.replace(Some((allocate()?, count)));
         }
         self.is_captured |= is_capturing;
         match &mut self.storage {
             Some((storage, _)) => Ok(storage),
             None => bail!("{OP}: a buffer was not allocated"),
         }
+    }
+
+    fn replace(&mut self, storage: Option<(CudaStorage, usize)>) {
+        if let (Some((old, _)), true) = (std::mem::replace(&mut self.storage, storage), self.is_captured) {
+            self.retired.push(old);
+        }
+        self.is_captured = false;
     }
 
     /// What was last asked for.

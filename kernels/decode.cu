@@ -1,0 +1,1264 @@
+// A decode step over an index, in as few launches as there are times at which all blocks must have arrived.
+//
+// A row is a KV head of a sequence; its query heads come in bundles of HEADS, whose numbers lie side by side in tables and
+// scores, so that one look-up or load serves all of them. A list is what is selected together: a row's keys by KV head,
+// a query head's otherwise. Each row is shared by `splits` blocks, which take turns at its keys, 128 at a time.
+// 1. tables: query . centroid, an entry for each centroid and cluster.
+// 2. scores: entries added up for each key. By KV head each block's softmax statistics, by query head the histograms.
+// 3. masses, by KV head: the sum of the group's softmax for each key, and its histogram.
+// 4. select: the histogram says in which bin the selection ends. Keys in higher bins are listed, those in lower ones add to
+//    the tail's mass of their cluster, and those in the bin stay open.
+// 5. attend: each block ranks the open keys of its lists, which says at which of them the selection ends. Then it attends
+//    to what it listed, to its part of the sinks and of the window, and to some of the clusters. The last block of a bundle
+//    brings the partial results together.
+//
+// Sums of integers, in histograms and in the tail's masses, do not depend on the order; what is in f32 has a fixed one. So
+// the result is the same in each run. What counts up over a step is left at zero for the next.
+#include "common.cuh"
+
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+constexpr int ATTEND_THREADS = 256;
+constexpr int ATTEND_WARPS = ATTEND_THREADS / 32;
+constexpr u32 MAX_SPLITS = 64;
+constexpr u32 MAX_CLUSTERS = 256;
+constexpr u32 MAX_HEAD_DIM = 256;
+
+// Keys that a warp takes at a time: four adjacent ones a lane.
+constexpr u32 EACH = 4;
+constexpr u32 CHUNK = 32 * EACH;
+
+// Where the scores of a key are: those that the lanes of a warp write or read at once lie side by side.
+__device__ inline u32 score_slot(u32 position) {
+  return position / CHUNK * CHUNK + position % EACH * 32 + position % CHUNK / EACH;
+}
+
+// Subspaces of a row of the tables in shared memory, which is as long as all banks: 32 / HEADS entries.
+constexpr u32 SUBSPACES = 8;
+constexpr u32 ROW_BYTES = 128;
+
+// Bins of a histogram. Masses want more: their bins are not as even.
+constexpr u32 MAX_BINS = 4096;
+template <bool BY_KV>
+constexpr u32 BINS = BY_KV ? MAX_BINS : 2048;
+
+// Open keys whose ranks are kept, and those that are ranked by comparing all with all.
+constexpr u32 KEPT = 256;
+constexpr u32 COMPARED = 128;
+
+// Positions of a list that a block resolves before it attends.
+constexpr u32 RESOLVED = 256;
+
+struct Decode {
+  View<4> query;
+  View<4> keys;
+  View<4> values;
+  View<3> codes;     // of a position: pq_dim bytes, without gaps between positions
+  View<3> clusters;  // of a position: a byte
+  View<5> centroids;
+  View<4> coarse;
+  View<4> sums;
+  View<3> counts;
+  Step step;
+  u64 room;  // positions that the buffers have room for, a multiple of CHUNK
+  u32 h;
+  u32 h_kv;
+  u32 group;
+  u32 bundles;  // a row
+  u32 splits;
+  u32 per_warp;  // the most keys that a warp of a split may have: the lists' room for them
+  u32 head_dim;
+  u32 pq_dim;
+  u32 pq_len;
+  u32 n_centroids;
+  u32 n_clusters;  // 0 for none
+  u32 has_tail;
+  float scale;
+};
+
+// Numbers of a bundle's heads.
+template <int HEADS>
+struct alignas(4 * HEADS) Entry {
+  float x[HEADS];
+};
+
+// The largest product of a block's keys with a head's query, and the sum of 2^(product - largest).
+struct Stats {
+  float largest;
+  float sum;
+};
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Of LANES adjacent lanes together.
+template <int LANES>
+__device__ inline Stats reduce(Stats own) {
+  float largest = own.largest;
+#pragma unroll
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
+  float sum = own.sum * exp2_approx(own.largest - finite(largest));
+#pragma unroll
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+  return {largest, sum};
+}
+
+// What is known of a list. Zeroed once. Rust: SEARCH_WORDS in ops/decode/fused.rs.
+struct Search {
+  u32 histogram[MAX_BINS];
+  u64 open[KEPT];  // ranks of the first keys in the bin in which the selection ends
+  u32 n_open;      // all of them
+  float low;  // scores of the lowest bin's lower end, and of the highest bin's upper end
+  float high;
+  float top;   // upper end of that bin
+  u32 wanted;  // keys of it that are selected
+  u32 padding[3];
+};
+
+// How many of a warp's keys are listed, and how many may be.
+struct alignas(8) Listed {
+  u32 sure;
+  u32 open;
+};
+
+// A row and this block's keys of it. Sizes of a sequence fit 32 bits, as its length does.
+struct Part {
+  u32 b;
+  u32 kv;
+  u32 row;
+  u32 bundle;  // of the row
+  u32 first_head;
+  u32 heads;
+  u32 n;
+  u32 begin;  // candidates
+  u32 end;
+  u32 sink;
+  u32 window_start;
+
+  __device__ Part(const u32* lens, u32 y, u32 heads_per_bundle, const Decode& p) {
+    bundle = y % p.bundles;
+    row = y / p.bundles;
+    b = row / p.h_kv;
+    kv = row % p.h_kv;
+    first_head = kv * p.group + bundle * heads_per_bundle;
+    heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
+    n = static_cast<u32>(p.step.length(lens, b));
+    begin = static_cast<u32>(p.step.init_offset);
+    end = n - static_cast<u32>(min(p.step.window, u64{n}));
+    sink = static_cast<u32>(min(p.step.sink, u64{n}));
+    window_start = max(end, sink);
+  }
+
+  // The first position of a lane's keys, the `i`-th time.
+  __device__ u32 position(u32 i, u32 warps, u32 splits) const {
+    return ((i * warps + threadIdx.x / 32) * splits + blockIdx.x) * CHUNK + threadIdx.x % 32 * EACH;
+  }
+};
+
+// Of two that are equal the one in front is better.
+__device__ inline u64 rank_of(float x, u32 position) { return static_cast<u64>(rank_of(x)) << 32 | ~position; }
+
+// Bins of masses, which do not decrease with the mass: the six highest bits of the mantissa of the 64 powers of two below
+// 2^6, as MAX_GROUP is; all that is less is in the first.
+struct MassBins {
+  static constexpr int FIRST = ((127 + 6) << 6) - static_cast<int>(BINS<true>);
+
+  __device__ u32 of(float mass) const {
+    const int bin = static_cast<int>(__float_as_uint(mass) >> 17) - FIRST;
+    return isnan(mass) ? 0 : min(max(bin, 0), static_cast<int>(BINS<true>) - 1);
+  }
+  __device__ float top_of(u32 bin) const { return __uint_as_float(static_cast<u32>(FIRST + bin + 1) << 17); }
+};
+
+constexpr u32 MAX_GROUP = 64;
+
+// Bins of scores: as wide as each other between two bounds.
+struct ScoreBins {
+  static constexpr u32 LAST = BINS<false> - 1;
+  float high;
+  float per_bin;
+  float width;
+
+  ScoreBins() = default;
+  __device__ ScoreBins(float low, float high) : high(high) {
+    width = (high - low) / LAST;
+    per_bin = width > 0 ? fminf(1 / width, 1e38f) : 0;
+  }
+  __device__ u32 of(float score) const {
+    const float below = fminf(fmaxf((high - score) * per_bin, 0.0f), static_cast<float>(LAST));
+    return isnan(score) ? 0 : LAST - static_cast<u32>(below);
+  }
+  __device__ float top_of(u32 bin) const { return high - static_cast<float>(LAST - bin) * width; }
+};
+
+// What the largest weight of a tail is in integers, where a block adds up `keys`: their sum fits 32 bits, and the largest
+// the mantissa of an f32.
+__device__ inline float tail_unit(u32 keys) { return static_cast<float>(1u << min(__clz(max(keys, 2u) - 1) - 1, 22)); }
+
+// Where the weight of a key is cut off, between 0 and 1: evenly spread over the keys, so that their sum is not biased by
+// weights that are small beside the unit.
+__device__ inline float cut_of(u32 position) { return __uint_as_float(0x3f800000 | __brev(position) >> 9) - 1.0f; }
+
+// A weight in units as an integer; none is above the unit of the largest. NaN is 0.
+__device__ inline u32 in_units(float weight, float unit, float cut) {
+  constexpr float TO_INTEGER = 1 << 23;
+  return weight > 0 ? __float_as_uint(__fadd_rd(fminf(weight, unit) + cut, TO_INTEGER)) & 0x7fffff : 0;
+}
+
+// The sum of `x` over the threads before this one, and over all.
+__device__ inline u32 scan(u32 x, u32* total) {
+  __shared__ u32 sums[WARPS];
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 sum = x;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const u32 other = __shfl_up_sync(ALL_LANES, sum, lanes);
+    if (lane >= lanes) sum += other;
+  }
+  __syncthreads();
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  u32 all = lane < WARPS ? sums[lane] : 0;
+#pragma unroll
+  for (int lanes = 1; lanes < WARPS; lanes *= 2) {
+    const u32 other = __shfl_up_sync(ALL_LANES, all, lanes);
+    if (lane >= lanes) all += other;
+  }
+  *total = __shfl_sync(ALL_LANES, all, WARPS - 1);
+  const u32 before = __shfl_sync(ALL_LANES, all, max(static_cast<int>(warp), 1) - 1);
+  return sum - x + (warp ? before : 0);
+}
+
+// Whether this block is the last of `blocks` to come here; what the others wrote before can be read then.
+__device__ inline bool is_last(u32* arrived, u32 blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arrived, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Copies an element to shared memory; nobody waits for it before wait_for_copies.
+template <class T>
+__device__ inline void copy_async(T* to, const T* from) {
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(sizeof(T)));
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Entries of the tables of a bundle: pq_dim / SUBSPACES times [n_centroids, SUBSPACES], then the clusters'.
+__device__ inline u32 table_entries(const Decode& p) { return p.pq_dim * p.n_centroids + p.n_clusters; }
+
+constexpr u32 ENTRY_LANES = 8;
+
+// Grid: (any number of blocks, which share the entries; b * h_kv * bundles). Eight lanes an entry.
+template <int HEADS, class T>
+__device__ void tables(const T* query, const float* centroids, const float* coarse, float* tables, const Decode& p) {
+  __shared__ alignas(16) float queries[HEADS][MAX_HEAD_DIM];
+  const Part part(nullptr, blockIdx.y, HEADS, p);
+  for (u32 i = threadIdx.x; i < HEADS * p.head_dim; i += THREADS) {
+    const u32 head = i / p.head_dim, e = i % p.head_dim;
+    queries[head][e] = head < part.heads ? widen(query[p.query.at(part.b, part.first_head + head, 0, e)]) : 0;
+  }
+  __syncthreads();
+  const u32 entries = table_entries(p), of_subspaces = p.pq_dim * p.n_centroids, lane = threadIdx.x % ENTRY_LANES;
+  const u32 begin = (blockIdx.x * THREADS + threadIdx.x) / ENTRY_LANES;
+  for (u32 i = begin; i < ceil_div(entries, 4) * 4; i += gridDim.x * THREADS / ENTRY_LANES) {
+    Entry<HEADS> entry = {};
+    if (i < entries) {
+      const bool is_coarse = i >= of_subspaces;
+      const u32 m = i / (p.n_centroids * SUBSPACES) * SUBSPACES + i % SUBSPACES, c = i / SUBSPACES % p.n_centroids;
+      const float* centroid = is_coarse ? coarse + p.coarse.at(part.b, part.kv, i - of_subspaces)
+                                        : centroids + p.centroids.at(part.b, part.kv, m, c);
+      const u32 len = is_coarse ? p.head_dim : p.pq_len, first = is_coarse ? 0 : m * p.pq_len;
+#pragma unroll 4
+      for (u32 j = lane * 4; j < len; j += ENTRY_LANES * 4) {
+        const float4 x = __ldg(reinterpret_cast<const float4*>(centroid + j));
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+          const float4 y = *reinterpret_cast<const float4*>(&queries[h][first + j]);
+          entry.x[h] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+#pragma unroll
+      for (u32 lanes = ENTRY_LANES / 2; lanes > 0; lanes /= 2) {
+        entry.x[h] += __shfl_xor_sync(ALL_LANES, entry.x[h], lanes);
+      }
+    }
+    if (lane == 0 && i < entries) {
+      reinterpret_cast<Entry<HEADS>*>(tables)[static_cast<u64>(blockIdx.y) * entries + i] = entry;
+    }
+  }
+}
+
+// Grid: (splits, b * h_kv * bundles).
+//
+// In shared memory each lane starts its key's sum at another subspace, so that of the lanes that are served at a time no
+// two meet in a bank; where a row has more slots than subspaces, the subspaces are there several times, and so are the
+// clusters.
+template <int HEADS, bool BY_KV>
+__device__ void scores(const u8* codes, const u8* clusters, const float* tables, const u32* lens, float* scores,
+                       Stats* stats, Search* searches, const Decode& p) {
+  constexpr u32 SLOTS = ROW_BYTES / (4 * HEADS);
+  extern __shared__ __align__(128) u8 rows[];
+  __shared__ float bounds[WARPS][HEADS][3];
+  __shared__ ScoreBins bins[HEADS];  // by query head: in registers there is no room for them
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, entries = table_entries(p);
+  const u32 chunks = p.pq_dim / SUBSPACES, of_subspaces = p.pq_dim * p.n_centroids;
+  u8* const coarse_rows = rows + chunks * p.n_centroids * ROW_BYTES;
+  u32* const histogram = reinterpret_cast<u32*>(coarse_rows + p.n_clusters * ROW_BYTES);  // [HEADS, BINS]
+  {
+    const Entry<HEADS>* from = reinterpret_cast<const Entry<HEADS>*>(tables) + static_cast<u64>(blockIdx.y) * entries;
+    Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
+    for (u32 i = threadIdx.x; i < of_subspaces; i += THREADS) {
+#pragma unroll
+      for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) {
+        copy_async(&to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES], &from[i]);
+      }
+    }
+    Entry<HEADS>* const to_coarse = reinterpret_cast<Entry<HEADS>*>(coarse_rows);
+    for (u32 i = threadIdx.x; i < p.n_clusters * SLOTS; i += THREADS) {
+      copy_async(&to_coarse[i], &from[of_subspaces + i / SLOTS]);
+    }
+  }
+  const Part part(lens, blockIdx.y, HEADS, p);
+  codes += p.codes.at(part.b, part.kv);
+  clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
+  // On their way to the second-level cache while the tables are copied.
+  u32 at = part.position(0, WARPS, p.splits);
+  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + static_cast<u64>(at) * p.pq_dim));
+    if (p.n_clusters && lane % 8 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(clusters + at));
+  }
+  if (!BY_KV) {
+    for (u32 i = threadIdx.x; i < HEADS * BINS<false>; i += THREADS) histogram[i] = 0;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < (BY_KV ? part.bundle == 0 : part.heads)) {
+    searches[BY_KV ? part.row : part.b * p.h + part.first_head + threadIdx.x].n_open = 0;
+  }
+  wait_for_copies();
+  __syncthreads();
+  // Tables' extremes add up to bounds of the sums: of all, and of magnitudes.
+  float low[HEADS] = {}, high[HEADS] = {}, magnitude[HEADS] = {};
+  for (u32 m = warp; m < p.pq_dim + (p.n_clusters > 0); m += WARPS) {
+    const bool is_coarse = m == p.pq_dim;
+    const u8* const first =
+        is_coarse ? coarse_rows
+                  : rows + m / SUBSPACES * p.n_centroids * ROW_BYTES + m % SUBSPACES * sizeof(Entry<HEADS>);
+    float smallest[HEADS], largest[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) smallest[h] = INFINITY, largest[h] = -INFINITY;
+    for (u32 c = lane; c < (is_coarse ? p.n_clusters : p.n_centroids); c += 32) {
+      const Entry<HEADS> entry = *reinterpret_cast<const Entry<HEADS>*>(first + c * ROW_BYTES);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        smallest[h] = fminf(smallest[h], entry.x[h]);
+        largest[h] = fmaxf(largest[h], entry.x[h]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) {
+        smallest[h] = fminf(smallest[h], __shfl_xor_sync(ALL_LANES, smallest[h], lanes));
+        largest[h] = fmaxf(largest[h], __shfl_xor_sync(ALL_LANES, largest[h], lanes));
+      }
+      low[h] += smallest[h];
+      high[h] += largest[h];
+      magnitude[h] += fmaxf(-smallest[h], largest[h]);
+    }
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+      bounds[warp][h][0] = low[h], bounds[warp][h][1] = high[h], bounds[warp][h][2] = magnitude[h];
+    }
+  }
+  __syncthreads();
+  // Entries are rounded to multiples of what is 2^-23 of a power of two above the magnitude: sums of those are exact, and
+  // so the same in any order.
+  float unit[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    low[h] = high[h] = magnitude[h] = 0;
+#pragma unroll 2
+    for (int w = 0; w < WARPS; w++) {
+      low[h] += bounds[w][h][0], high[h] += bounds[w][h][1], magnitude[h] += bounds[w][h][2];
+    }
+    const int exponent = static_cast<int>(__float_as_uint(magnitude[h]) >> 23) - 126 - 23;
+    unit[h] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23);
+    if constexpr (!BY_KV) {
+      low[h] = fminf(fmaxf(low[h], -1e38f), 1e38f);
+      high[h] = fminf(fmaxf(high[h], -1e38f), 1e38f);
+      if (threadIdx.x == 0) bins[h] = ScoreBins(low[h], high[h]);
+      if (blockIdx.x == 0 && threadIdx.x == 0 && h < part.heads) {
+        Search& search = searches[part.b * p.h + part.first_head + h];
+        search.low = low[h], search.high = high[h];
+      }
+    }
+  }
+  for (u32 i = threadIdx.x; i < (chunks * p.n_centroids + p.n_clusters) * SLOTS; i += THREADS) {
+    Entry<HEADS>& entry = reinterpret_cast<Entry<HEADS>*>(rows)[i];
+    Entry<HEADS> rounded = entry;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+      // Adding and taking away 1.5 * 2^23 units rounds to a unit.
+      const float far = unit[h] * 0x1.8p23f;
+      rounded.x[h] = __fsub_rn(__fadd_rn(rounded.x[h], far), far);
+    }
+    entry = rounded;
+  }
+  __syncthreads();
+
+  const u32 slot = lane % SLOTS, start = slot % SUBSPACES;
+  // The subspaces in a lane's order: start, start ^ 1, start ^ 2, ... The last four are the first with one bit flipped.
+  constexpr u32 FLIP = SUBSPACES / 2;
+  u32 order[2] = {}, offsets[FLIP];
+#pragma unroll
+  for (u32 j = 0; j < SUBSPACES; j++) {
+    order[j / 4] |= (start ^ j) << j % 4 * 4;
+    if (j < FLIP) offsets[j] = (slot - start + (start ^ j)) * sizeof(Entry<HEADS>);
+  }
+  const u32 code_mask = (p.n_centroids - 1) * ROW_BYTES, cluster_mask = p.n_clusters - 1;
+  const float scale = p.scale * LOG2_E;
+  Entry<HEADS>* const out = reinterpret_cast<Entry<HEADS>*>(scores) + static_cast<u64>(blockIdx.y) * p.room;
+  float top[HEADS], sum[HEADS] = {};
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) top[h] = -INFINITY;
+  at = part.position(0, WARPS, p.splits);
+  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+    Entry<HEADS> x[EACH] = {};
+    if (p.n_clusters) {
+      const u32 word = __ldg(reinterpret_cast<const u32*>(clusters + at));
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        x[j] = reinterpret_cast<const Entry<HEADS>*>(coarse_rows + (word >> j * 8 & cluster_mask) * ROW_BYTES)[slot];
+      }
+    }
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < chunks; chunk++) {
+      const u8* const table = rows + chunk * p.n_centroids * ROW_BYTES;
+      const u8* const from = codes + static_cast<u64>(at) * p.pq_dim + chunk * SUBSPACES;
+      uint2 bytes[EACH];
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) bytes[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        const u32 turned[2] = {__byte_perm(bytes[j].x, bytes[j].y, order[0]),
+                               __byte_perm(bytes[j].x, bytes[j].y, order[1])};
+#pragma unroll
+        for (u32 m = 0; m < SUBSPACES; m++) {
+          // A code in the place of its row's offset; the mask keeps a byte that is no code inside the table.
+          const u32 word = turned[m / 4], row = m % 4 == 0 ? word << 7 : word >> (m % 4 * 8 - 7);
+          u32 offset = (row & code_mask) | offsets[m % FLIP];
+          if (m >= FLIP) offset ^= FLIP * sizeof(Entry<HEADS>);
+          const Entry<HEADS> entry = *reinterpret_cast<const Entry<HEADS>*>(table + offset);
+#pragma unroll
+          for (int h = 0; h < HEADS; h++) x[j].x[h] += entry.x[h];
+        }
+      }
+    }
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) out[score_slot(at) + j * 32] = x[j];
+    if constexpr (BY_KV) {
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        float larger = top[h], product[EACH];
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) {
+          product[j] = at + j >= part.begin && at + j < part.end ? x[j].x[h] * scale : -INFINITY;
+          larger = fmaxf(larger, product[j]);
+        }
+        sum[h] *= exp2_approx(top[h] - finite(larger));
+        top[h] = larger;
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) sum[h] += exp2_approx(product[j] - finite(larger));
+      }
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        if (at + j < part.begin || at + j >= part.end) continue;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) atomicAdd(&histogram[h * BINS<false> + bins[h].of(x[j].x[h])], 1);
+      }
+    }
+  }
+
+  if constexpr (BY_KV) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+      const Stats of_warp = reduce<32>({top[h], sum[h]});
+      if (lane == 0) bounds[warp][h][0] = of_warp.largest, bounds[warp][h][1] = of_warp.sum;
+    }
+    __syncthreads();
+    if (warp < HEADS) {
+      const float* own = bounds[lane % WARPS][warp];
+      const Stats of_block = reduce<WARPS>({own[0], own[1]});
+      if (lane == 0) stats[(blockIdx.y * MAX_SPLITS + blockIdx.x) * HEADS + warp] = of_block;
+    }
+  } else {
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < part.heads * BINS<false>; i += THREADS) {
+      const u32 count = histogram[i];
+      if (count) atomicAdd(&searches[part.b * p.h + part.first_head + i / BINS<false>].histogram[i % BINS<false>], count);
+    }
+  }
+}
+
+// What turns a score of a bundle's head into its share of the softmax, 2^(score * scale - shift); to a whole warp.
+template <int HEADS>
+__device__ float find_shift(const Stats* stats, u32 bundle, u32 head, u32 splits) {
+  const u32 lane = threadIdx.x % 32;
+  Stats own[MAX_SPLITS / 32];
+#pragma unroll
+  for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
+    const u32 split = i * 32 + lane;
+    own[i] = split < splits ? stats[(bundle * MAX_SPLITS + split) * HEADS + head] : Stats{-INFINITY, 0};
+  }
+#pragma unroll
+  for (u32 i = 1; i < MAX_SPLITS / 32; i++) {
+    const float largest = fmaxf(own[0].largest, own[i].largest);
+    own[0] = {largest, own[0].sum * exp2_approx(own[0].largest - finite(largest)) +
+                           own[i].sum * exp2_approx(own[i].largest - finite(largest))};
+  }
+  const Stats all = reduce<32>(own[0]);
+  return all.largest + log2f(all.sum);
+}
+
+// Those of a row's heads.
+template <int HEADS>
+__device__ void find_shifts(float* shifts, const Stats* stats, u32 row, const Decode& p) {
+  for (u32 head = threadIdx.x / 32; head < p.group; head += WARPS) {
+    const float shift = find_shift<HEADS>(stats, row * p.bundles + head / HEADS, head % HEADS, p.splits);
+    if (threadIdx.x % 32 == 0) shifts[head] = shift;
+  }
+}
+
+// Grid: (splits, b * h_kv).
+template <int HEADS>
+__device__ void masses(const float* scores, const Stats* stats, const u32* lens, float* masses, Search* searches,
+                       const Decode& p) {
+  __shared__ u32 histogram[BINS<true>];
+  __shared__ float shifts[MAX_GROUP];
+  const Part part(lens, blockIdx.y * p.bundles, HEADS, p);
+  // The scores of the next keys are on their way while those of some keys are worked on, and before the statistics are.
+  Entry<HEADS> next[EACH];
+  const auto load = [&](u32 position, u32 bundle) {
+    const Entry<HEADS>* from = reinterpret_cast<const Entry<HEADS>*>(scores) +
+                               (static_cast<u64>(part.row) * p.bundles + bundle) * p.room;
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) next[j] = position < part.end ? from[score_slot(position) + j * 32] : Entry<HEADS>{};
+  };
+  u32 at = part.position(0, WARPS, p.splits);
+  load(at, 0);
+  for (u32 i = threadIdx.x; i < BINS<true>; i += THREADS) histogram[i] = 0;
+  find_shifts<HEADS>(shifts, stats, part.row, p);
+  __syncthreads();
+  const float scale = p.scale * LOG2_E;
+  const MassBins bins;
+  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+    float mass[EACH] = {};
+    for (u32 bundle = 0; bundle < p.bundles; bundle++) {
+      Entry<HEADS> x[EACH];
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) x[j] = next[j];
+      const bool is_last_bundle = bundle + 1 == p.bundles;
+      load(is_last_bundle ? part.position(i + 1, WARPS, p.splits) : at, is_last_bundle ? 0 : bundle + 1);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        if (bundle * HEADS + h >= p.group) break;
+        const float shift = shifts[bundle * HEADS + h];
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) mass[j] += exp2_approx(x[j].x[h] * scale - shift);
+      }
+    }
+    *reinterpret_cast<float4*>(masses + part.row * p.room + at) = {mass[0], mass[1], mass[2], mass[3]};
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) {
+      if (at + j >= part.begin && at + j < part.end) atomicAdd(&histogram[bins.of(mass[j])], 1);
+    }
+  }
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < BINS<true>; i += THREADS) {
+    if (histogram[i]) atomicAdd(&searches[part.row].histogram[i], histogram[i]);
+  }
+}
+
+// A list's keys as they are ranked: masses of a row, or scores of one head of a bundle.
+template <int HEADS, bool BY_KV>
+struct Ranked {
+  const float* from;
+
+  __device__ Ranked(const float* scores, const float* masses, u32 row, u32 bundle, u32 head, const Decode& p) {
+    from = BY_KV ? masses + row * p.room : scores + (static_cast<u64>(row) * p.bundles + bundle) * p.room * HEADS + head;
+  }
+  __device__ float operator[](u32 position) const {
+    return BY_KV ? from[position] : from[static_cast<u64>(score_slot(position)) * HEADS];
+  }
+};
+
+// Grid: (splits, b * h_kv, or b * h_kv * bundles by query head).
+template <int HEADS, bool BY_KV>
+__device__ void select(const u8* clusters, const float* scores, const float* masses, const Stats* stats,
+                       const u32* lens, Search* searches, u32* lists, Listed* listed, u32* tail, const Decode& p) {
+  constexpr int LISTS = BY_KV ? 1 : HEADS;
+  extern __shared__ u32 tail_units[];  // [heads of the block, MAX_CLUSTERS]
+  __shared__ float shifts[MAX_GROUP];
+  __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
+  const Part part(lens, BY_KV ? blockIdx.y * p.bundles : blockIdx.y, HEADS, p);
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<u32>(p.step.selected(part.n));
+  const u32 heads = BY_KV ? p.group : part.heads, n_lists = BY_KV ? 1 : part.heads;
+  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head;
+  const float scale = p.scale * LOG2_E;
+  // All loads that wait for nothing, before the first that is waited for.
+  Entry<HEADS> x[EACH];
+  float mass[EACH] = {};
+  u32 word = 0;
+  const auto load_scores = [&](u32 bundle, u32 at) {
+    const Entry<HEADS>* from = reinterpret_cast<const Entry<HEADS>*>(scores) +
+                               (static_cast<u64>(part.row) * p.bundles + bundle) * p.room;
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) x[j] = at < part.end ? from[score_slot(at) + j * 32] : Entry<HEADS>{};
+  };
+  clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
+  const auto load = [&](u32 at) {
+    load_scores(part.bundle, at);
+    if constexpr (BY_KV) {
+      const float4 four = at < part.end ? *reinterpret_cast<const float4*>(masses + part.row * p.room + at) : float4{};
+      mass[0] = four.x, mass[1] = four.y, mass[2] = four.z, mass[3] = four.w;
+    }
+    word = p.has_tail && at < part.end ? __ldg(reinterpret_cast<const u32*>(clusters + at)) : 0;
+  };
+  u32 at = part.position(0, WARPS, p.splits);
+  load(at);
+  // Some bins a thread, from the top.
+  constexpr u32 OWN_BINS = BINS<BY_KV> / THREADS;
+  const u32 lowest = BINS<BY_KV> - OWN_BINS * (threadIdx.x + 1);
+  u32 own_bins[LISTS][OWN_BINS];
+#pragma unroll
+  for (int list = 0; list < LISTS; list++) {
+#pragma unroll
+    for (u32 i = 0; i < OWN_BINS; i += 4) {
+      const Search& search = searches[first_list + min(static_cast<u32>(list), n_lists - 1)];
+      const uint4 four = *reinterpret_cast<const uint4*>(&search.histogram[lowest + i]);
+      own_bins[list][i] = four.x, own_bins[list][i + 1] = four.y;
+      own_bins[list][i + 2] = four.z, own_bins[list][i + 3] = four.w;
+    }
+  }
+  if (p.has_tail) {
+    for (u32 i = threadIdx.x; i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
+  }
+  if (BY_KV && p.has_tail) find_shifts<HEADS>(shifts, stats, part.row, p);  // and the bounds below wait for all
+  u32 bin[LISTS];
+  float top[LISTS];
+  if (threadIdx.x < LISTS) found_bin[threadIdx.x] = MAX_BINS, found_wanted[threadIdx.x] = 0;
+#pragma unroll
+  for (int list = 0; list < LISTS; list++) {
+    bin[list] = MAX_BINS;
+    top[list] = 0;
+    if (list >= n_lists) continue;
+    const u32(&own)[OWN_BINS] = own_bins[list];
+    u32 all = 0, total;
+#pragma unroll
+    for (u32 i = 0; i < OWN_BINS; i++) all += own[i];
+    u32 before = scan(all, &total);
+#pragma unroll
+    for (int i = OWN_BINS - 1; i >= 0; i--) {
+      if (before < k && k <= before + own[i]) {
+        found_bin[list] = lowest + i;
+        found_wanted[list] = k - before;
+      }
+      before += own[i];
+    }
+  }
+  __syncthreads();
+  ScoreBins bins[LISTS];
+#pragma unroll
+  for (int list = 0; list < LISTS; list++) {
+    if (list >= n_lists) continue;
+    bin[list] = found_bin[list];
+    if constexpr (BY_KV) {
+      top[list] = MassBins().top_of(bin[list]);
+    } else {
+      bins[list] = ScoreBins(searches[first_list + list].low, searches[first_list + list].high);
+      top[list] = bins[list].top_of(bin[list]);
+    }
+  }
+  if constexpr (BY_KV) {
+    // Weights in shares of the largest mass that there may be below the bin.
+    if (threadIdx.x < p.group && p.has_tail) shifts[threadIdx.x] += log2f(top[0]);
+    __syncthreads();
+  }
+  // A warp's part of a list: those listed from its start on, those that may be from its end down.
+  const u32 per_split = p.per_warp * WARPS;
+  const float unit = tail_unit(per_split), to_units = log2f(unit);
+  u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
+  // A key's weights as integers: of a row by the shifts of its heads, of a head by what its largest may be.
+  float shift_of[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) shift_of[h] = BY_KV ? 0 : (h < LISTS ? top[h] : 0) * scale - to_units;
+  for (u32 i = 0; at - lane * EACH < part.end;) {
+    u32 below[LISTS] = {};  // a bit a key
+#pragma unroll
+    for (int list = 0; list < LISTS; list++) {
+      if (list >= n_lists) continue;
+      const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
+      u32* const own = lists + segment * p.per_warp;
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        const bool is_candidate = at + j >= part.begin && at + j < part.end, is_sink = at + j < part.sink;
+        const u32 in = BY_KV ? MassBins().of(mass[j]) : bins[list].of(x[j].x[list]);
+        if (is_candidate && in < bin[list] && !is_sink) below[list] |= 1u << j;
+        const bool is_sure = is_candidate && in > bin[list] && !is_sink, is_open = is_candidate && in == bin[list];
+        if (!__any_sync(ALL_LANES, is_sure || is_open)) continue;
+        const u32 all_sure = __ballot_sync(ALL_LANES, is_sure), all_open = __ballot_sync(ALL_LANES, is_open);
+        const u32 before = (1u << lane) - 1;
+        if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = at + j;
+        if (is_open) {
+          const u32 i_open = n_open[list] + __popc(all_open & before);
+          own[p.per_warp - 1 - i_open] = at + j;
+          Search& search = searches[first_list + list];
+          const u32 slot = atomicAdd(&search.n_open, 1);
+          if (slot < KEPT) search.open[slot] = rank_of(BY_KV ? mass[j] : x[j].x[list], at + j);
+        }
+        n_sure[list] += __popc(all_sure);
+        n_open[list] += __popc(all_open);
+      }
+    }
+    const u32 codes = word;
+    float cuts[EACH];
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) cuts[j] = cut_of(at + j);
+    for (u32 bundle = 0; p.has_tail && bundle < (BY_KV ? p.bundles : 1); bundle++) {
+      if (bundle > 0) load_scores(bundle, at);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        const u32 head = bundle * HEADS + h, bits = below[BY_KV ? 0 : h];
+        if (head >= heads) continue;
+        const float shift = BY_KV ? shifts[head] - to_units : shift_of[h];
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) {
+          const u32 units = in_units(exp2_approx(x[j].x[h] * scale - shift), unit, cuts[j]);
+          if ((bits >> j & 1) && units) atomicAdd(&tail_units[head * MAX_CLUSTERS + (codes >> j * 8 & 0xff)], units);
+        }
+      }
+    }
+    at = part.position(++i, WARPS, p.splits);
+    load(at);
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int list = 0; list < LISTS; list++) {
+      if (list < n_lists) {
+        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
+        listed[segment] = {n_sure[list], n_open[list]};
+      }
+    }
+  }
+  __syncthreads();
+  const u32 first_head = BY_KV ? part.kv * p.group : part.first_head;
+  const u64 first_tail = (static_cast<u64>(part.b) * p.h + first_head) * MAX_CLUSTERS;
+  if (p.has_tail) {
+    u32* const to = tail + first_tail * p.splits + blockIdx.x * heads * MAX_CLUSTERS;
+    for (u32 i = threadIdx.x; i < heads * MAX_CLUSTERS; i += THREADS) to[i] = tail_units[i];
+  }
+  if (blockIdx.x == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].wanted = found_wanted[threadIdx.x];
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+#pragma unroll
+    for (int list = 0; list < LISTS; list++) {
+      if (list < n_lists) searches[first_list + list].top = top[list];
+    }
+  }
+}
+
+// The segment with the `i`-th of their elements, if `before` counts those in front of each.
+template <u32 SEGMENTS>
+__device__ inline u32 segment_of(const u32* before, u32 i) {
+  u32 segment = 0;
+#pragma unroll
+  for (u32 half = SEGMENTS / 2; half > 0; half /= 2) segment += before[segment + half] <= i ? half : 0;
+  return segment;
+}
+
+// Grid: (splits, b * h_kv * bundles). Groups of LANES threads take a key each, eight elements a thread.
+template <int HEADS, bool BY_KV, int D, class T>
+__device__ void attend(const T* query, const T* keys, const T* values, const u8* clusters, const float* scores,
+                       const float* masses, const Stats* stats, const u32* lens, Search* searches, const u32* lists,
+                       const Listed* listed, const float* sums, const u32* counts, const u32* tail, float* partials,
+                       float2* partial_stats, u32* arrived, T* out, float* lse, const Decode& p) {
+  constexpr u32 LANES = D / 8, GROUPS = ATTEND_THREADS / LANES, LISTS = BY_KV ? 1 : HEADS;
+  constexpr u32 LIST_WARPS = ATTEND_WARPS / LISTS, LIST_GROUPS = GROUPS / LISTS;
+  constexpr int AHEAD = BY_KV ? (HEADS < 4 ? 3 : 2) : 5, PER_GROUP = BY_KV ? HEADS : 1;
+  // Ranks of open keys, later the warps' results, then sums of splits.
+  constexpr u32 MERGED = ATTEND_WARPS * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
+  constexpr u32 SCRATCH = MERGED > RANKED ? MERGED : RANKED;
+  __shared__ float4 scratch[SCRATCH > ATTEND_THREADS ? SCRATCH : ATTEND_THREADS];
+  u64(&ranks)[LISTS][KEPT] = *reinterpret_cast<u64(*)[LISTS][KEPT]>(scratch);
+  __shared__ alignas(16) float queries[HEADS][D];
+  __shared__ float shifts[HEADS];
+  __shared__ float tops[ATTEND_WARPS][PER_GROUP], totals[ATTEND_WARPS][PER_GROUP];
+  __shared__ unsigned long long tail_units[HEADS][MAX_CLUSTERS];
+  __shared__ u32 tail_counts[MAX_CLUSTERS];
+  __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
+  __shared__ u64 pivots[LISTS];
+  __shared__ u32 positions[LISTS][RESOLVED];
+  u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(positions);
+  static_assert(RESOLVED >= 256);
+  const Part part(lens, blockIdx.y, HEADS, p);
+  const u32 tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const u32 group = tid / LANES, e = tid % LANES * 8, list = group / LIST_GROUPS;
+  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head, n_lists = BY_KV ? 1 : part.heads;
+  const float scale = p.scale * LOG2_E;
+  const bool is_list = list < n_lists;
+  // All loads that wait for nothing, before the first that is waited for.
+  constexpr u32 QUERIES = (HEADS * D + ATTEND_THREADS - 1) / ATTEND_THREADS;
+  float query_values[QUERIES];
+#pragma unroll
+  for (u32 i = 0; i < QUERIES; i++) {
+    const u32 head = (i * ATTEND_THREADS + tid) / D, j = (i * ATTEND_THREADS + tid) % D;
+    const bool is_there = head < part.heads && j < p.head_dim;
+    query_values[i] = is_there ? widen(query[p.query.at(part.b, part.first_head + head, 0, j)]) : 0;
+  }
+  u32 own_sure = 0, own_open = 0;
+  if (warp < n_lists && lane < WARPS) {
+    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + lane];
+    own_sure = own.sure, own_open = own.open;
+  }
+  Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
+  const u32 wanted = search.wanted, n_open_all = is_list ? search.n_open : 0;
+  const float tail_top = search.top;
+  constexpr u32 LIST_THREADS = ATTEND_THREADS / LISTS, OPEN = KEPT / LIST_THREADS;
+  u64 open[OPEN];
+#pragma unroll
+  for (u32 i = 0; i < OPEN; i++) open[i] = search.open[i * LIST_THREADS + tid % LIST_THREADS];
+  const u32 per_split = p.per_warp * WARPS;
+  // This block's clusters.
+  const u32 share = (p.n_clusters + p.splits - 1) / p.splits, first_cluster = min(blockIdx.x * share, p.n_clusters);
+  const u32 n_own = min(share, p.n_clusters - first_cluster);
+  const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `select`, and the first of them
+  const u64 tail_first = (static_cast<u64>(part.b) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
+  if (p.has_tail) {
+    // Eight lanes a cluster, of which each adds up some splits.
+    constexpr u32 ADDERS = 8;
+    const u32 all = part.heads * n_own;
+    for (u32 from = 0; from < all; from += ATTEND_THREADS / ADDERS) {
+      const u32 i = min(from + tid / ADDERS, all - 1), head = i / n_own, c = first_cluster + i % n_own;
+      const u32* of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
+      const u32 count = counts[p.counts.at(part.b, part.kv, c)];
+      u64 units = 0;
+#pragma unroll
+      for (u32 k = 0; k < MAX_SPLITS / ADDERS; k++) {
+        const u32 split = k * ADDERS + tid % ADDERS;
+        if (split < p.splits) units += of_split[split * tail_heads * MAX_CLUSTERS];
+      }
+#pragma unroll
+      for (u32 lanes = ADDERS / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
+      if (tid % ADDERS == 0 && from + tid / ADDERS < all) {
+        tail_units[head][i % n_own] = units;
+        tail_counts[i % n_own] = count;
+      }
+    }
+  }
+  if (BY_KV && p.has_tail && warp < part.heads) {
+    const float shift = find_shift<HEADS>(stats, blockIdx.y, warp, p.splits);
+    if (lane == 0) shifts[warp] = shift;
+  }
+#pragma unroll
+  for (u32 i = 0; i < QUERIES; i++) {
+    const u32 head = (i * ATTEND_THREADS + tid) / D, j = (i * ATTEND_THREADS + tid) % D;
+    if (head < HEADS) queries[head][j] = query_values[i];
+  }
+  if (warp < LISTS) {
+#pragma unroll
+    for (int lanes = 1; lanes < WARPS; lanes *= 2) {
+      const u32 x = __shfl_up_sync(ALL_LANES, own_sure, lanes), y = __shfl_up_sync(ALL_LANES, own_open, lanes);
+      if (lane >= lanes) own_sure += x, own_open += y;
+    }
+    if (lane < WARPS) before_sure[warp][lane + 1] = own_sure, before_open[warp][lane + 1] = own_open;
+    if (lane == 0) before_sure[warp][0] = before_open[warp][0] = 0;
+  }
+  // Open keys are ranked by all threads of their list.
+  if (tid < LISTS) pivots[tid] = ~u64{0};
+  const Ranked<HEADS, BY_KV> ranked(scores, masses, part.row, part.bundle, is_list ? list : 0, p);
+  const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
+  const bool are_kept = n_open_all <= KEPT;
+#pragma unroll
+  for (u32 i = 0; i < OPEN; i++) ranks[list][i * LIST_THREADS + tid % LIST_THREADS] = open[i];
+  // Calls f with the rank of each.
+  const auto each_open = [&](auto f) {
+    if (are_kept) {
+      for (u32 i = tid % LIST_THREADS; i < n_open_all; i += LIST_THREADS) f(ranks[list][i]);
+      return;
+    }
+    constexpr u32 LIST_WARPS = LIST_THREADS / 32;
+    for (u32 i = warp % LIST_WARPS; i < p.splits * WARPS; i += LIST_WARPS) {
+      const u32 count = is_list ? listed[first_segment + i].open : 0;
+      for (u32 k = lane; k < count; k += 32) {
+        const u32 position = lists[(first_segment + i + 1) * p.per_warp - 1 - k];
+        f(rank_of(ranked[position], position));
+      }
+    }
+  };
+  const bool compares = __syncthreads_and(n_open_all <= COMPARED);
+  const u32* const own = lists + first_segment * p.per_warp + static_cast<u64>(blockIdx.x) * per_split;
+  const u32 n_sure = before_sure[list][WARPS], n_open = before_open[list][WARPS];
+  const auto sure_position = [&](u32 row) {
+    const u32 segment = segment_of<WARPS>(before_sure[list], row);
+    return own[segment * p.per_warp + (row - before_sure[list][segment])];
+  };
+  const auto resolve = [&] {
+    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) positions[list][i] = sure_position(i);
+  };
+  if (compares) {
+    resolve();
+    each_open([&](u64 rank) {
+      u32 above = 0;
+#pragma unroll 8
+      for (u32 k = 0; k < n_open_all; k++) above += ranks[list][k] > rank;
+      if (above + 1 == wanted) pivots[list] = rank;
+    });
+  } else {
+    // Too many in a list: digit by digit.
+    u64 known = 0, mask = 0;
+    u32 left = wanted;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+      __syncthreads();
+      for (u32 i = tid % LIST_THREADS; i < 256; i += LIST_THREADS) digits[list][i] = 0;
+      __syncthreads();
+      each_open([&](u64 rank) {
+        if ((rank & mask) == known) atomicAdd(&digits[list][rank >> shift & 0xff], 1);
+      });
+      __syncthreads();
+      u32 digit = 255;
+      while (digit > 0 && digits[list][digit] < left) left -= digits[list][digit--];
+      known |= static_cast<u64>(digit) << shift;
+      mask |= u64{0xff} << shift;
+    }
+    pivots[list] = known;
+    __syncthreads();  // positions lie where the digits were
+    resolve();
+  }
+  __syncthreads();
+  if (p.has_tail) {
+    // Those that are not selected, where they belong to one of this block's clusters.
+    clusters += p.clusters.at(part.b, part.kv);
+    const float unit = tail_unit(per_split), to_units = log2f(unit);
+    each_open([&](u64 rank) {
+      const u32 position = ~static_cast<u32>(rank);
+      if (rank >= pivots[list] || position < part.sink) return;
+      const u32 own = clusters[position] - first_cluster;
+      if (own >= n_own) return;
+#pragma unroll
+      for (int h = 0; h < PER_GROUP; h++) {
+        const u32 head = BY_KV ? h : list;
+        const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + head;
+        const float shift = BY_KV ? shifts[h] + log2f(tail_top) : tail_top * scale;
+        const unsigned long long units = in_units(exp2_approx(scores[at] * scale - shift + to_units), unit, cut_of(position));
+        if (head < part.heads) atomicAdd(&tail_units[head][own], units);
+      }
+    });
+  }
+  const u32 edges = part.sink + (part.n - part.window_start);
+  const u32 n_rows = n_sure + n_open + (edges > blockIdx.x ? (edges - blockIdx.x + p.splits - 1) / p.splits : 0);
+  keys += p.keys.at(part.b, part.kv);
+  values += p.values.at(part.b, part.kv);
+  float acc[PER_GROUP][8], top[PER_GROUP], sum[PER_GROUP];
+#pragma unroll
+  for (int h = 0; h < PER_GROUP; h++) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) acc[h][j] = 0;
+    top[h] = -INFINITY;
+    sum[h] = 0;
+  }
+  for (u32 i = group % LIST_GROUPS; __any_sync(ALL_LANES, i < n_rows); i += AHEAD * LIST_GROUPS) {
+    Chunk<T> key[AHEAD], value[AHEAD];
+    bool is_attended[AHEAD];
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      u32 row = i + u * LIST_GROUPS, position = 0;
+      is_attended[u] = row < n_rows;
+      if (row < n_sure) {
+        position = row < RESOLVED ? positions[list][row] : sure_position(row);
+      } else if ((row -= n_sure) < n_open) {
+        const u32 segment = segment_of<WARPS>(before_open[list], row);
+        position = own[(segment + 1) * p.per_warp - 1 - (row - before_open[list][segment])];
+        is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
+      } else {
+        const u32 edge = blockIdx.x + (row - n_open) * p.splits;
+        position = edge < part.sink ? edge : part.window_start + (edge - part.sink);
+      }
+      key[u] = value[u] = {};
+      if (is_attended[u] && e < p.head_dim) {
+        key[u] = load_chunk(keys + position * p.keys.strides[2] + e);
+        value[u] = load_chunk(values + position * p.values.strides[2] + e);
+      }
+    }
+    float product[AHEAD][PER_GROUP];
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      float q[8];
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        const float4 from = *reinterpret_cast<const float4*>(&queries[BY_KV ? h : list][e + j]);
+        q[j] = from.x, q[j + 1] = from.y, q[j + 2] = from.z, q[j + 3] = from.w;
+      }
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) dot += q[j] * widen(key[u].x[j]);
+#pragma unroll
+        for (u32 lanes = LANES / 2; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, lanes);
+        product[u][h] = is_attended[u] ? dot * scale : -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      float larger = top[h];
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) larger = fmaxf(larger, product[u][h]);
+      const float factor = exp2_approx(top[h] - finite(larger));
+      top[h] = larger;
+      sum[h] *= factor;
+#pragma unroll
+      for (int j = 0; j < 8; j++) acc[h][j] *= factor;
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        const float weight = exp2_approx(product[u][h] - finite(larger));
+        sum[h] += weight;
+#pragma unroll
+        for (int j = 0; j < 8; j++) acc[h][j] += weight * widen(value[u].x[j]);
+      }
+    }
+  }
+  // The clusters as further keys, of which a head's scores are what is left of its mass.
+  __syncthreads();  // open keys have been added
+  const float to_weight = -log2f(tail_unit(per_split));
+  for (u32 c = group % LIST_GROUPS; p.has_tail && c < n_own; c += LIST_GROUPS) {
+    const float* from = sums + p.sums.at(part.b, part.kv, first_cluster + c, e);
+    const u32 count = tail_counts[c];
+    const float inverse = 1.0f / max(count, 1u);
+    float4 row[2] = {};
+    if (e < p.head_dim) row[0] = __ldg(reinterpret_cast<const float4*>(from)), row[1] = __ldg(reinterpret_cast<const float4*>(from) + 1);
+    const float mean[8] = {row[0].x * inverse, row[0].y * inverse, row[0].z * inverse, row[0].w * inverse,
+                           row[1].x * inverse, row[1].y * inverse, row[1].z * inverse, row[1].w * inverse};
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      const u32 head = BY_KV ? h : list;
+      const float shift = BY_KV ? shifts[h] + log2f(tail_top) : tail_top * scale;
+      // What weighs nothing is passed over: its mean may be no number.
+      const u64 units = head < part.heads && count ? tail_units[head][c] : 0;
+      if (units == 0) continue;
+      const float log_mass = log2f(__ull2float_rn(units)) + to_weight;
+      const float larger = fmaxf(top[h], shift + log_mass), weight = exp2_approx(shift + log_mass - larger);
+      const float factor = exp2_approx(top[h] - larger);
+      top[h] = larger;
+      sum[h] = sum[h] * factor + weight;
+#pragma unroll
+      for (int j = 0; j < 8; j++) acc[h][j] = acc[h][j] * factor + weight * mean[j];
+    }
+  }
+  // A warp's groups together, then the warps.
+#pragma unroll
+  for (int h = 0; h < PER_GROUP; h++) {
+    float larger = top[h];
+#pragma unroll
+    for (u32 lanes = LANES; lanes < 32; lanes *= 2) larger = fmaxf(larger, __shfl_xor_sync(ALL_LANES, larger, lanes));
+    const float factor = exp2_approx(top[h] - finite(larger));
+    sum[h] *= factor;
+#pragma unroll
+    for (u32 lanes = LANES; lanes < 32; lanes *= 2) sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], lanes);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      acc[h][j] *= factor;
+#pragma unroll
+      for (u32 lanes = LANES; lanes < 32; lanes *= 2) acc[h][j] += __shfl_xor_sync(ALL_LANES, acc[h][j], lanes);
+    }
+    if (lane < LANES) {
+      if (lane == 0) tops[warp][h] = larger, totals[warp][h] = sum[h];
+      float4* to = &scratch[((warp * PER_GROUP + h) * D + e) / 4];
+      to[0] = {acc[h][0], acc[h][1], acc[h][2], acc[h][3]};
+      to[1] = {acc[h][4], acc[h][5], acc[h][6], acc[h][7]};
+    }
+  }
+  __syncthreads();
+  const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + blockIdx.x;
+  for (u32 i = tid; i < HEADS * D; i += ATTEND_THREADS) {
+    const u32 h = i / D, element = i % D, w0 = BY_KV ? 0 : h * LIST_WARPS, hh = BY_KV ? h : 0;
+    float shift = -INFINITY;
+#pragma unroll
+    for (u32 w = 0; w < LIST_WARPS; w++) shift = fmaxf(shift, tops[w0 + w][hh]);
+    float total = 0, y = 0;
+#pragma unroll
+    for (u32 w = 0; w < LIST_WARPS; w++) {
+      const float factor = exp2_approx(tops[w0 + w][hh] - finite(shift));
+      total += factor * totals[w0 + w][hh];
+      y += factor * (&scratch[0].x)[((w0 + w) * PER_GROUP + hh) * D + element];
+    }
+    partials[(partial * HEADS + h) * D + element] = y;
+    if (element == 0) partial_stats[partial * HEADS + h] = {shift, total};
+  }
+  if (!is_last(&arrived[blockIdx.y], p.splits)) return;
+  // What a split's result is to be multiplied with.
+  __shared__ float factors[HEADS][MAX_SPLITS];
+  const u64 first_partial = static_cast<u64>(blockIdx.y) * p.splits * HEADS;
+  if (warp < part.heads) {
+    float2 own[MAX_SPLITS / 32];
+    float shift = -INFINITY, total = 0;
+#pragma unroll
+    for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
+      const u32 split = i * 32 + lane;
+      own[i] = split < p.splits ? __ldcg(&partial_stats[first_partial + split * HEADS + warp]) : float2{-INFINITY, 0};
+      shift = fmaxf(shift, own[i].x);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) shift = fmaxf(shift, __shfl_xor_sync(ALL_LANES, shift, lanes));
+#pragma unroll
+    for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
+      own[i].x = exp2_approx(own[i].x - finite(shift));
+      total += own[i].x * own[i].y;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
+#pragma unroll
+    for (u32 i = 0; i < MAX_SPLITS / 32; i++) factors[warp][i * 32 + lane] = total == 0 ? 0 : own[i].x / total;
+    if (lane == 0) {
+      lse[static_cast<u64>(part.b) * p.h + part.first_head + warp] =
+          total == 0 ? -INFINITY : shift / LOG2_E + logf(total);
+    }
+  }
+  __syncthreads();
+  // Four elements a thread; the threads of the same ones share the splits.
+  constexpr u32 QUADS = HEADS * D / 4, SHARERS = ATTEND_THREADS / QUADS;
+  {
+    const float4* from = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;
+    const float* own = factors[tid % QUADS * 4 / D];
+    float4 y = {};
+    constexpr u32 AT_ONCE = 8;
+    for (u32 first = tid / QUADS; first < p.splits; first += AT_ONCE * SHARERS) {
+      float4 x[AT_ONCE];
+#pragma unroll
+      for (u32 i = 0; i < AT_ONCE; i++) {
+        const u32 split = first + i * SHARERS;
+        x[i] = split < p.splits ? __ldcg(from + split * QUADS) : float4{};
+      }
+#pragma unroll
+      for (u32 i = 0; i < AT_ONCE; i++) {
+        const float factor = own[min(first + i * SHARERS, p.splits - 1)];
+        y.x += factor * x[i].x, y.y += factor * x[i].y, y.z += factor * x[i].z, y.w += factor * x[i].w;
+      }
+    }
+    scratch[tid] = y;
+  }
+  __syncthreads();
+  for (u32 i = tid; i < HEADS * D; i += ATTEND_THREADS) {
+    const u32 h = i / D, element = i % D;
+    if (h >= part.heads || element >= p.head_dim) continue;
+    float y = 0;
+#pragma unroll
+    for (u32 sharer = 0; sharer < SHARERS; sharer++) y += (&scratch[sharer * QUADS].x)[i];
+    out[(static_cast<u64>(part.b) * p.h + part.first_head + h) * p.head_dim + element] = narrow<T>(y);
+  }
+  // For the next step.
+  for (u32 i = tid; i < n_lists * BINS<BY_KV>; i += ATTEND_THREADS) {
+    searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
+  }
+}
+
+#define TABLES(suffix, type, HEADS)                                                                        \
+  extern "C" __global__ __launch_bounds__(THREADS) void decode_tables_##suffix##_h##HEADS(                 \
+      const type* query,       /* [b, h, 1, head_dim] */                                                   \
+      const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                                \
+      const float* coarse,     /* [b, h_kv, n_clusters, head_dim], or null */                              \
+      float* out,              /* [b, h_kv, bundles, entries, HEADS] */                                    \
+      const Decode p) {                                                                                    \
+    tables<HEADS>(query, centroids, coarse, out, p);                                                       \
+  }
+#define SCORES(name, HEADS, BY_KV)                                                                         \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void decode_scores_h##HEADS##name(                   \
+      const u8* codes,      /* [b, h_kv, capacity, pq_dim] */                                              \
+      const u8* clusters,   /* [b, h_kv, capacity], or null */                                             \
+      const float* tables,  /* [b, h_kv, bundles, entries, HEADS] */                                       \
+      const u32* lens,      /* [b] */                                                                      \
+      float* out,           /* [b, h_kv, bundles, room, HEADS] */                                          \
+      Stats* stats,         /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                    \
+      Search* searches,     /* [lists] */                                                                  \
+      const Decode p) {                                                                                    \
+    scores<HEADS, BY_KV>(codes, clusters, tables, lens, out, stats, searches, p);                          \
+  }
+#define MASSES(HEADS)                                                                                      \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void decode_masses_h##HEADS(                         \
+      const float* scores,  /* [b, h_kv, bundles, room, HEADS] */                                          \
+      const Stats* stats,   /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                    \
+      const u32* lens,      /* [b] */                                                                      \
+      float* out,           /* [b, h_kv, room] */                                                          \
+      Search* searches,     /* [b, h_kv] */                                                                \
+      const Decode p) {                                                                                    \
+    masses<HEADS>(scores, stats, lens, out, searches, p);                                                  \
+  }
+#define SELECT(name, HEADS, BY_KV)                                                                         \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void decode_select_h##HEADS##name(                   \
+      const u8* clusters,   /* [b, h_kv, capacity], or null */                                             \
+      const float* scores,  /* [b, h_kv, bundles, room, HEADS] */                                          \
+      const float* masses,  /* [b, h_kv, room] */                                                          \
+      const Stats* stats,   /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                    \
+      const u32* lens,      /* [b] */                                                                      \
+      Search* searches,     /* [lists] */                                                                  \
+      u32* lists,           /* [lists, room] */                                                            \
+      Listed* listed,       /* [lists, splits, WARPS] */                                                   \
+      u32* tail,            /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */               \
+      const Decode p) {                                                                                    \
+    select<HEADS, BY_KV>(clusters, scores, masses, stats, lens, searches, lists, listed, tail, p);                    \
+  }
+#define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
+  extern "C" __global__ __launch_bounds__(ATTEND_THREADS, 2) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
+      const type* query,      /* [b, h, 1, head_dim] */                                                    \
+      const type* keys,       /* [b, h_kv, capacity, head_dim] */                                          \
+      const type* values,     /* [b, h_kv, capacity, head_dim] */                                          \
+      const u8* clusters,     /* [b, h_kv, capacity], or null */                                           \
+      const float* scores,    /* [b, h_kv, bundles, room, HEADS] */                                        \
+      const float* masses,    /* [b, h_kv, room] */                                                        \
+      const Stats* stats,     /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                  \
+      const u32* lens,        /* [b] */                                                                    \
+      Search* searches,       /* [lists] */                                                                \
+      const u32* lists,       /* [lists, room] */                                                          \
+      const Listed* listed,   /* [lists, splits, WARPS] */                                                 \
+      const float* sums,      /* [b, h_kv, n_clusters, head_dim], or null */                               \
+      const u32* counts,      /* [b, h_kv, n_clusters], or null */                                         \
+      const u32* tail,        /* as select leaves it */                                                    \
+      float* partials,        /* [b, h_kv, bundles, splits, HEADS, D] */                                   \
+      float2* partial_stats,  /* [b, h_kv, bundles, splits, HEADS] */                                      \
+      u32* arrived,           /* [b, h_kv, bundles] */                                                     \
+      type* out,              /* [b, h, head_dim] */                                                       \
+      float* lse,             /* [b, h] */                                                                 \
+      const Decode p) {                                                                                    \
+    attend<HEADS, BY_KV, D>(query, keys, values, clusters, scores, masses, stats, lens, searches, lists, listed, sums, counts, \
+                            tail, partials, partial_stats, arrived, out, lse, p);                          \
+  }
+
+#define BY_HEADS(HEADS)     \
+  MASSES(HEADS)             \
+  SCORES(, HEADS, false)    \
+  SCORES(_by_kv, HEADS, true) \
+  SELECT(, HEADS, false)    \
+  SELECT(_by_kv, HEADS, true)
+BY_HEADS(1) BY_HEADS(2) BY_HEADS(4)
+#define BY_TYPE(suffix, type)                                                         \
+  TABLES(suffix, type, 1) TABLES(suffix, type, 2) TABLES(suffix, type, 4)             \
+  BY_SIZE(suffix, type, 64) BY_SIZE(suffix, type, 128) BY_SIZE(suffix, type, 256)
+#define BY_SIZE(suffix, type, D)                                                      \
+  ATTEND(suffix, type, D, , 1, false) ATTEND(suffix, type, D, _by_kv, 1, true)        \
+  ATTEND(suffix, type, D, , 2, false) ATTEND(suffix, type, D, _by_kv, 2, true)        \
+  ATTEND(suffix, type, D, , 4, false) ATTEND(suffix, type, D, _by_kv, 4, true)
+FOR_EACH_FLOAT(BY_TYPE)
