@@ -43,3 +43,15 @@ assemble:
 # A decode step and its parts, on the GPU if there is one
 bench *args:
     cargo bench --features cuda --bench decode -- {{args}}
+
+# Tokens of a whole model of 8B, beside Candle's own
+bench-e2e *args:
+    cargo bench --features cuda --bench e2e -- {{args}}
+
+# The search of one query on a CPU, one thread
+bench-cpu *args:
+    cargo bench --bench cpu -- {{args}}
+
+# The same beside FAISS: pip install -r benches/peers/requirements.txt
+bench-peers *args:
+    python benches/peers/cpu.py {{args}}

@@ -1,5 +1,7 @@
 //! The KV cache of one layer, with the index that a sparse decode searches.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::codebook::Codebook;
@@ -43,6 +45,21 @@ pub struct PqKvCache {
     trained: Option<Trained>,
     /// Keys from `init_offset` up to here have codes.
     encoded: usize,
+    /// Of the memory that a captured step is about; no other cache ever has the same.
+    version: u64,
+}
+
+/// What a captured step relies on: replayed where another is found, it would work on memory that is gone, or leave
+/// something out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Replayable {
+    version: u64,
+    is_dense: bool,
+}
+
+fn next_version() -> u64 {
+    static VERSIONS: AtomicU64 = AtomicU64::new(0);
+    VERSIONS.fetch_add(1, Ordering::Relaxed)
 }
 
 #[derive(Debug)]
@@ -120,6 +137,7 @@ impl PqKvCache {
             queries: QuerySample::default(),
             trained: None,
             encoded,
+            version: next_version(),
         })
     }
 
@@ -207,6 +225,7 @@ impl PqKvCache {
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2, code_capacity)).transpose()?;
         (self.kv, self.codes) = (grown(&self.kv, 3, capacity)?, grown(&self.codes, 2, code_capacity)?);
         self.coarse_codes = coarse_codes;
+        self.version = next_version();
         Ok(())
     }
 
@@ -261,18 +280,44 @@ impl PqKvCache {
         }
     }
 
-    fn train_if_due(&mut self) -> Result<()> {
+    /// Whether an index of `len` keys wants a codebook trained on them.
+    fn is_training_due_at(&self, len: usize) -> bool {
         let start = self.config.init_offset();
-        let trainable = self.len.saturating_sub(start);
-        let due = match &self.trained {
+        let trainable = len.saturating_sub(start);
+        match &self.trained {
             None => trainable >= self.config.min_train_keys(),
             Some(Trained { end: None, .. }) => false,
             Some(Trained { end: Some(end), .. }) => {
                 let trained = (end - start) as f64;
                 trainable as f64 >= trained * (1.0 + self.config.refresh)
             }
-        };
-        if due {
+        }
+    }
+
+    /// Whether an index of the keys so far wants a codebook trained on them.
+    pub(crate) fn is_training_due(&self) -> bool {
+        self.is_training_due_at(self.len)
+    }
+
+    /// What a graph of the next step, of one key, relies on; None if that step does more than a replay can: it grows the
+    /// cache, finds blocks of earlier keys without codes, or, where steps train at all, trains.
+    pub(crate) fn replayable(&self, trains: bool) -> Option<Replayable> {
+        let len = self.len.checked_add(1).filter(|len| *len <= self.capacity())?;
+        let is_indexed = self.trained.as_ref().is_none_or(|trained| {
+            let is_summed = trained.clusters.is_none() || trained.summed == self.encoded;
+            self.encoded == self.blocks_end(self.len) && is_summed
+        });
+        let is_trained = !(trains && self.is_training_due_at(len));
+        (is_indexed && is_trained).then(|| Replayable { is_dense: self.config.is_dense(len), ..self.last_step() })
+    }
+
+    /// What a graph of the step that was last run would rely on.
+    pub(crate) fn last_step(&self) -> Replayable {
+        Replayable { version: self.version, is_dense: self.config.is_dense(self.len) }
+    }
+
+    fn train_if_due(&mut self) -> Result<()> {
+        if self.is_training_due() {
             self.forbid_capture("training", "call build_index")?;
             let start = self.config.init_offset();
             let trainable = self.len - start;
@@ -294,6 +339,7 @@ impl PqKvCache {
         let start = self.config.init_offset();
         self.trained = Some(Trained { codebook, end, clusters, summed: start });
         self.encoded = start;
+        self.version = next_version();
         Ok(())
     }
 
@@ -309,7 +355,7 @@ impl PqKvCache {
     }
 
     /// Encodes the full blocks that have no codes yet, and adds their values to their clusters'.
-    fn encode_blocks(&mut self) -> Result<()> {
+    pub(crate) fn encode_blocks(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
         if self.is_capturing()? {
             return self.encode_in_replays();
@@ -408,6 +454,7 @@ impl PqKvCache {
         if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
             self.trained = None;
             self.encoded = self.config.init_offset();
+            self.version = next_version();
         }
         self.encoded = self.encoded.min(self.blocks_end(len));
         match &mut self.trained {
@@ -448,7 +495,7 @@ impl PqKvCache {
     }
 
     /// Takes note of `steps` decode steps that a replayed CUDA graph took, each of one key: the device has moved on
-    /// without the host.
+    /// without the host. [`DecodeGraph`](crate::DecodeGraph) does this and what follows by itself.
     ///
     /// A step of [`PqAttention`](crate::PqAttention) reads lengths from the device, so that it can be captured once and
     /// replayed as the sequence grows. What the host needs is its own count, for the next step that is no replay. The

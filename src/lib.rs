@@ -32,6 +32,7 @@
 //! - [`PqConfig`]: what is kept, selected and attended to
 //! - [`PqAttention`]: dense prefill, sparse decode
 //! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
+//! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
 //!
 //! Names are those of the field: `b` sequences, `h` query heads in groups over `h_kv` KV heads, `n` keys so far,
@@ -47,6 +48,7 @@ mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod graph;
 pub mod ops;
 mod query_weights;
 
@@ -54,3 +56,4 @@ pub use attention::PqAttention;
 pub use cache::{Memory, PqKvCache};
 pub use codebook::Codebook;
 pub use config::{Heavy, Metric, PqConfig, Selection, Tail};
+pub use graph::DecodeGraph;

@@ -7,7 +7,7 @@ use candle_nn::{Embedding, RmsNorm};
 
 use super::config::ModelConfig;
 use super::linear::Linear;
-use super::rotary::Rotary;
+use super::rotary::{Rotary, Rotations};
 use super::weights::{Precision, Weights};
 
 /// The weights; caches and attention are the caller's.
@@ -50,12 +50,32 @@ impl Decoder {
         &self,
         tokens: &[u32],
         start: usize,
+        attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let rotations = self.rotary.range(start, tokens.len())?;
+        self.run(&Tensor::new(tokens, &self.device)?, &rotations, attend)
+    }
+
+    /// As [`forward`](Self::forward), of tokens and positions on the device, `[s]` u32 each.
+    pub fn forward_at(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.run(tokens, &self.rotary.of(positions)?, attend)
+    }
+
+    fn run(
+        &self,
+        tokens: &Tensor,
+        rotations: &Rotations,
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let tokens = Tensor::new(tokens, &self.device)?.unsqueeze(0)?;
+        let tokens = tokens.unsqueeze(0)?;
         let mut x = self.embedding.forward(&tokens)?.to_dtype(self.precision.compute)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let [q, k, v] = layer.project(&x, &self.rotary, start, self.precision.stored)?;
+            let [q, k, v] = layer.project(&x, rotations, self.precision.stored)?;
             x = layer.finish(&x, &attend(index, &q, &k, &v)?)?;
         }
         Ok(x)
@@ -117,8 +137,8 @@ impl Layer {
         })
     }
 
-    /// Queries, keys and values of `x`, whose first token is at position `start`; `stored` is the type of the cache.
-    fn project(&self, x: &Tensor, rotary: &Rotary, start: usize, stored: DType) -> Result<[Tensor; 3]> {
+    /// Queries, keys and values of `x`; `stored` is the type of the cache.
+    fn project(&self, x: &Tensor, rotations: &Rotations, stored: DType) -> Result<[Tensor; 3]> {
         let (batch, tokens, _) = x.dims3()?;
         let all_heads = self.heads + 2 * self.kv_heads;
         let qkv = self.qkv.forward(&self.input_norm.forward(x)?)?;
@@ -129,8 +149,8 @@ impl Layer {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
         }
-        let q = rotary.apply(&q, start)?.to_dtype(stored)?;
-        let k = rotary.apply(&k, start)?.to_dtype(stored)?;
+        let q = rotations.apply(&q)?.to_dtype(stored)?;
+        let k = rotations.apply(&k)?.to_dtype(stored)?;
         Ok([q, k, v.to_dtype(stored)?])
     }
 

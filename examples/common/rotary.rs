@@ -19,12 +19,27 @@ impl Rotary {
         Ok(Self { cos: table(cos)?, sin: table(sin)? })
     }
 
-    /// Rotates `x`, `[batch, heads, tokens, head_dim]`, whose first token is at position `start`.
-    pub fn apply(&self, x: &Tensor, start: usize) -> Result<Tensor> {
-        let tokens = x.dim(2)?;
-        let cos = self.cos.narrow(0, start, tokens)?;
-        let sin = self.sin.narrow(0, start, tokens)?;
-        candle_nn::rotary_emb::rope(&x.contiguous()?, &cos, &sin)
+    /// The rotations of `tokens` positions from `start` on.
+    pub fn range(&self, start: usize, tokens: usize) -> Result<Rotations> {
+        Ok(Rotations { cos: self.cos.narrow(0, start, tokens)?, sin: self.sin.narrow(0, start, tokens)? })
+    }
+
+    /// The rotations of `positions`, `[tokens]` u32, which may be known to the device alone.
+    pub fn of(&self, positions: &Tensor) -> Result<Rotations> {
+        Ok(Rotations { cos: self.cos.index_select(positions, 0)?, sin: self.sin.index_select(positions, 0)? })
+    }
+}
+
+/// Those of some tokens.
+pub struct Rotations {
+    cos: Tensor, // [tokens, head_dim / 2]
+    sin: Tensor,
+}
+
+impl Rotations {
+    /// Rotates `x`, `[batch, heads, tokens, head_dim]`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        candle_nn::rotary_emb::rope(&x.contiguous()?, &self.cos, &self.sin)
     }
 }
 

@@ -71,6 +71,9 @@ pub struct Args {
     /// Has the same model on this device, cpu or cuda, read prompt and answer, and reports how far its distributions are off
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub check_on: Option<Device>,
+    /// Capture a decode step as a CUDA graph and replay it for each token, with --device cuda
+    #[arg(long)]
+    pub graph: bool,
     /// The type of weights, keys and values
     #[arg(long, default_value = "f32", value_parser = dtype())]
     pub dtype: DType,

@@ -52,6 +52,9 @@ fn report(args: &Args) -> Result<Report> {
         Model::new(&config, Weights::new(checkpoint, &config, args.dtype, device)?, &pq, prompt.len() + limit)
     };
     let mut model = model_on(checkpoint, &args.device)?;
+    if args.graph {
+        model = model.with_graphs();
+    }
 
     let (logits, prefill_time) = prefill(&mut model, &prompt)?;
     let request = Request { codec: &codec, sampler: Sampler::new(args.seed, args.temperature, args.top_p), limit };
@@ -166,6 +169,7 @@ mod tests {
             ["--dtype", "bf16"],
             ["--dtype", "f16"],
             ["--temperature", "0.8"],
+            ["--graph", "--seed=1"],
         ] {
             let report = tiny(&[&["--prompt", &prompt(), "--heavy", "8", "--sample-len", "3"], &option[..]].concat())?;
             assert!(report.generated_tokens <= 3 && report.attended_fraction < 0.25, "{option:?}");

@@ -1,8 +1,10 @@
 //! A language model and its caches, with sparse and with dense attention.
 
+use std::rc::Rc;
+
 use anyhow::Result;
-use candle_core::DType;
-use candle_pq_attn::{PqAttention, PqConfig, PqKvCache};
+use candle_core::{DType, Tensor};
+use candle_pq_attn::{DecodeGraph, PqAttention, PqConfig, PqKvCache};
 
 use crate::common::config::ModelConfig;
 use crate::common::decoder::Decoder;
@@ -10,11 +12,15 @@ use crate::common::weights::Weights;
 
 /// Weights, and the cache of the one sequence that they work on.
 pub struct Model {
-    decoder: Decoder,
+    decoder: Rc<Decoder>,
     attention: PqAttention,
     /// One a layer.
     caches: Vec<PqKvCache>,
+    /// Of sparse and of dense steps, if these are to be captured.
+    graphs: Option<[StepGraph; 2]>,
 }
+
+type StepGraph = DecodeGraph<Box<dyn FnMut(&Tensor, &Tensor, &mut [PqKvCache]) -> candle_core::Result<Tensor>>>;
 
 /// Bytes in use, over all layers.
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,26 +33,43 @@ impl Model {
     /// Reads the weights, and makes room for `capacity` tokens.
     pub fn new(config: &ModelConfig, weights: Weights, pq: &PqConfig, capacity: usize) -> Result<Self> {
         let attention = PqAttention::new(pq.clone(), 1. / (config.head_dim as f32).sqrt())?;
-        let decoder = Decoder::new(config, weights)?;
+        let decoder = Rc::new(Decoder::new(config, weights)?);
         let (dims, dtype) = ([1, config.kv_heads, config.head_dim], decoder.precision().stored);
         let cache = |_| attention.new_cache(dims, capacity, dtype, decoder.device());
         let caches = (0..config.layers).map(cache).collect::<candle_core::Result<_>>()?;
-        Ok(Self { decoder, attention, caches })
+        Ok(Self { decoder, attention, caches, graphs: None })
+    }
+
+    /// Has steps of one token captured as a CUDA graph and replayed, on a GPU.
+    pub fn with_graphs(self) -> Self {
+        let graph = |dense| {
+            let (decoder, attention) = (self.decoder.clone(), self.attention.clone());
+            let step = move |token: &Tensor, position: &Tensor, caches: &mut [PqKvCache]| {
+                let attend = |layer: usize, q: &_, k: &_, v: &_| attend(&attention, q, k, v, &mut caches[layer], dense);
+                let logits = decoder.forward_at(token, position, attend).and_then(|hidden| decoder.logits(&hidden));
+                logits.map_err(|error| candle_core::Error::msg(format!("{error:#}")))
+            };
+            DecodeGraph::new(Box::new(step) as _)
+        };
+        Self { graphs: Some([graph(false), graph(true)]), ..self }
     }
 
     /// Appends `tokens` and returns the logits after the last of them, f32 on the host. `dense` attends to every key;
     /// several tokens at once do so in any case.
     pub fn forward(&mut self, tokens: &[u32], dense: bool) -> Result<Vec<f32>> {
         let start = self.len();
-        let attention = &self.attention;
-        let hidden = self.decoder.forward(tokens, start, |layer, q, k, v| {
-            let cache = &mut self.caches[layer];
-            Ok(match dense {
-                true => attention.forward_dense(q, k, v, cache)?,
-                false => attention.forward(q, k, v, cache)?,
-            })
-        })?;
-        let logits = self.decoder.logits(&hidden.narrow(1, tokens.len() - 1, 1)?)?;
+        let logits = match (&mut self.graphs, tokens) {
+            (Some(graphs), [token]) => {
+                let token = Tensor::new(&[*token], self.decoder.device())?;
+                graphs[usize::from(dense)].step(&token, &mut self.caches)?
+            }
+            _ => {
+                let hidden = self.decoder.forward(tokens, start, |layer, q, k, v| {
+                    attend(&self.attention, q, k, v, &mut self.caches[layer], dense)
+                })?;
+                self.decoder.logits(&hidden.narrow(1, tokens.len() - 1, 1)?)?
+            }
+        };
         Ok(logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
@@ -81,13 +104,27 @@ impl Model {
     }
 }
 
+fn attend(
+    attention: &PqAttention,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cache: &mut PqKvCache,
+    dense: bool,
+) -> Result<Tensor> {
+    Ok(match dense {
+        true => attention.forward_dense(q, k, v, cache)?,
+        false => attention.forward(q, k, v, cache)?,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::common::config::RopeScaling;
     use crate::common::source::Checkpoint;
     use crate::common::testing::*;
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
 
     const TOKENS: [u32; 12] = [7, 3, 250, 7, 91, 18, 18, 4, 77, 130, 5, 60];
 
@@ -186,6 +223,15 @@ mod tests {
         model.truncate(5)?;
         model.forward(&TOKENS[5..11], false)?;
         assert_eq!(model.forward(&TOKENS[11..], false)?, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn steps_of_a_graph_are_the_same() -> Result<()> {
+        let (config, directory) = (tiny_config(), tempfile::tempdir()?);
+        write_directory(directory.path(), "llama", &config, &tiny_tensors(&config)?, 1)?;
+        let expected = logits(load(directory.path(), DType::F32)?)?;
+        assert_eq!(logits(load(directory.path(), DType::F32)?.with_graphs())?, expected);
         Ok(())
     }
 

@@ -9,7 +9,9 @@
 //! Kernels are asynchronous; nothing here waits for the device or copies from it.
 #![allow(unsafe_code)]
 
+mod graph;
 mod matmul;
+pub(crate) use graph::{check_capturable, Graph};
 pub(crate) use matmul::matmul_to_f32;
 
 use std::collections::HashMap;
