@@ -14,14 +14,15 @@ use crate::methods;
 /// Measures how close sparse attention comes to dense attention, in a real model on a real text.
 ///
 /// A prefill of P tokens is dense and is shared by all methods. What a method has to train, it trains on the prefill's
-/// keys. Then, for each method and budget of keys:
+/// keys; ours trains again as keys are added, as it does for any user. Then, for each method and budget of keys, over the
+/// E tokens after the prefill:
 ///
-///   in each layer, for the model's own queries, keys and values at the last positions: the softmax mass that the
-///   attended keys cover; the error ‖sparse - dense‖ / ‖dense‖ of the attention output; where the keys that are not
-///   attended count by estimate, their estimated mass over their true mass
+///   in each layer, for the model's own queries, keys and values: the softmax mass that the attended keys cover; the
+///   error ‖sparse - dense‖ / ‖dense‖ of the attention output; where the keys that are not attended count by estimate,
+///   their estimated mass over their true mass
 ///
-///   in the whole model, all layers sparse, for E tokens after the prefill: perplexity, KL(dense ‖ method) and how often
-///   the likeliest next token is the same
+///   in the whole model, all layers sparse: perplexity, KL(dense ‖ method) and how often the likeliest next token is the
+///   same
 ///
 /// With no arguments, SmolLM2-135M-Instruct reads a chapter of the Rust book; this takes some minutes.
 #[derive(Debug, Parser)]
@@ -51,9 +52,9 @@ pub struct Args {
     /// Layers to measure one by one, such as 0,3,6, or all
     #[arg(long, value_name = "N", default_value = "all", value_parser = layers)]
     pub layers: Layers,
-    /// Positions at the end of the text whose queries are taken for that
-    #[arg(long, value_name = "N", default_value = "48", value_parser = at_least_one)]
-    pub probes: usize,
+    /// How many of those tokens, from the last one back, have their queries taken for that [default: all]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    probes: Option<usize>,
     /// First keys, always attended
     #[arg(long, value_name = "N", default_value_t = PqConfig::default().sink)]
     pub sink: usize,
@@ -115,6 +116,10 @@ pub struct Text {
 }
 
 impl Args {
+    pub fn probes(&self) -> usize {
+        self.probes.unwrap_or(self.eval_tokens).min(self.eval_tokens)
+    }
+
     pub fn text(&self) -> Result<Text> {
         let (name, content) = match self.text.is_empty() {
             true => ("The Rust Programming Language, chapter 17".to_string(), include_str!("text.txt").to_string()),

@@ -79,7 +79,7 @@ fn measure(args: &Args) -> Result<Report> {
         heavy: &args.heavy,
         settings,
         layers: if args.measure == Measure::Model { Vec::new() } else { layers },
-        probes: args.probes,
+        probes: args.probes(),
         whole_model: args.measure != Measure::Layers,
     };
     let (prefills, dense) = (task.prefills()?, task.dense()?);
@@ -95,7 +95,7 @@ fn measure(args: &Args) -> Result<Report> {
         text_sha256: text.sha256,
         prompt_tokens: args.prompt_tokens,
         eval_tokens: args.eval_tokens,
-        probes: args.probes,
+        probes: args.probes(),
         sink: args.sink,
         window: args.window,
         seed: args.seed,

@@ -112,7 +112,6 @@ impl Subject {
     pub fn probe<T>(&self, layer: usize, count: usize, use_them: impl FnOnce(&Queries) -> Result<T>) -> Result<T> {
         let Captured { queries, keys, values } = &self.layers[layer];
         let n = queries.dim(1)?;
-        let count = count.min(n - self.prompt);
         let q = queries.narrow(1, n - count, count)?.contiguous()?;
         use_them(&Queries { q: &q, keys, values, scale: self.scale })
     }

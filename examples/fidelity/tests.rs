@@ -115,7 +115,7 @@ fn with_every_key_every_method_is_dense() -> Result<()> {
 fn with_every_key_there_is_no_tail() -> Result<()> {
     let example = Example::new(40, 400)?;
     for (heavy, same) in [(Heavy::Fraction(1.), true), (Heavy::Keys(300), false)] {
-        let (with, without) = (example.run("ours", heavy)?, example.run("ours-no-tail", heavy)?);
+        let (with, without) = (example.run("clusters", heavy)?, example.run("clusters:tail=none", heavy)?);
         assert_eq!(off(&with.out, &without.out)? == 0., same, "{heavy}");
         let tail = with.tail.unwrap();
         assert!(without.tail.is_none() && tail.iter().all(|tail| (*tail == f64::NEG_INFINITY) == same), "{heavy}");
@@ -281,10 +281,10 @@ fn the_whole_model_is_dense_with_every_key_and_not_with_few() -> Result<()> {
 fn the_library_agrees_with_the_loops() -> Result<()> {
     let example = Example::new(40, 400)?;
     let norm = |x: Tensor| -> Result<f32> { Ok(x.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?) };
-    for (select, loops) in [("query-head", "ours"), ("kv-head", "ours-kv")] {
+    for (select, loops) in [("query-head", "clusters"), ("kv-head", "clusters:select=kv-head")] {
         let library = example.run(&format!("pq:8x8:coarse=256:tail=means:select={select}"), Heavy::Keys(16))?;
         let loops = example.run(loops, Heavy::Keys(16))?;
-        let without = example.run("ours-no-tail", Heavy::Keys(16))?;
+        let without = example.run("clusters:tail=none", Heavy::Keys(16))?;
         let off = norm((&library.out - &loops.out)?)? / norm(loops.out.clone())?;
         let tail = norm((&without.out - &loops.out)?)? / norm(loops.out)?;
         assert!(off < 0.2 * tail, "{select}: off by {off}, where the tail makes {tail}");
@@ -306,9 +306,9 @@ fn weights_are_for_the_queries_they_come_from() -> Result<()> {
         Ok((out - &dense.out)?.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt())
     };
     let (none, diagonal, pairs) = (
-        error("ours:codes=4x4:n=16")?,
-        error("ours:codes=4x4:n=16:weigh=diagonal")?,
-        error("ours:codes=4x4:n=16:weigh=pairs")?,
+        error("clusters:codes=4x4:n=16")?,
+        error("clusters:codes=4x4:n=16:weigh=diagonal")?,
+        error("clusters:codes=4x4:n=16:weigh=pairs")?,
     );
     assert!(diagonal < 0.9 * none && pairs < 0.9 * none, "{none}, weighted {diagonal}, in pairs {pairs}");
     let (none, library) = (error("pq:4x4:coarse=16:tail=means")?, error("pq:4x4:coarse=16:tail=means:weigh=queries")?);
@@ -360,8 +360,8 @@ fn half_of_a_sample_is_recent() -> Result<()> {
 fn growth_trains_anew() -> Result<()> {
     let example = Example::new(40, 400)?;
     let heavy = Heavy::Keys(8);
-    let (grown, frozen) = (example.run("ours:grow=0.1", heavy)?, example.run("ours", heavy)?);
-    let fresh = example.run_after(396, "ours", heavy)?;
+    let (grown, frozen) = (example.run("clusters:grow=0.1", heavy)?, example.run("clusters", heavy)?);
+    let fresh = example.run_after(396, "clusters", heavy)?;
     let part = |x: &Tensor, from| x.narrow(1, from, 36.min(40 - from));
     assert!(off(&part(&grown.out, 0)?, &part(&frozen.out, 0)?)? < 1e-6);
     assert!(off(&part(&grown.out, 36)?, &part(&fresh.out, 36)?)? < 1e-6);
@@ -392,7 +392,8 @@ fn queries_see_no_later_keys() -> Result<()> {
     let example = Example::new(40, 400)?;
     let later = |x: &Tensor| Tensor::cat(&[x.narrow(1, 0, 380)?, x.narrow(1, 380, 20)?.affine(-3., 1.)?], 1);
     let changed = Example { q: example.q.clone(), keys: later(&example.keys)?, values: later(&example.values)? };
-    let growing = ["ours:weigh=diagonal:recent=half:grow=0.02", "pq:8x4:coarse=16:tail=means:weigh=queries:grow=0.02"];
+    let growing =
+        ["clusters:weigh=diagonal:recent=half:grow=0.02", "pq:8x4:coarse=16:tail=means:weigh=queries:grow=0.02"];
     for method in methods::DEFAULT.into_iter().chain(growing) {
         let [a, b] = [&example, &changed].map(|example| example.run(method, Heavy::Keys(16)));
         let (a, b) = (a?.out, b?.out);
@@ -406,7 +407,7 @@ fn queries_see_no_later_keys() -> Result<()> {
 #[test]
 fn queries_do_not_depend_on_each_other() -> Result<()> {
     let example = Example::new(40, 400)?;
-    let weighted = ["ours:weigh=pairs:recent=half", "pq:8x4:coarse=16:tail=means:weigh=queries:grow=0.03"];
+    let weighted = ["clusters:weigh=pairs:recent=half", "pq:8x4:coarse=16:tail=means:weigh=queries:grow=0.03"];
     for method in methods::DEFAULT.into_iter().chain(weighted) {
         let together = example.run(method, Heavy::Keys(16))?.out;
         for i in [0, 31, 32, 39] {
@@ -462,14 +463,16 @@ fn bad_methods_say_what_is_expected() -> Result<()> {
         ("pq:8x8:weigh=pairs", "such as coarse=256; got \"weigh=pairs\""),
         ("pq:8x8:grow=often", "such as coarse=256; got \"grow=often\""),
         ("pq:8x8:select=all", "such as coarse=256; got \"select=all\""),
-        ("ours:n=100", "n: expected 2, 4, 8, ... or 256"),
-        ("ours:codes=0x8", "expected MxB"),
-        ("ours:tail=some", "got \"tail=some\""),
-        ("ours:weigh=all", "expected none, diagonal or pairs"),
-        ("ours:recent=3", "expected none or half"),
-        ("ours:rounds=0", "rounds: expected a number from 1 up"),
-        ("ours:sample=-1", "sample: expected a number above 0"),
-        ("ours:grow=x", "grow: expected a number above 0"),
+        ("ours:n=64", "ours:n=64: expected options as --help lists them"),
+        ("ours-kv:codes=8x9", "codes of 1 to 8 bits"),
+        ("clusters:n=100", "n: expected 2, 4, 8, ... or 256"),
+        ("clusters:codes=0x8", "expected MxB"),
+        ("clusters:tail=some", "got \"tail=some\""),
+        ("clusters:weigh=all", "expected none, diagonal or pairs"),
+        ("clusters:recent=3", "expected none or half"),
+        ("clusters:rounds=0", "rounds: expected a number from 1 up"),
+        ("clusters:sample=-1", "sample: expected a number above 0"),
+        ("clusters:grow=x", "grow: expected a number above 0"),
     ] {
         let error = format!("{:#}", methods::parse(name).err().unwrap());
         assert!(error.contains(expected), "{name}: {error}");
@@ -478,7 +481,7 @@ fn bad_methods_say_what_is_expected() -> Result<()> {
     for (name, expected) in [
         ("pq:8x8:grow=0", "refresh: expected a share above 0"),
         ("pq:5x8", "pq_dim: expected a divisor"),
-        ("ours:codes=5x8", "expected a divisor of"),
+        ("clusters:codes=5x8", "expected a divisor of"),
     ] {
         let error = format!("{:#}", example.run(name, Heavy::Keys(8)).err().unwrap());
         assert!(error.contains(expected), "{name}: {error}");

@@ -94,11 +94,8 @@ impl Clusters {
 
 impl Method for Clusters {
     fn label(&self) -> String {
-        let Self { codes: (m, bits), n, .. } = self;
+        let n = self.n;
         match self.name.as_str() {
-            "ours" => format!("{m} x {bits} on residuals + tail"),
-            "ours-no-tail" => format!("{m} x {bits} on residuals, no tail"),
-            "ours-kv" => format!("{m} x {bits} on residuals + tail, by KV head"),
             "oracle+tail" => format!("oracle + tail by {n} centroids"),
             "centroids" => format!("{n} centroids choose, + tail"),
             other => other.to_string(),

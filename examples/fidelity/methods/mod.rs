@@ -19,6 +19,7 @@ use candle_pq_attn::Heavy;
 
 use crate::attend::{Attended, Queries};
 use clusters::{Clusters, Index};
+use pq::Pq;
 
 /// One way to attend.
 pub trait Method: Send + Sync {
@@ -93,16 +94,20 @@ METHODS
   edges           sink and window only
   oracle          the keys of the highest exact scores: no other top-k covers more
   quest[:PAGE]    whole pages of 16 keys, by the upper bound from their smallest and largest elements
-  pq:MxB          product quantization of the keys, M codes of B bits; pq:2x6 is PQCache's own setting.
-                  Computed by the library, with its options
+  pq:MxB          product quantization of the keys, M codes of B bits; pq:2x6 is PQCache's own setting
+  ours            this library with its defaults. It computes pq too; options of both, and what they are in pq:
+                    codes=8x8        M codes of B bits
                     coarse=0         clusters of whole keys, of whose residuals the codes are
                     tail=none        or means: their mean values stand for the rest
                     select=query-head  or kv-head: one choice for all query heads of a KV head
                     weigh=none       or queries: elements of keys by what queries look at
                     rounds=4         of k-means
                     grow=none        trains anew when keys have grown by this share, such as 0.0625
+  ours-no-tail    ours:tail=none
+  ours-kv         ours:select=kv-head
   clusters        clusters of whole keys, PQ codes of the residuals, and a tail: the weights of the keys that
-                  were not chosen, spent on their clusters' mean values. In plain loops, with the options
+                  were not chosen, spent on their clusters' mean values. Ours, frozen at the prefill, from the
+                  definition and in plain loops, with the options
                     n=256            clusters: 2, 4, ... 256
                     codes=8x8        codes of the residual
                     choose=codes     who chooses: exact, codes, or centroids (of the clusters)
@@ -117,13 +122,10 @@ METHODS
                     sample=1         number of keys to train on over the number of all; above 1 they repeat
                     rounds=4         of k-means
                     grow=none        trains anew when keys have grown by this share, such as 0.0625
-  ours            clusters
-  ours-no-tail    clusters:tail=none
-  ours-kv         clusters:select=kv-head
   oracle+tail     clusters:choose=exact:tail=centroids
   centroids       clusters:choose=centroids:tail=centroids, as RetroInfer does
 
-Options follow any of the last six: ours:codes=16x8:n=64";
+Options follow the name: ours:codes=16x8:select=kv-head, clusters:n=64";
 
 /// The method of that name.
 pub fn parse(name: &str) -> Result<Box<dyn Method>> {
@@ -132,15 +134,19 @@ pub fn parse(name: &str) -> Result<Box<dyn Method>> {
         let options = [preset, options.unwrap_or_default()];
         Ok(Box::new(Clusters::parse(name, options.into_iter().flat_map(|part| part.split(':')))?))
     };
+    let ours = |preset: &str| -> Result<Box<dyn Method>> {
+        Ok(Box::new(Pq::defaults(name).with(preset)?.with(options.unwrap_or_default())?))
+    };
     match kind {
         "edges" | "oracle" if options.is_some() => bail!("{kind}: expected no options, got {name:?}"),
         "edges" => Ok(Box::new(edges::Edges)),
         "oracle" => Ok(Box::new(oracle::Oracle)),
         "quest" => Ok(Box::new(quest::Quest::parse(options)?)),
-        "pq" => Ok(Box::new(pq::Pq::parse(options.context("pq: expected pq:MxB, such as pq:16x8")?)?)),
-        "clusters" | "ours" => clusters(""),
-        "ours-no-tail" => clusters("tail=none"),
-        "ours-kv" => clusters("select=kv-head"),
+        "pq" => Ok(Box::new(Pq::plain(name, options.context("pq: expected pq:MxB, such as pq:16x8")?)?)),
+        "ours" => ours(""),
+        "ours-no-tail" => ours("tail=none"),
+        "ours-kv" => ours("select=kv-head"),
+        "clusters" => clusters(""),
         "oracle+tail" => clusters("choose=exact:tail=centroids"),
         "centroids" => clusters("choose=centroids:tail=centroids"),
         _ => bail!("expected one of edges, oracle, quest, pq:MxB, clusters, {}; got {name:?}", DEFAULT[5..].join(", ")),

@@ -10,49 +10,61 @@ use crate::attend::{Attended, Queries};
 
 /// The parts of its config that come from the command line.
 pub struct Pq {
+    name: String,
     config: PqConfig,
     /// Whether the codebook is trained again as keys are added, rather than on the prefill alone.
     grows: bool,
 }
 
 impl Pq {
-    /// `16x8`, and options such as `coarse=256`
-    pub fn parse(text: &str) -> Result<Self> {
-        let mut parts = text.split(':');
-        let (pq_dim, pq_bits) = codes(parts.next().unwrap_or_default())?;
+    /// Product quantization alone, as `pq:16x8`, and options such as `coarse=256`.
+    pub fn plain(name: &str, text: &str) -> Result<Self> {
+        let (size, options) = text.split_once(':').unwrap_or((text, ""));
         let (coarse, tail, query_weights) = (0, Tail::None, false);
-        let mut config = PqConfig { pq_dim, pq_bits, coarse, tail, query_weights, ..PqConfig::default() };
-        let mut grows = false;
-        for option in parts {
+        let config = PqConfig { coarse, tail, query_weights, ..PqConfig::default() };
+        Self { name: name.to_string(), config, grows: false }.with(&format!("codes={size}"))?.with(options)
+    }
+
+    /// What a user of the library gets who changes nothing.
+    pub fn defaults(name: &str) -> Self {
+        Self { name: name.to_string(), config: PqConfig::default(), grows: true }
+    }
+
+    /// With options such as `coarse=256:tail=none`.
+    pub fn with(mut self, options: &str) -> Result<Self> {
+        let Self { config, grows, .. } = &mut self;
+        for option in options.split(':').filter(|option| !option.is_empty()) {
             match option.split_once('=') {
+                Some(("codes", size)) => (config.pq_dim, config.pq_bits) = codes(size)?,
                 Some(("select", "query-head")) => config.selection = Selection::PerQueryHead,
                 Some(("select", "kv-head")) => config.selection = Selection::PerKvHead,
                 Some(("tail", "none")) => config.tail = Tail::None,
                 Some(("tail", "means")) => config.tail = Tail::ClusterMeans,
                 Some(("weigh", "none")) => config.query_weights = false,
                 Some(("weigh", "queries")) => config.query_weights = true,
-                Some(("grow", "none")) => grows = false,
+                Some(("grow", "none")) => *grows = false,
                 Some(("grow", share)) if share.parse::<f64>().is_ok() => {
-                    (config.refresh, grows) = (share.parse()?, true);
+                    (config.refresh, *grows) = (share.parse()?, true);
                 }
                 Some(("rounds", number)) if number.parse::<usize>().is_ok() => config.kmeans_iters = number.parse()?,
                 Some(("coarse", number)) if number.parse::<usize>().is_ok() => config.coarse = number.parse()?,
-                _ => bail!("pq: expected options as --help lists them, such as coarse=256; got {option:?}"),
+                _ => bail!("{}: expected options as --help lists them, such as coarse=256; got {option:?}", self.name),
             }
         }
-        Ok(Self { config, grows })
+        Ok(self)
     }
 }
 
 impl Method for Pq {
     fn label(&self) -> String {
-        let PqConfig { pq_dim, pq_bits, coarse, tail, selection, query_weights, .. } = self.config;
-        let coarse = if coarse > 0 { format!(" on residuals to {coarse}") } else { String::new() };
-        let tail = if tail == Tail::ClusterMeans { " + tail" } else { "" };
-        let by = if selection == Selection::PerKvHead { ", by KV head" } else { "" };
-        let weighted = if query_weights { ", weighted" } else { "" };
-        let grows = if self.grows { ", trained as it grows" } else { "" };
-        format!("PQ {pq_dim} x {pq_bits}{coarse}{tail}{by}{weighted}{grows}")
+        let PqConfig { pq_dim, pq_bits, coarse, .. } = self.config;
+        match self.name.as_str() {
+            "ours" => format!("ours: {pq_dim} x {pq_bits} on residuals + tail"),
+            "ours-no-tail" => "ours, no tail".to_string(),
+            "ours-kv" => "ours, by KV head".to_string(),
+            name if coarse == 0 && !name[3..].contains(':') => format!("PQ {pq_dim} x {pq_bits}"),
+            other => other.to_string(),
+        }
     }
 
     fn bytes_per_key(&self, _: usize) -> Option<f64> {
