@@ -1,4 +1,4 @@
-//! What the examples share: a language model without its attention, from any source, and its tokenizer.
+//! What the examples share: a language model from any source, its tokenizer, and how it generates.
 
 // Each example uses a part of it.
 #![allow(dead_code)]
@@ -7,9 +7,12 @@ pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod decoder;
+pub mod decoding;
 pub mod linear;
 pub mod logits;
+pub mod model;
 pub mod rotary;
+pub mod sampling;
 pub mod smollm2;
 pub mod source;
 #[cfg(test)]

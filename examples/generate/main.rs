@@ -6,9 +6,7 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod generate;
-mod model;
 mod report;
-mod sampling;
 
 use std::io::{stdout, Write};
 use std::process::ExitCode;
@@ -16,13 +14,14 @@ use std::process::ExitCode;
 use anyhow::{ensure, Context, Result};
 
 use cli::{Args, Attention};
+use common::decoding::{prefill, Request};
+use common::model::Model;
+use common::sampling::Sampler;
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
 use common::weights::Weights;
-use generate::{answer, compare, prefill, Check, Request};
-use model::Model;
+use generate::{answer, compare, Check};
 use report::Report;
-use sampling::Sampler;
 
 fn main() -> ExitCode {
     // Within the thread pool: work that one of its threads hands out costs no switch to another thread.
