@@ -1,5 +1,9 @@
 //! The KV cache of one layer, with the index that a sparse decode searches.
 
+mod file;
+
+pub use file::{load_caches, save_caches, SavedCaches};
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -367,6 +371,12 @@ impl PqKvCache {
             trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
             self.encoded = end;
         }
+        self.sum_values(end)
+    }
+
+    /// Adds the values up to `end`, whose keys have codes, to their clusters'.
+    fn sum_values(&mut self, end: usize) -> Result<()> {
+        let Some(trained) = &mut self.trained else { return Ok(()) };
         if let (Some(clusters), Some(codes)) = (&mut trained.clusters, &self.coarse_codes) {
             if trained.summed < end {
                 let positions = (trained.summed, end - trained.summed);
@@ -421,6 +431,11 @@ impl PqKvCache {
     /// # Errors
     /// A codebook of other dimensions or another metric than the cache and its config.
     pub fn set_codebook(&mut self, codebook: Codebook) -> Result<()> {
+        self.check_codebook(&codebook)?;
+        self.use_codebook(codebook, None)
+    }
+
+    fn check_codebook(&self, codebook: &Codebook) -> Result<()> {
         let [b, h_kv, head_dim] = self.dims();
         let expected = [b, h_kv, self.config.pq_dim, self.config.n_centroids()];
         if codebook.dims() != expected || codebook.pq_len() * self.config.pq_dim != head_dim {
@@ -438,7 +453,7 @@ impl PqKvCache {
             let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
             bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
         }
-        self.use_codebook(codebook, None)
+        Ok(())
     }
 
     /// Forgets all keys from position `len` on.
@@ -617,12 +632,12 @@ impl PqKvCache {
     }
 }
 
-/// Fails where the bytes of the keys cannot be counted.
 /// Positions that codes have room for: a multiple of 16, so that those of every head can be read 16 bytes at a time.
 fn code_capacity(capacity: usize) -> usize {
     capacity.next_multiple_of(16)
 }
 
+/// Fails where the bytes of the keys cannot be counted.
 fn check_capacity(dims: [usize; 3], capacity: usize, dtype: DType) -> Result<()> {
     let bytes = dims.iter().try_fold(capacity, |product, dim| product.checked_mul(*dim));
     match bytes.and_then(|elements| elements.checked_mul(dtype.size_in_bytes())) {

@@ -291,16 +291,7 @@ impl Codebook {
     /// # Errors
     /// What writing the file gives.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let mut tensors = HashMap::from([("centroids", self.centroids.clone())]);
-        if let Some(phi) = &self.phi {
-            tensors.insert("phi", phi.clone());
-        }
-        if let Some(coarse) = &self.coarse {
-            tensors.insert("coarse", coarse.clone());
-        }
-        if let Some(weights) = self.weights() {
-            tensors.insert("weights", weights.clone());
-        }
+        let tensors: HashMap<_, _> = self.tensors().into_iter().map(|(name, tensor)| (name, tensor.clone())).collect();
         candle_core::safetensors::save(&tensors, path)
     }
 
@@ -310,15 +301,34 @@ impl Codebook {
     /// What reading the file gives, a missing `centroids`, or tensors that are no codebook.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let mut tensors = candle_core::safetensors::load(&path, device)?;
-        let Some(centroids) = tensors.remove("centroids") else {
-            bail!("Codebook: expected a tensor `centroids` in {}, found none", path.as_ref().display());
+        match Self::from_tensors(|name| Ok(tensors.remove(name))) {
+            Ok(codebook) => Ok(codebook),
+            Err(error) => bail!("{error} in {}", path.as_ref().display()),
+        }
+    }
+
+    /// What it is made of, by the names that files have for it.
+    pub(crate) fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        let all = [
+            ("centroids", Some(&self.centroids)),
+            ("phi", self.phi.as_ref()),
+            ("coarse", self.coarse.as_ref()),
+            ("weights", self.weights()),
+        ];
+        all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect()
+    }
+
+    /// From such tensors, as far as `find` has them.
+    pub(crate) fn from_tensors(mut find: impl FnMut(&'static str) -> Result<Option<Tensor>>) -> Result<Self> {
+        let Some(centroids) = find("centroids")? else {
+            bail!("Codebook: expected a tensor `centroids`, found none");
         };
-        let codebook = Self::new(centroids, tensors.remove("phi"))?;
-        let codebook = match tensors.remove("coarse") {
+        let codebook = Self::new(centroids, find("phi")?)?;
+        let codebook = match find("coarse")? {
             None => codebook,
             Some(coarse) => codebook.with_coarse(coarse)?,
         };
-        match tensors.remove("weights") {
+        match find("weights")? {
             None => Ok(codebook),
             Some(weights) => codebook.with_weights(weights),
         }

@@ -32,6 +32,7 @@
 //! - [`PqConfig`]: what is kept, selected and attended to
 //! - [`PqAttention`]: dense prefill, sparse decode
 //! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
+//! - [`save_caches`], [`load_caches`]: a document that was read, kept on disk
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
 //!
@@ -53,7 +54,7 @@ pub mod ops;
 mod query_weights;
 
 pub use attention::PqAttention;
-pub use cache::{Memory, PqKvCache};
+pub use cache::{load_caches, save_caches, Memory, PqKvCache, SavedCaches};
 pub use codebook::Codebook;
 pub use config::{Heavy, Metric, PqConfig, Selection, Tail};
 pub use graph::DecodeGraph;

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// Distance of a position of the sample to the next: 32 positions are of each doubling, so that a long prompt costs little
 /// more than a short one.
@@ -45,6 +45,31 @@ impl QuerySample {
         if let Some((first, squares)) = self.pieces.last_mut() {
             *squares = squares.narrow(2, 0, positions(*first..len).take(squares.dim(2)?).count())?;
         }
+        Ok(())
+    }
+
+    /// The first position of each piece, and squares of it and those that follow.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = (usize, &Tensor)> {
+        self.pieces.iter().map(|(first, squares)| (*first, squares))
+    }
+
+    /// Takes back a piece of a cache for keys of `[b, h_kv, head_dim]` that has `len` of them.
+    pub(crate) fn push(&mut self, first: usize, squares: Tensor, dims: [usize; 3], len: usize) -> Result<()> {
+        let [b, h_kv, head_dim] = dims;
+        let next = self.pieces.last().map_or(Some(0), |(first, squares)| positions(*first..len).nth(squares.dims()[2]));
+        let count = squares.dims().get(2).copied().unwrap_or(0);
+        let is_sampled = |first: &usize| positions(*first..len).next() == Some(*first);
+        if next.is_none_or(|next| first < next)
+            || !is_sampled(&first)
+            || positions(first..len).take(count).count() < count
+        {
+            bail!("queries: expected ascending positions of a sample of {len}, got {count} from {first} on");
+        }
+        let expected = [b, h_kv, count, head_dim.div_ceil(2)];
+        if squares.dims() != expected || count == 0 {
+            bail!("queries: expected shape [{b}, {h_kv}, count, {}], got {:?}", expected[3], squares.dims());
+        }
+        self.pieces.push((first, squares));
         Ok(())
     }
 
