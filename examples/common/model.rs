@@ -1,10 +1,11 @@
 //! A language model and its caches, with sparse and with dense attention.
 
+use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor};
-use candle_pq_attn::{DecodeGraph, PqAttention, PqConfig, PqKvCache};
+use candle_pq_attn::{save_caches, DecodeGraph, PqAttention, PqConfig, PqKvCache};
 
 use crate::common::config::ModelConfig;
 use crate::common::decoder::Decoder;
@@ -38,6 +39,31 @@ impl Model {
         let cache = |_| attention.new_cache(dims, capacity, dtype, decoder.device());
         let caches = (0..config.layers).map(cache).collect::<candle_core::Result<_>>()?;
         Ok(Self { decoder, attention, caches, graphs: None })
+    }
+
+    /// Reads the weights, and goes on from what a model with the same ones has read.
+    pub fn with_caches(config: &ModelConfig, weights: Weights, caches: Vec<PqKvCache>) -> Result<Self> {
+        let decoder = Rc::new(Decoder::new(config, weights)?);
+        let expected = (config.layers, [1, config.kv_heads, config.head_dim], decoder.precision().stored);
+        let (dims, dtype) = caches.first().map_or(([0; 3], DType::U8), |cache| (cache.dims(), cache.dtype()));
+        ensure!(
+            (caches.len(), dims, dtype) == expected,
+            "expected caches of {} layers of {:?} {:?}, got {} of {dims:?} {dtype:?}: of another model or --dtype",
+            expected.0,
+            expected.1,
+            expected.2,
+            caches.len()
+        );
+        let pq = caches[0].config().clone();
+        let same = caches.iter().all(|cache| (cache.dims(), cache.dtype(), cache.config()) == (dims, dtype, &pq));
+        ensure!(same, "expected caches of equal layers");
+        let attention = PqAttention::new(pq, 1. / (config.head_dim as f32).sqrt())?;
+        Ok(Self { decoder, attention, caches, graphs: None })
+    }
+
+    /// Writes what it has read to a file, for [`with_caches`](Self::with_caches).
+    pub fn save(&self, path: &Path, about: &str) -> Result<()> {
+        Ok(save_caches(path, &self.caches, about)?)
     }
 
     /// Has steps of one token captured as a CUDA graph and replayed, on a GPU.

@@ -41,10 +41,32 @@ impl Codec {
 
     /// The tokens of a prompt, as a turn of the user where the model expects turns.
     pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
-        // A chat format spells out its special tokens; the tokenizer adds those of a plain prompt.
-        let add_special_tokens = self.chat == Format::Plain;
-        let encoding = self.tokenizer.encode(self.chat.wrap(prompt), add_special_tokens).map_err(anyhow::Error::msg)?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_spelled_out(&self.chat.wrap(prompt), true)
+    }
+
+    /// The same in two parts, of which the first can be read before the second is known: a turn that begins with `text`,
+    pub fn encode_opening(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_spelled_out(&(self.around().0 + text), true)
+    }
+
+    /// and the `text` that ends it.
+    pub fn encode_closing(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_spelled_out(&(text.to_string() + &self.around().1), false)
+    }
+
+    /// What comes before and after a prompt.
+    fn around(&self) -> (String, String) {
+        // No text holds it.
+        const MARK: &str = "\0";
+        let turn = self.chat.wrap(MARK);
+        let (before, after) = turn.split_once(MARK).unwrap_or((&turn, ""));
+        (before.to_string(), after.to_string())
+    }
+
+    /// A chat format spells out its special tokens; the tokenizer adds those of a plain prompt, at its beginning.
+    fn encode_spelled_out(&self, text: &str, is_beginning: bool) -> Result<Vec<u32>> {
+        let add_special_tokens = is_beginning && self.chat == Format::Plain;
+        Ok(self.tokenizer.encode(text, add_special_tokens).map_err(anyhow::Error::msg)?.get_ids().to_vec())
     }
 
     /// The tokens of a text as it is, behind the token that begins one where the model has that.

@@ -1,0 +1,139 @@
+//! A document that has been read, and questions about it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use candle_pq_attn::{load_caches, PqConfig, SavedCaches};
+use serde::{Deserialize, Serialize};
+
+use crate::common::cli::ModelArgs;
+use crate::common::config::ModelConfig;
+use crate::common::decoding::{build_index, decode, prefill, Request, Steps};
+use crate::common::model::Model;
+use crate::common::sampling::Sampler;
+use crate::common::source::Checkpoint;
+use crate::common::tokenizer::Codec;
+use crate::common::weights::Weights;
+
+/// A model that has read a document.
+pub struct Session {
+    model: Model,
+    codec: Codec,
+    about: About,
+    context: usize,
+}
+
+/// What a file of caches is of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct About {
+    model: String,
+    /// Of the document, and what the model expects before it.
+    tokens: usize,
+}
+
+/// An answer, and what it cost.
+pub struct Answer {
+    pub text: String,
+    /// Tokens that were read for it.
+    pub read: usize,
+    pub until_first_token: Duration,
+    pub steps: Steps,
+}
+
+/// A model's parts but its weights.
+fn open(args: &ModelArgs) -> Result<(Checkpoint, ModelConfig, Codec)> {
+    let mut checkpoint = Checkpoint::open(&args.model)?;
+    let config = checkpoint.config()?;
+    let codec = Codec::new(&mut checkpoint)?;
+    Ok((checkpoint, config, codec))
+}
+
+impl Session {
+    /// Reads the document, with room for a question and an answer of `answer` tokens.
+    pub fn read(
+        args: &ModelArgs,
+        pq: impl Fn(usize) -> Result<PqConfig>,
+        document: &str,
+        answer: usize,
+    ) -> Result<Self> {
+        let (checkpoint, config, codec) = open(args)?;
+        let tokens = codec.encode_opening(&format!("{document}\n\n"))?;
+        let context = config.context;
+        ensure!(
+            tokens.len() < context,
+            "the document has {} tokens, the model's context {context}: shorten the document",
+            tokens.len()
+        );
+        let weights = Weights::new(checkpoint, &config, args.dtype, &args.device)?;
+        let capacity = (tokens.len() + answer + ROOM_FOR_A_QUESTION).min(context);
+        let mut model = Model::new(&config, weights, &pq(config.head_dim)?, capacity)?;
+        prefill(&mut model, &tokens)?;
+        build_index(&mut model)?;
+        Ok(Self { model, codec, about: About { model: args.model.clone(), tokens: tokens.len() }, context })
+    }
+
+    /// Goes on from a file.
+    pub fn load(args: &ModelArgs, file: &Path, answer: usize) -> Result<Self> {
+        let (checkpoint, config, codec) = open(args)?;
+        // Room for the document that it turns out to be.
+        let SavedCaches { mut caches, about } = load_caches(file, 0, &args.device)?;
+        let about: About = serde_json::from_str(&about)
+            .with_context(|| format!("{}: expected what --save has written, got other caches", file.display()))?;
+        ensure!(
+            about.model == args.model,
+            "{}: was read by the model {}, got --model {}",
+            file.display(),
+            about.model,
+            args.model
+        );
+        ensure!(
+            caches.iter().all(|cache| cache.len() == about.tokens),
+            "{}: expected {} tokens in each layer",
+            file.display(),
+            about.tokens
+        );
+        for cache in &mut caches {
+            cache.reserve((answer + ROOM_FOR_A_QUESTION).min(config.context.saturating_sub(about.tokens)))?;
+        }
+        let weights = Weights::new(checkpoint, &config, args.dtype, &args.device)?;
+        let model = Model::with_caches(&config, weights, caches).with_context(|| file.display().to_string())?;
+        Ok(Self { model, codec, about, context: config.context })
+    }
+
+    /// Keeps what was read of the document.
+    pub fn save(&self, file: &Path) -> Result<()> {
+        self.model.save(file, &serde_json::to_string(&self.about)?)
+    }
+
+    /// Tokens of the document.
+    pub fn tokens(&self) -> usize {
+        self.about.tokens
+    }
+
+    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes.
+    pub fn ask(&mut self, question: &str, limit: usize, emit: impl FnMut(&str) -> Result<()>) -> Result<Answer> {
+        let question = self.codec.encode_closing(question)?;
+        let room = (self.context + 1).saturating_sub(self.tokens() + question.len());
+        ensure!(
+            room > 0,
+            "the document and the question have {} tokens, the model's context {}: ask a shorter one",
+            self.tokens() + question.len(),
+            self.context
+        );
+        let start = Instant::now();
+        let answer = self.model.forward(&question, true).and_then(|logits| {
+            let until_first_token = start.elapsed();
+            let request = Request { codec: &self.codec, sampler: Sampler::new(0, 0., 1.), limit: limit.min(room) };
+            let decoded = decode(&mut self.model, request, logits, false, emit, |_| ())?;
+            Ok(Answer { text: decoded.text, read: question.len(), until_first_token, steps: decoded.steps })
+        });
+        self.model.truncate(self.tokens())?;
+        // A short document's index is trained anew while it is answered about, and forgotten with the answer.
+        self.model.build_index()?;
+        answer
+    }
+}
+
+/// Tokens of a question for which there is room from the beginning; a longer one has the caches grow.
+const ROOM_FOR_A_QUESTION: usize = 256;
