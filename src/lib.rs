@@ -33,6 +33,7 @@
 //! - [`PqAttention`]: dense prefill, sparse decode
 //! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
+//! - [`porting`]: the change that puts it into three models of candle-transformers
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
 //!
 //! Names are those of the field: `b` sequences, `h` query heads in groups over `h_kv` KV heads, `n` keys so far,
@@ -50,6 +51,9 @@ mod cpu;
 mod cuda;
 mod graph;
 pub mod ops;
+#[cfg(doc)]
+#[doc = include_str!("../docs/porting.md")]
+pub mod porting {}
 mod query_weights;
 
 pub use attention::PqAttention;
