@@ -34,6 +34,7 @@
 //! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
 //! - [`save_caches`], [`load_caches`]: a document that was read, kept on disk
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
+//! - [`porting`]: the change that puts it into three models of candle-transformers
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
 //!
 //! Names are those of the field: `b` sequences, `h` query heads in groups over `h_kv` KV heads, `n` keys so far,
@@ -51,6 +52,9 @@ mod cpu;
 mod cuda;
 mod graph;
 pub mod ops;
+#[cfg(doc)]
+#[doc = include_str!("../docs/porting.md")]
+pub mod porting {}
 mod query_weights;
 
 pub use attention::PqAttention;
