@@ -27,7 +27,7 @@ use crate::haystack::SUBJECTS;
 /// contains its number. The table has, for each depth and length, how many were found.
 ///
 /// What dense attention does not find, the model cannot: compare the two. With no arguments, SmolLM2-135M-Instruct
-/// searches a chapter of the Rust book; this takes a quarter of an hour on two cores, and --lengths 1k,2k a minute or two.
+/// searches a chapter of the Rust book; this takes up to 20 minutes on two cores, and --lengths 1k,2k a few.
 #[derive(Debug, Parser)]
 #[command(name = "needle", args_override_self = true, verbatim_doc_comment)]
 pub struct Args {

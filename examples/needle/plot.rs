@@ -41,12 +41,13 @@ fn heat_map(area: &DrawingArea<SVGBackend, Shift>, name: &str, side: Side, repor
     let attended = percent(report.attended(side, None), if name == "dense" { 0 } else { 1 });
     let title = format!("{name}, {attended} of the keys: {} of {} found", report.found(side), report.total());
     let (columns, rows) = (lengths.len() as i32, depths.len() as i32);
+    // A range of segments has its end too.
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 21))
         .margin(12)
         .x_label_area_size(46)
         .y_label_area_size(66)
-        .build_cartesian_2d((0..columns).into_segmented(), (0..rows).into_segmented())?;
+        .build_cartesian_2d((0..columns - 1).into_segmented(), (0..rows - 1).into_segmented())?;
     let center = |value: &SegmentValue<i32>| match value {
         SegmentValue::CenterOf(index) => usize::try_from(*index).ok(),
         _ => None,
