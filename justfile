@@ -23,6 +23,10 @@ compare *args:
 fidelity *args:
     cargo run --release --example fidelity -- {{args}}
 
+# What sparse attention finds in a long text of what dense attention does, by depth and length
+needle *args:
+    cargo run --release --example needle -- {{args}}
+
 # The tests on this machine's GPU
 test-cuda *args:
     REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda {{args}}

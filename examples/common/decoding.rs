@@ -12,19 +12,31 @@ use super::tokenizer::Codec;
 /// Tokens a step of the prefill: enough for matrix products at full speed, few enough for the bar to move.
 const CHUNK: usize = 512;
 
+/// A bar of so many steps, which moves on by itself where a step takes long.
+pub fn bar(steps: usize, template: &str) -> Result<ProgressBar> {
+    let bar = ProgressBar::new(steps as u64).with_style(ProgressStyle::with_template(template)?);
+    bar.enable_steady_tick(Duration::from_millis(500));
+    Ok(bar)
+}
+
 /// Runs the prompt through the model, and returns the logits after it.
 pub fn prefill(model: &mut Model, prompt: &[u32]) -> Result<(Vec<f32>, Duration)> {
-    let bar = ProgressBar::new(prompt.len() as u64);
-    bar.set_style(ProgressStyle::with_template("prefill {wide_bar} {pos}/{len} tokens, {eta} left")?);
+    let bar = bar(prompt.len(), "prefill {wide_bar} {pos}/{len} tokens, {eta} left")?;
     let start = Instant::now();
-    let mut logits = Vec::new();
-    for chunk in prompt.chunks(CHUNK) {
-        logits = model.forward(chunk, true)?;
-        bar.inc(chunk.len() as u64);
-    }
+    let logits = read(model, prompt, &bar)?;
     let time = start.elapsed();
     bar.finish_and_clear();
     Ok((logits, time))
+}
+
+/// Appends `tokens` with dense attention, moves `bar` by them, and returns the logits after the last.
+pub fn read(model: &mut Model, tokens: &[u32], bar: &ProgressBar) -> Result<Vec<f32>> {
+    let mut logits = Vec::new();
+    for chunk in tokens.chunks(CHUNK) {
+        logits = model.forward(chunk, true)?;
+        bar.inc(chunk.len() as u64);
+    }
+    Ok(logits)
 }
 
 /// Builds the index over the prompt, and returns how long it took.

@@ -17,5 +17,6 @@ pub mod smollm2;
 pub mod source;
 #[cfg(test)]
 pub mod testing;
+pub mod text;
 pub mod tokenizer;
 pub mod weights;

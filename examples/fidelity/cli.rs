@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use candle_pq_attn::{Heavy, PqConfig};
 use clap::{Parser, ValueEnum};
-use sha2::{Digest, Sha256};
 
 use crate::common::cli::{at_least_one, heavy};
-use crate::common::source::read;
+use crate::common::text::Text;
 use crate::methods;
 
 /// Measures how close sparse attention comes to dense attention, in a real model on a real text.
@@ -108,30 +107,14 @@ impl Layers {
     }
 }
 
-/// The text that is measured on.
-pub struct Text {
-    pub name: String,
-    pub content: String,
-    pub sha256: String,
-}
-
 impl Args {
     pub fn probes(&self) -> usize {
         self.probes.unwrap_or(self.eval_tokens).min(self.eval_tokens)
     }
 
+    /// What is measured on.
     pub fn text(&self) -> Result<Text> {
-        let (name, content) = match self.text.is_empty() {
-            true => ("The Rust Programming Language, chapter 17".to_string(), include_str!("text.txt").to_string()),
-            false => {
-                let texts: Result<Vec<_>> = self.text.iter().map(|file| read(file)).collect();
-                let file_name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
-                let names: Option<Vec<_>> = self.text.iter().map(file_name).collect();
-                (names.context("--text: expected files")?.join(" + "), texts?.concat())
-            }
-        };
-        let sha256 = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Text { name, content, sha256 })
+        Text::of(&self.text)
     }
 }
 

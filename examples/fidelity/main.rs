@@ -18,10 +18,10 @@ use std::process::ExitCode;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use cli::{Args, Measure};
 use common::decoder::Decoder;
+use common::decoding::bar;
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
 use common::weights::Weights;
@@ -121,10 +121,4 @@ fn tokens(args: &Args, text: &[u32], context: usize) -> Result<Vec<u32>> {
         text.len()
     );
     Ok(text[..=read].to_vec())
-}
-
-fn bar(steps: usize, template: &str) -> Result<ProgressBar> {
-    let bar = ProgressBar::new(steps as u64).with_style(ProgressStyle::with_template(template)?);
-    bar.enable_steady_tick(std::time::Duration::from_millis(500));
-    Ok(bar)
 }
