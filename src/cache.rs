@@ -637,11 +637,15 @@ fn code_capacity(capacity: usize) -> usize {
     capacity.next_multiple_of(16)
 }
 
-/// Fails where the bytes of the keys cannot be counted.
+/// Fails where the bytes of the keys and values cannot be counted.
 fn check_capacity(dims: [usize; 3], capacity: usize, dtype: DType) -> Result<()> {
-    let bytes = dims.iter().try_fold(capacity, |product, dim| product.checked_mul(*dim));
-    match bytes.and_then(|elements| elements.checked_mul(dtype.size_in_bytes())) {
+    // Keys and values are one tensor.
+    let elements = dims.iter().try_fold(capacity, |product, dim| product.checked_mul(*dim));
+    match elements.and_then(|elements| elements.checked_mul(2 * dtype.size_in_bytes())) {
         Some(bytes) if isize::try_from(bytes).is_ok() => Ok(()),
-        _ => bail!("PqKvCache: capacity: expected keys of less than {} bytes, got {capacity} of {dims:?}", isize::MAX),
+        _ => bail!(
+            "PqKvCache: capacity: expected keys and values of less than {} bytes, got {capacity} of {dims:?}",
+            isize::MAX
+        ),
     }
 }

@@ -173,7 +173,15 @@ impl Codebook {
         if self.coarse.is_none() && self.weights.is_none() {
             return Ok((ops::encode(keys, &self.centroids, self.phi.as_ref())?, None));
         }
-        let n = keys.dim(2)?;
+        let ([b, h_kv, pq_dim, _], pq_len) = (self.dims(), self.pq_len());
+        let n = match *keys.dims() {
+            // Multiplying by weights would make of others what fits.
+            [keys_b, keys_h, n, d] if [keys_b, keys_h, d] == [b, h_kv, pq_dim * pq_len] => n,
+            _ => bail!("Codebook: keys: expected [{b}, {h_kv}, n, {}], got {:?}", pq_dim * pq_len, keys.dims()),
+        };
+        if !matches!(keys.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            bail!("Codebook: keys: expected dtype f32, f16 or bf16, got {}", keys.dtype().as_str());
+        }
         let block = |start: usize| {
             let keys = weigh(&keys.narrow(2, start, BLOCK.min(n - start))?, self.weights())?;
             let Some(coarse) = &self.coarse else { return Ok((ops::encode(&keys, &self.centroids, None)?, None)) };

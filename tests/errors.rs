@@ -584,7 +584,7 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
     assert_errors(vec![
         (
             cache.reserve(usize::MAX),
-            "PqKvCache: capacity: expected keys of less than 9223372036854775807 bytes, got 18446744073709551615 of [1, 2, 16]",
+            "PqKvCache: capacity: expected keys and values of less than 9223372036854775807 bytes, got 18446744073709551615 of [1, 2, 16]",
         ),
         (cache.truncate(101), "PqKvCache: truncate: expected at most the 100 keys there are, got 101"),
         (
