@@ -456,6 +456,13 @@ fn kmeans() {
             "Codebook: coarse: expected centroids of the Euclidean metric, got InnerProduct",
         ),
         (train(small(), f32s(&[1, 2, 4])), "Codebook: weights: expected [1, 2, 8] f32, got [1, 2, 4] f32"),
+        (
+            Codebook::new(f32s(&[1, 2, 4, 16, 2]), None)
+                .and_then(|codebook| codebook.with_weights(full(1.0, 8)))
+                .and_then(|codebook| codebook.encode(&f32s(&[1, 1, 5, 8])))
+                .map(drop),
+            "Codebook: keys: expected [1, 2, n, 8], got [1, 1, 5, 8]",
+        ),
         (train(small(), full(0.0, 8)), "Codebook: weights: expected positive finite numbers, got 0"),
         (
             train(PqConfig { metric: Metric::InnerProduct, ..small() }, full(1.0, 8)),
@@ -585,6 +592,10 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
         (
             cache.reserve(usize::MAX),
             "PqKvCache: capacity: expected keys and values of less than 9223372036854775807 bytes, got 18446744073709551615 of [1, 2, 16]",
+        ),
+        (
+            cache.reserve(isize::MAX as usize / 200),
+            "PqKvCache: capacity: expected keys and values of less than 9223372036854775807 bytes, got 46116860184273979 of [1, 2, 16]",
         ),
         (cache.truncate(101), "PqKvCache: truncate: expected at most the 100 keys there are, got 101"),
         (
