@@ -74,8 +74,11 @@ fn answer(session: &mut Session, question: &str, limit: usize) -> Result<()> {
         let mut out = stdout().lock();
         out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to standard output")
     };
-    let Answer { read, until_first_token, steps, .. } = session.ask(question, limit, print)?;
+    let Answer { text, read, until_first_token, steps } = session.ask(question, limit, print)?;
     print("\n")?;
+    if text.is_empty() {
+        note("the model ended its answer before its first word");
+    }
     note(&format!(
         "read {read} tokens, first word after {:.2} s, then {:.1} tokens/s over {:.1}% of the keys",
         until_first_token.as_secs_f64(),

@@ -415,7 +415,7 @@ mod tests {
 
     #[track_caller]
     fn assert_refused(path: &Path, expected: &str) {
-        let error = load_caches(path, 0, &Device::Cpu).err().expect("an error").to_string();
+        let error = load_caches(path, 0, &Device::Cpu).expect_err("an error").to_string();
         assert!(error.starts_with("load_caches: ") && error.contains(expected), "{error}, expected {expected}");
     }
 
