@@ -9,7 +9,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-use std::io::{stderr, stdout, IsTerminal, Write};
+use std::io::{stderr, IsTerminal};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -18,6 +18,7 @@ use rustyline::error::ReadlineError;
 use rustyline::DefaultEditor;
 
 use cli::Args;
+use common::cli::print;
 use session::{Answer, Session};
 
 fn main() -> ExitCode {
@@ -70,10 +71,6 @@ fn converse(session: &mut Session, limit: usize) -> Result<()> {
 }
 
 fn answer(session: &mut Session, question: &str, limit: usize) -> Result<()> {
-    let print = |text: &str| {
-        let mut out = stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to standard output")
-    };
     let Answer { text, read, until_first_token, steps } = session.ask(question, limit, print)?;
     print("\n")?;
     if text.is_empty() {

@@ -1,8 +1,9 @@
 //! What the command lines share.
 
+use std::io::{stdout, Write};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -87,6 +88,12 @@ pub fn run<A: Parser>(run: impl FnOnce(&A) -> Result<()>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// To standard output, at once; a closed pipe is an error like any other.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to standard output")
 }
 
 /// clap's report of a bad command line in one line, without the usage.

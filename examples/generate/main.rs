@@ -8,12 +8,12 @@ mod common;
 mod generate;
 mod report;
 
-use std::io::{stdout, Write};
 use std::process::ExitCode;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 
 use cli::{Args, Attention};
+use common::cli::print;
 use common::decoding::{prefill, Request};
 use common::model::Model;
 use common::sampling::Sampler;
@@ -95,12 +95,6 @@ fn room(prompt: usize, wanted: usize, context: usize) -> Result<usize> {
         eprintln!("note: the context has room for {room} tokens after the prompt, not {wanted}");
     }
     Ok(wanted.min(room))
-}
-
-/// To standard output, at once; a closed pipe is an error like any other.
-fn print(text: &str) -> Result<()> {
-    let mut out = stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to standard output")
 }
 
 #[cfg(test)]
