@@ -1,16 +1,21 @@
-// A decode step over an index, in as few launches as there are times at which all blocks must have arrived.
+// A decode step over an index, in two launches.
 //
 // A row is a KV head of a sequence; its query heads come in bundles of HEADS, whose numbers lie side by side in tables and
 // scores, so that one look-up or load serves all of them. A list is what is selected together: a row's keys by KV head,
-// a query head's otherwise. Each row is shared by `splits` blocks, which take turns at its keys, 128 at a time.
-// 1. tables: query . centroid, an entry for each centroid and cluster.
-// 2. scores: entries added up for each key. By KV head each block's softmax statistics, by query head the histograms.
-// 3. masses, by KV head: the sum of the group's softmax for each key, and its histogram.
-// 4. select: the histogram says in which bin the selection ends. Keys in higher bins are listed, those in lower ones add to
-//    the tail's mass of their cluster, and those in the bin stay open.
-// 5. attend: each block ranks the open keys of its lists, which says at which of them the selection ends. Then it attends
-//    to what it listed, to its part of the sinks and of the window, and to some of the clusters. The last block of a bundle
-//    brings the partial results together.
+// a query head's otherwise. Each row (by query head each bundle) is shared by a team of `splits` blocks, which take turns
+// at its keys, 128 at a time.
+//
+// `search` runs all blocks at once, a block a multiprocessor. Scores stay where they are made, in shared memory as far as
+// there is room; a team meets where one of its blocks needs what others found:
+// 1. tables: query . centroid, an entry for each centroid and cluster. Each block makes some.
+// 2. scores: entries added up for each key. By KV head a block's softmax statistics, by query head the histograms.
+// 3. shares, by KV head: each head's softmax, whose sum over the group is a key's mass, and the masses' histogram.
+// 4. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, those in lower ones add
+//    to the tail's mass of their cluster, and those in the bin stay open.
+//
+// `attend`: each block ranks the open keys of its lists, which says at which of them the selection ends. Then it attends to
+// what it listed, to its part of the sinks and of the window, and to some of the clusters. The last block of a bundle brings
+// the partial results together.
 //
 // Sums of integers, in histograms and in the tail's masses, do not depend on the order; what is in f32 has a fixed one. So
 // the result is the same in each run. What counts up over a step is left at zero for the next.
@@ -18,11 +23,11 @@
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
-constexpr int ATTEND_THREADS = 256;
-constexpr int ATTEND_WARPS = ATTEND_THREADS / 32;
+// Those of `attend`: what its warps leave each other must fit shared memory.
+template <int D>
+constexpr int ATTEND_THREADS = D > 128 ? 256 : 512;
 constexpr u32 MAX_SPLITS = 64;
 constexpr u32 MAX_CLUSTERS = 256;
-constexpr u32 MAX_HEAD_DIM = 256;
 
 // Keys that a warp takes at a time: four adjacent ones a lane.
 constexpr u32 EACH = 4;
@@ -67,6 +72,8 @@ struct Decode {
   u32 bundles;  // a row
   u32 splits;
   u32 per_warp;  // the most keys that a warp of a split may have: the lists' room for them
+  u32 histogram_at;   // where it is in the shared memory of `search`: behind the tables and the tail's masses
+  u32 shared_chunks;  // of scores, which come behind it
   u32 head_dim;
   u32 pq_dim;
   u32 pq_len;
@@ -111,11 +118,10 @@ struct Search {
   u32 histogram[MAX_BINS];
   u64 open[KEPT];  // ranks of the first keys in the bin in which the selection ends
   u32 n_open;      // all of them
-  float low;  // scores of the lowest bin's lower end, and of the highest bin's upper end
-  float high;
-  float top;   // upper end of that bin
-  u32 wanted;  // keys of it that are selected
-  u32 padding[3];
+  u32 arrived;     // blocks that came to a meeting of the team
+  float top;       // upper end of that bin
+  u32 wanted;      // keys of it that are selected
+  u32 padding[4];
 };
 
 // How many of a warp's keys are listed, and how many may be.
@@ -161,16 +167,31 @@ struct Part {
 // Of two that are equal the one in front is better.
 __device__ inline u64 rank_of(float x, u32 position) { return static_cast<u64>(rank_of(x)) << 32 | ~position; }
 
-// Bins of masses, which do not decrease with the mass: the six highest bits of the mantissa of the 64 powers of two below
-// 2^6, as MAX_GROUP is; all that is less is in the first.
+// Bins of masses, which do not decrease with the mass, for masses that are at most `best`: the upper half of them evenly
+// in the bits of a float from `low` on, the lower half 64 to a power of two below.
 struct MassBins {
-  static constexpr int FIRST = ((127 + 6) << 6) - static_cast<int>(BINS<true>);
+  static constexpr int HALF = BINS<true> / 2, LOWER_SHIFT = 17;
+  int low;
+  int shift;
 
-  __device__ u32 of(float mass) const {
-    const int bin = static_cast<int>(__float_as_uint(mass) >> 17) - FIRST;
-    return isnan(mass) ? 0 : min(max(bin, 0), static_cast<int>(BINS<true>) - 1);
+  MassBins() = default;
+  __device__ MassBins(float low, float best) : low(__float_as_int(low)) {
+    shift = max(32 - __clz(max(__float_as_int(best) - this->low, 1) / HALF), 0);
   }
-  __device__ float top_of(u32 bin) const { return __uint_as_float(static_cast<u32>(FIRST + bin + 1) << 17); }
+  __device__ u32 of(float mass) const {
+    const int above = (isnan(mass) ? 0 : __float_as_int(mass)) - low;
+    return above < 0 ? max(HALF + (above >> LOWER_SHIFT), 0) : HALF + min(above >> shift, HALF - 1);
+  }
+  __device__ float bottom_of(u32 bin) const {
+    const int above = static_cast<int>(bin) - HALF;
+    if (bin == 0) return 0;
+    return __int_as_float(above < 0 ? max(low + above * (1 << LOWER_SHIFT), 0) : low + (above << shift));
+  }
+  __device__ float top_of(u32 bin) const { return bottom_of(bin + 1); }
+
+  // What is_below has instead of a bin.
+  __device__ float edge_of(u32 bin) const { return bottom_of(bin); }
+  __device__ bool is_below(float mass, float edge) const { return mass < edge; }
 };
 
 constexpr u32 MAX_GROUP = 64;
@@ -192,6 +213,10 @@ struct ScoreBins {
     return isnan(score) ? 0 : LAST - static_cast<u32>(below);
   }
   __device__ float top_of(u32 bin) const { return high - static_cast<float>(LAST - bin) * width; }
+
+  // What is_below has instead of a bin.
+  __device__ float edge_of(u32 bin) const { return bin == 0 ? INFINITY : static_cast<float>(LAST + 1 - bin); }
+  __device__ bool is_below(float score, float edge) const { return (high - score) * per_bin >= edge; }
 };
 
 // What the largest weight of a tail is in integers, where a block adds up `keys`: their sum fits 32 bits, and the largest
@@ -257,23 +282,112 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" :::
 // Entries of the tables of a bundle: pq_dim / SUBSPACES times [n_centroids, SUBSPACES], then the clusters'.
 __device__ inline u32 table_entries(const Decode& p) { return p.pq_dim * p.n_centroids + p.n_clusters; }
 
+// Waits for the other blocks of a team, whose `turn`-th meeting this is: what they wrote before can be read then. All of
+// them must be running, which a cooperative launch sees to.
+__device__ inline void meet(u32* arrived, u32 blocks, u32 turn) {
+  __syncthreads();
+  if (blocks == 1) return;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1);
+    while (*const_cast<volatile u32*>(arrived) < blocks * turn) continue;
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// Finds the bin in which the `k` best end, and how many of it are among them: the counts of BINS bins are at `counts`,
+// which is in shared memory, or is what other blocks wrote. Bin MAX_BINS where there are fewer.
+template <u32 BINS>
+__device__ void find_bin(const u32* counts, u32 k, u32* bin, u32* wanted) {
+  constexpr u32 OWN = BINS / THREADS;  // bins a thread, from the top
+  const u32 lowest = BINS - OWN * (threadIdx.x + 1);
+  u32 own[OWN], all = 0, total;
+#pragma unroll
+  for (u32 i = 0; i < OWN; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(&counts[lowest + i]);
+    own[i] = four.x, own[i + 1] = four.y, own[i + 2] = four.z, own[i + 3] = four.w;
+  }
+  if (threadIdx.x == 0) *bin = MAX_BINS, *wanted = 0;
+#pragma unroll
+  for (u32 i = 0; i < OWN; i++) all += own[i];
+  u32 before = scan(all, &total);
+#pragma unroll
+  for (int i = OWN - 1; i >= 0; i--) {
+    if (before < k && k <= before + own[i]) *bin = lowest + i, *wanted = k - before;
+    before += own[i];
+  }
+  __syncthreads();
+}
+
+// Adds a block's histogram to that of its list. Where the block alone has `k` keys in bins that are as good, the selection
+// ends no further down: those below are left out.
+template <u32 BINS>
+__device__ void add_histogram(const u32* own, u32 k, Search& search) {
+  __shared__ u32 bin, wanted;
+  __syncthreads();
+  find_bin<BINS>(own, k, &bin, &wanted);
+  const u32 lowest = bin == MAX_BINS ? 0 : bin;
+  for (u32 i = lowest + threadIdx.x; i < BINS; i += THREADS) {
+    if (own[i]) atomicAdd(&search.histogram[i], own[i]);
+  }
+}
+
+// Scores of a block's keys, a chunk of a warp's keys of a bundle at a time: in shared memory as far as there is room.
+template <int HEADS>
+struct Scores {
+  Entry<HEADS>* shared;
+  Entry<HEADS>* global;  // of the block's first bundle
+  u32 n_shared;
+  u32 bundles;
+  u64 room;
+
+  // The `local`-th chunk of this block, the `chunk`-th of all.
+  __device__ void load(u32 local, u32 chunk, u32 bundle, Entry<HEADS> (&x)[EACH]) const {
+    const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
+    if (at < n_shared) {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) x[j] = shared[at * CHUNK + j * 32 + lane];
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) x[j] = global[bundle * room + chunk * CHUNK + j * 32 + lane];
+    }
+  }
+  __device__ Entry<HEADS> one(u32 local, u32 chunk, u32 bundle, u32 j) const {
+    const u32 at = local * bundles + bundle, key = j * 32 + threadIdx.x % 32;
+    return at < n_shared ? shared[at * CHUNK + key] : global[bundle * room + chunk * CHUNK + key];
+  }
+  __device__ void store(u32 local, u32 chunk, u32 bundle, const Entry<HEADS> (&x)[EACH]) const {
+    const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
+    if (at < n_shared) {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) shared[at * CHUNK + j * 32 + lane] = x[j];
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) global[bundle * room + chunk * CHUNK + j * 32 + lane] = x[j];
+    }
+  }
+};
+
 constexpr u32 ENTRY_LANES = 8;
 
-// Grid: (any number of blocks, which share the entries; b * h_kv * bundles). Eight lanes an entry.
+// This block's share of the tables of a bundle. Eight lanes an entry.
 template <int HEADS, class T>
-__device__ void tables(const T* query, const float* centroids, const float* coarse, float* tables, const Decode& p) {
-  __shared__ alignas(16) float queries[HEADS][MAX_HEAD_DIM];
-  const Part part(nullptr, blockIdx.y, HEADS, p);
+__device__ void make_tables(const T* query, const float* centroids, const float* coarse, Entry<HEADS>* out,
+                            float* queries, const Part& part, u32 bundle, const Decode& p) {
+  const u32 first_head = part.kv * p.group + bundle * HEADS, heads = min(HEADS, p.group - bundle * HEADS);
+  __syncthreads();  // the queries of the bundle before have been read
   for (u32 i = threadIdx.x; i < HEADS * p.head_dim; i += THREADS) {
     const u32 head = i / p.head_dim, e = i % p.head_dim;
-    queries[head][e] = head < part.heads ? widen(query[p.query.at(part.b, part.first_head + head, 0, e)]) : 0;
+    queries[i] = head < heads ? widen(query[p.query.at(part.b, first_head + head, 0, e)]) : 0;
   }
   __syncthreads();
   const u32 entries = table_entries(p), of_subspaces = p.pq_dim * p.n_centroids, lane = threadIdx.x % ENTRY_LANES;
-  const u32 begin = (blockIdx.x * THREADS + threadIdx.x) / ENTRY_LANES;
-  for (u32 i = begin; i < ceil_div(entries, 4) * 4; i += gridDim.x * THREADS / ENTRY_LANES) {
+  const u32 own = ceil_div(ceil_div(entries, p.splits), 4) * 4;  // whole warps take part
+  const u32 begin = blockIdx.x * own, end = min(begin + own, entries);
+  for (u32 i = begin + threadIdx.x / ENTRY_LANES; i < begin + own; i += THREADS / ENTRY_LANES) {
     Entry<HEADS> entry = {};
-    if (i < entries) {
+    if (i < end) {
       const bool is_coarse = i >= of_subspaces;
       const u32 m = i / (p.n_centroids * SUBSPACES) * SUBSPACES + i % SUBSPACES, c = i / SUBSPACES % p.n_centroids;
       const float* centroid = is_coarse ? coarse + p.coarse.at(part.b, part.kv, i - of_subspaces)
@@ -284,7 +398,7 @@ __device__ void tables(const T* query, const float* centroids, const float* coar
         const float4 x = __ldg(reinterpret_cast<const float4*>(centroid + j));
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-          const float4 y = *reinterpret_cast<const float4*>(&queries[h][first + j]);
+          const float4 y = *reinterpret_cast<const float4*>(&queries[h * p.head_dim + first + j]);
           entry.x[h] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
         }
       }
@@ -296,71 +410,47 @@ __device__ void tables(const T* query, const float* centroids, const float* coar
         entry.x[h] += __shfl_xor_sync(ALL_LANES, entry.x[h], lanes);
       }
     }
-    if (lane == 0 && i < entries) {
-      reinterpret_cast<Entry<HEADS>*>(tables)[static_cast<u64>(blockIdx.y) * entries + i] = entry;
-    }
+    if (lane == 0 && i < end) out[i] = entry;
   }
 }
 
-// Grid: (splits, b * h_kv * bundles).
+// Copies a bundle's tables to shared memory, each entry rounded to a multiple of what is 2^-23 of a power of two above the
+// largest magnitude that a sum of entries may have: sums of those are exact, and so the same in any order.
 //
-// In shared memory each lane starts its key's sum at another subspace, so that of the lanes that are served at a time no
-// two meet in a bank; where a row has more slots than subspaces, the subspaces are there several times, and so are the
-// clusters.
-template <int HEADS, bool BY_KV>
-__device__ void scores(const u8* codes, const u8* clusters, const float* tables, const u32* lens, float* scores,
-                       Stats* stats, Search* searches, const Decode& p) {
-  constexpr u32 SLOTS = ROW_BYTES / (4 * HEADS);
-  extern __shared__ __align__(128) u8 rows[];
-  __shared__ float bounds[WARPS][HEADS][3];
-  __shared__ ScoreBins bins[HEADS];  // by query head: in registers there is no room for them
-  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, entries = table_entries(p);
-  const u32 chunks = p.pq_dim / SUBSPACES, of_subspaces = p.pq_dim * p.n_centroids;
-  u8* const coarse_rows = rows + chunks * p.n_centroids * ROW_BYTES;
-  u32* const histogram = reinterpret_cast<u32*>(coarse_rows + p.n_clusters * ROW_BYTES);  // [HEADS, BINS]
-  {
-    const Entry<HEADS>* from = reinterpret_cast<const Entry<HEADS>*>(tables) + static_cast<u64>(blockIdx.y) * entries;
-    Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
-    for (u32 i = threadIdx.x; i < of_subspaces; i += THREADS) {
+// Each lane starts its key's sum at another subspace, so that of the lanes that are served at a time no two meet in a
+// bank; where a row has more slots than subspaces, the subspaces are there several times, and so are the clusters.
+// `low` and `high` are bounds of a head's sums.
+template <int HEADS>
+__device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEADS], float (&high)[HEADS],
+                            const Decode& p) {
+  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>), MAX_TABLES = WARPS;
+  __shared__ float bounds[3][HEADS][MAX_TABLES], heads_bounds[3][HEADS];
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u32 of_subspaces = p.pq_dim * p.n_centroids, rows_of_codes = p.pq_dim / SUBSPACES * p.n_centroids;
+  Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
+  __syncthreads();  // the tables of the bundle before have been read
+  for (u32 i = threadIdx.x; i < of_subspaces; i += THREADS) {
 #pragma unroll
-      for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) {
-        copy_async(&to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES], &from[i]);
-      }
-    }
-    Entry<HEADS>* const to_coarse = reinterpret_cast<Entry<HEADS>*>(coarse_rows);
-    for (u32 i = threadIdx.x; i < p.n_clusters * SLOTS; i += THREADS) {
-      copy_async(&to_coarse[i], &from[of_subspaces + i / SLOTS]);
+    for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) {
+      copy_async(&to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES], &from[i]);
     }
   }
-  const Part part(lens, blockIdx.y, HEADS, p);
-  codes += p.codes.at(part.b, part.kv);
-  clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
-  // On their way to the second-level cache while the tables are copied.
-  u32 at = part.position(0, WARPS, p.splits);
-  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + static_cast<u64>(at) * p.pq_dim));
-    if (p.n_clusters && lane % 8 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(clusters + at));
-  }
-  if (!BY_KV) {
-    for (u32 i = threadIdx.x; i < HEADS * BINS<false>; i += THREADS) histogram[i] = 0;
-  }
-  if (blockIdx.x == 0 && threadIdx.x < (BY_KV ? part.bundle == 0 : part.heads)) {
-    searches[BY_KV ? part.row : part.b * p.h + part.first_head + threadIdx.x].n_open = 0;
+  for (u32 i = threadIdx.x; i < p.n_clusters * SLOTS; i += THREADS) {
+    copy_async(&to[rows_of_codes * SLOTS + i], &from[of_subspaces + i / SLOTS]);
   }
   wait_for_copies();
   __syncthreads();
-  // Tables' extremes add up to bounds of the sums: of all, and of magnitudes.
-  float low[HEADS] = {}, high[HEADS] = {}, magnitude[HEADS] = {};
+  float own[3][HEADS] = {};
   for (u32 m = warp; m < p.pq_dim + (p.n_clusters > 0); m += WARPS) {
     const bool is_coarse = m == p.pq_dim;
-    const u8* const first =
-        is_coarse ? coarse_rows
-                  : rows + m / SUBSPACES * p.n_centroids * ROW_BYTES + m % SUBSPACES * sizeof(Entry<HEADS>);
+    const Entry<HEADS>* const first =
+        to + (is_coarse ? rows_of_codes * SLOTS : m / SUBSPACES * p.n_centroids * SLOTS + m % SUBSPACES);
     float smallest[HEADS], largest[HEADS];
 #pragma unroll
     for (int h = 0; h < HEADS; h++) smallest[h] = INFINITY, largest[h] = -INFINITY;
     for (u32 c = lane; c < (is_coarse ? p.n_clusters : p.n_centroids); c += 32) {
-      const Entry<HEADS> entry = *reinterpret_cast<const Entry<HEADS>*>(first + c * ROW_BYTES);
+      // Of a cluster any slot will do.
+      const Entry<HEADS> entry = first[c * SLOTS + (is_coarse ? lane % SLOTS : 0)];
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
         smallest[h] = fminf(smallest[h], entry.x[h]);
@@ -374,53 +464,51 @@ __device__ void scores(const u8* codes, const u8* clusters, const float* tables,
         smallest[h] = fminf(smallest[h], __shfl_xor_sync(ALL_LANES, smallest[h], lanes));
         largest[h] = fmaxf(largest[h], __shfl_xor_sync(ALL_LANES, largest[h], lanes));
       }
-      low[h] += smallest[h];
-      high[h] += largest[h];
-      magnitude[h] += fmaxf(-smallest[h], largest[h]);
+      own[0][h] += smallest[h], own[1][h] += largest[h], own[2][h] += fmaxf(-smallest[h], largest[h]);
     }
   }
   if (lane == 0) {
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-      bounds[warp][h][0] = low[h], bounds[warp][h][1] = high[h], bounds[warp][h][2] = magnitude[h];
+    for (int i = 0; i < 3; i++) {
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) bounds[i][h][warp] = own[i][h];
     }
   }
   __syncthreads();
-  // Entries are rounded to multiples of what is 2^-23 of a power of two above the magnitude: sums of those are exact, and
-  // so the same in any order.
-  float unit[HEADS];
+  if (warp < 3 * HEADS) {
+    float sum = lane < WARPS ? bounds[warp / HEADS][warp % HEADS][lane] : 0;
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+    if (lane == 0) heads_bounds[warp / HEADS][warp % HEADS] = sum;
+  }
+  __syncthreads();
+  float far[HEADS];
 #pragma unroll
   for (int h = 0; h < HEADS; h++) {
-    low[h] = high[h] = magnitude[h] = 0;
-#pragma unroll 2
-    for (int w = 0; w < WARPS; w++) {
-      low[h] += bounds[w][h][0], high[h] += bounds[w][h][1], magnitude[h] += bounds[w][h][2];
-    }
-    const int exponent = static_cast<int>(__float_as_uint(magnitude[h]) >> 23) - 126 - 23;
-    unit[h] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23);
-    if constexpr (!BY_KV) {
-      low[h] = fminf(fmaxf(low[h], -1e38f), 1e38f);
-      high[h] = fminf(fmaxf(high[h], -1e38f), 1e38f);
-      if (threadIdx.x == 0) bins[h] = ScoreBins(low[h], high[h]);
-      if (blockIdx.x == 0 && threadIdx.x == 0 && h < part.heads) {
-        Search& search = searches[part.b * p.h + part.first_head + h];
-        search.low = low[h], search.high = high[h];
-      }
-    }
+    low[h] = fminf(fmaxf(heads_bounds[0][h], -1e38f), 1e38f);
+    high[h] = fminf(fmaxf(heads_bounds[1][h], -1e38f), 1e38f);
+    // Adding and taking away 1.5 * 2^23 units rounds to a unit.
+    const int exponent = static_cast<int>(__float_as_uint(heads_bounds[2][h]) >> 23) - 126 - 23;
+    far[h] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23) * 0x1.8p23f;
   }
-  for (u32 i = threadIdx.x; i < (chunks * p.n_centroids + p.n_clusters) * SLOTS; i += THREADS) {
-    Entry<HEADS>& entry = reinterpret_cast<Entry<HEADS>*>(rows)[i];
-    Entry<HEADS> rounded = entry;
+  for (u32 i = threadIdx.x; i < (rows_of_codes + p.n_clusters) * SLOTS; i += THREADS) {
+    Entry<HEADS> entry = to[i];
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-      // Adding and taking away 1.5 * 2^23 units rounds to a unit.
-      const float far = unit[h] * 0x1.8p23f;
-      rounded.x[h] = __fsub_rn(__fadd_rn(rounded.x[h], far), far);
-    }
-    entry = rounded;
+    for (int h = 0; h < HEADS; h++) entry.x[h] = __fsub_rn(__fadd_rn(entry.x[h], far[h]), far[h]);
+    to[i] = entry;
   }
   __syncthreads();
+}
 
+// Adds up the entries of this block's keys. By KV head returns a thread's statistics of the softmax, by query head counts
+// in `histogram`.
+template <int HEADS, bool BY_KV>
+__device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
+                            Stats (&stats)[HEADS], u32* histogram, const ScoreBins* bins, const Part& part,
+                            const Decode& p) {
+  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = p.pq_dim / SUBSPACES;
+  const u8* const coarse_rows = rows + chunks * p.n_centroids * ROW_BYTES;
   const u32 slot = lane % SLOTS, start = slot % SUBSPACES;
   // The subspaces in a lane's order: start, start ^ 1, start ^ 2, ... The last four are the first with one bit flipped.
   constexpr u32 FLIP = SUBSPACES / 2;
@@ -432,27 +520,37 @@ __device__ void scores(const u8* codes, const u8* clusters, const float* tables,
   }
   const u32 code_mask = (p.n_centroids - 1) * ROW_BYTES, cluster_mask = p.n_clusters - 1;
   const float scale = p.scale * LOG2_E;
-  Entry<HEADS>* const out = reinterpret_cast<Entry<HEADS>*>(scores) + static_cast<u64>(blockIdx.y) * p.room;
-  float top[HEADS], sum[HEADS] = {};
 #pragma unroll
-  for (int h = 0; h < HEADS; h++) top[h] = -INFINITY;
-  at = part.position(0, WARPS, p.splits);
-  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+  for (int h = 0; h < HEADS; h++) stats[h] = {-INFINITY, 0};
+  // Codes of what comes next are on their way.
+  uint2 next[EACH];
+  u32 next_clusters = 0;
+  const auto load = [&](u32 at, u32 chunk) {
+    if (at >= part.end) return;
+    const u8* const from = codes + static_cast<u64>(at) * p.pq_dim + chunk * SUBSPACES;
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
+    if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + at));
+  };
+  u32 at = part.position(0, WARPS, p.splits);
+  load(at, 0);
+  for (u32 i = 0; at - lane * EACH < part.end; i++) {
+    const u32 later = part.position(i + 1, WARPS, p.splits);
     Entry<HEADS> x[EACH] = {};
     if (p.n_clusters) {
-      const u32 word = __ldg(reinterpret_cast<const u32*>(clusters + at));
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) {
-        x[j] = reinterpret_cast<const Entry<HEADS>*>(coarse_rows + (word >> j * 8 & cluster_mask) * ROW_BYTES)[slot];
+        x[j] = reinterpret_cast<const Entry<HEADS>*>(coarse_rows + (next_clusters >> j * 8 & cluster_mask) * ROW_BYTES)[slot];
       }
     }
 #pragma unroll 1
     for (u32 chunk = 0; chunk < chunks; chunk++) {
       const u8* const table = rows + chunk * p.n_centroids * ROW_BYTES;
-      const u8* const from = codes + static_cast<u64>(at) * p.pq_dim + chunk * SUBSPACES;
       uint2 bytes[EACH];
 #pragma unroll
-      for (u32 j = 0; j < EACH; j++) bytes[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
+      for (u32 j = 0; j < EACH; j++) bytes[j] = next[j];
+      const bool is_last = chunk + 1 == chunks;
+      load(is_last ? later : at, is_last ? 0 : chunk + 1);
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) {
         const u32 turned[2] = {__byte_perm(bytes[j].x, bytes[j].y, order[0]),
@@ -469,21 +567,20 @@ __device__ void scores(const u8* codes, const u8* clusters, const float* tables,
         }
       }
     }
-#pragma unroll
-    for (u32 j = 0; j < EACH; j++) out[score_slot(at) + j * 32] = x[j];
+    scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
     if constexpr (BY_KV) {
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
-        float larger = top[h], product[EACH];
+        float larger = stats[h].largest, product[EACH];
 #pragma unroll
         for (u32 j = 0; j < EACH; j++) {
           product[j] = at + j >= part.begin && at + j < part.end ? x[j].x[h] * scale : -INFINITY;
           larger = fmaxf(larger, product[j]);
         }
-        sum[h] *= exp2_approx(top[h] - finite(larger));
-        top[h] = larger;
+        stats[h].sum *= exp2_approx(stats[h].largest - finite(larger));
+        stats[h].largest = larger;
 #pragma unroll
-        for (u32 j = 0; j < EACH; j++) sum[h] += exp2_approx(product[j] - finite(larger));
+        for (u32 j = 0; j < EACH; j++) stats[h].sum += exp2_approx(product[j] - finite(larger));
       }
     } else {
 #pragma unroll
@@ -493,38 +590,23 @@ __device__ void scores(const u8* codes, const u8* clusters, const float* tables,
         for (int h = 0; h < HEADS; h++) atomicAdd(&histogram[h * BINS<false> + bins[h].of(x[j].x[h])], 1);
       }
     }
-  }
-
-  if constexpr (BY_KV) {
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-      const Stats of_warp = reduce<32>({top[h], sum[h]});
-      if (lane == 0) bounds[warp][h][0] = of_warp.largest, bounds[warp][h][1] = of_warp.sum;
-    }
-    __syncthreads();
-    if (warp < HEADS) {
-      const float* own = bounds[lane % WARPS][warp];
-      const Stats of_block = reduce<WARPS>({own[0], own[1]});
-      if (lane == 0) stats[(blockIdx.y * MAX_SPLITS + blockIdx.x) * HEADS + warp] = of_block;
-    }
-  } else {
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < part.heads * BINS<false>; i += THREADS) {
-      const u32 count = histogram[i];
-      if (count) atomicAdd(&searches[part.b * p.h + part.first_head + i / BINS<false>].histogram[i % BINS<false>], count);
-    }
+    at = later;
   }
 }
 
-// What turns a score of a bundle's head into its share of the softmax, 2^(score * scale - shift); to a whole warp.
+// The softmax statistics of a bundle's head over all keys; to a whole warp.
 template <int HEADS>
-__device__ float find_shift(const Stats* stats, u32 bundle, u32 head, u32 splits) {
+__device__ Stats find_stats(const Stats* stats, u32 bundle, u32 head, u32 splits) {
   const u32 lane = threadIdx.x % 32;
   Stats own[MAX_SPLITS / 32];
 #pragma unroll
   for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
     const u32 split = i * 32 + lane;
-    own[i] = split < splits ? stats[(bundle * MAX_SPLITS + split) * HEADS + head] : Stats{-INFINITY, 0};
+    own[i] = {-INFINITY, 0};
+    if (split < splits) {
+      const float2 both = __ldcg(reinterpret_cast<const float2*>(&stats[(bundle * MAX_SPLITS + split) * HEADS + head]));
+      own[i] = {both.x, both.y};
+    }
   }
 #pragma unroll
   for (u32 i = 1; i < MAX_SPLITS / 32; i++) {
@@ -532,66 +614,251 @@ __device__ float find_shift(const Stats* stats, u32 bundle, u32 head, u32 splits
     own[0] = {largest, own[0].sum * exp2_approx(own[0].largest - finite(largest)) +
                            own[i].sum * exp2_approx(own[i].largest - finite(largest))};
   }
-  const Stats all = reduce<32>(own[0]);
-  return all.largest + log2f(all.sum);
+  return reduce<32>(own[0]);
 }
 
-// Those of a row's heads.
-template <int HEADS>
-__device__ void find_shifts(float* shifts, const Stats* stats, u32 row, const Decode& p) {
-  for (u32 head = threadIdx.x / 32; head < p.group; head += WARPS) {
-    const float shift = find_shift<HEADS>(stats, row * p.bundles + head / HEADS, head % HEADS, p.splits);
-    if (threadIdx.x % 32 == 0) shifts[head] = shift;
-  }
-}
+// What turns a score into its share of the softmax, 2^(score * scale - shift).
+__device__ inline float shift_of(Stats all) { return all.largest + log2f(all.sum); }
 
-// Grid: (splits, b * h_kv).
+// Turns the scores of this block's keys into shares of their heads' softmax, 0 for those that are no candidates, and counts
+// the sums over a key's heads in `histogram`.
 template <int HEADS>
-__device__ void masses(const float* scores, const Stats* stats, const u32* lens, float* masses, Search* searches,
-                       const Decode& p) {
-  __shared__ u32 histogram[BINS<true>];
-  __shared__ float shifts[MAX_GROUP];
-  const Part part(lens, blockIdx.y * p.bundles, HEADS, p);
-  // The scores of the next keys are on their way while those of some keys are worked on, and before the statistics are.
-  Entry<HEADS> next[EACH];
-  const auto load = [&](u32 position, u32 bundle) {
-    const Entry<HEADS>* from = reinterpret_cast<const Entry<HEADS>*>(scores) +
-                               (static_cast<u64>(part.row) * p.bundles + bundle) * p.room;
-#pragma unroll
-    for (u32 j = 0; j < EACH; j++) next[j] = position < part.end ? from[score_slot(position) + j * 32] : Entry<HEADS>{};
-  };
-  u32 at = part.position(0, WARPS, p.splits);
-  load(at, 0);
-  for (u32 i = threadIdx.x; i < BINS<true>; i += THREADS) histogram[i] = 0;
-  find_shifts<HEADS>(shifts, stats, part.row, p);
-  __syncthreads();
+__device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32* histogram, const MassBins& bins,
+                           const Part& part, const Decode& p) {
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float scale = p.scale * LOG2_E;
-  const MassBins bins;
-  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+  u32 at = part.position(0, WARPS, p.splits);
+  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i, WARPS, p.splits)) {
     float mass[EACH] = {};
     for (u32 bundle = 0; bundle < p.bundles; bundle++) {
       Entry<HEADS> x[EACH];
-#pragma unroll
-      for (u32 j = 0; j < EACH; j++) x[j] = next[j];
-      const bool is_last_bundle = bundle + 1 == p.bundles;
-      load(is_last_bundle ? part.position(i + 1, WARPS, p.splits) : at, is_last_bundle ? 0 : bundle + 1);
+      scores.load(i * WARPS + warp, at / CHUNK, bundle, x);
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
-        if (bundle * HEADS + h >= p.group) break;
         const float shift = shifts[bundle * HEADS + h];
 #pragma unroll
-        for (u32 j = 0; j < EACH; j++) mass[j] += exp2_approx(x[j].x[h] * scale - shift);
+        for (u32 j = 0; j < EACH; j++) {
+          const bool is_candidate = at + j >= part.begin && at + j < part.end;
+          x[j].x[h] = is_candidate ? exp2_approx(x[j].x[h] * scale - shift) : 0;
+          mass[j] += x[j].x[h];
+        }
       }
+      scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
     }
-    *reinterpret_cast<float4*>(masses + part.row * p.room + at) = {mass[0], mass[1], mass[2], mass[3]};
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {
       if (at + j >= part.begin && at + j < part.end) atomicAdd(&histogram[bins.of(mass[j])], 1);
     }
   }
+}
+
+// Grid: (splits, b * h_kv, or b * h_kv * bundles by query head). Blocks of one y are a team.
+template <int HEADS, bool BY_KV, class T>
+__device__ void search(const T* query, const u8* codes, const u8* clusters, const float* centroids, const float* coarse,
+                       const u32* lens, float* tables, float* all_scores, float* masses, Stats* stats, Search* searches,
+                       u32* lists, Listed* listed, u32* tail, const Decode& p) {
+  constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
+  extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
+  __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];
+  __shared__ ScoreBins score_bins[HEADS];
+  __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
+  const Part part(lens, BY_KV ? blockIdx.y * p.bundles : blockIdx.y, HEADS, p);
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<u32>(p.step.selected(part.n));
+  const u32 heads = BY_KV ? p.group : part.heads, n_lists = BY_KV ? 1 : part.heads;
+  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head;
+  const u32 bundles = BY_KV ? p.bundles : 1, first_bundle = part.row * p.bundles + part.bundle;
+  u32* const histogram = reinterpret_cast<u32*>(rows + p.histogram_at);
+  u32* const tail_units = reinterpret_cast<u32*>(rows);  // [heads, MAX_CLUSTERS]
+  const Scores<HEADS> scores = {reinterpret_cast<Entry<HEADS>*>(histogram + LISTS * N_BINS),
+                                reinterpret_cast<Entry<HEADS>*>(all_scores) + first_bundle * p.room, p.shared_chunks,
+                                bundles, p.room};
+  Search& first_search = searches[first_list];
+  codes += p.codes.at(part.b, part.kv);
+  clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
+
+  // Codes are on their way to the second-level cache while the tables are made.
+  u32 at = part.position(0, WARPS, p.splits);
+  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + static_cast<u64>(at) * p.pq_dim));
+    if (p.n_clusters && lane % 8 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(clusters + at));
+  }
+  if (blockIdx.x == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
+  Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
+  for (u32 bundle = 0; bundle < bundles; bundle++) {
+    make_tables<HEADS>(query, centroids, coarse, own_tables + bundle * table_entries(p),
+                       reinterpret_cast<float*>(histogram), part, part.bundle + bundle, p);
+  }
+  meet(&first_search.arrived, p.splits, 1);
+
+  for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
+  for (u32 bundle = 0; bundle < bundles; bundle++) {
+    float low[HEADS], high[HEADS];
+    load_tables<HEADS>(own_tables + bundle * table_entries(p), rows, low, high, p);
+    if constexpr (!BY_KV) {
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) score_bins[h] = ScoreBins(low[h], high[h]);
+      }
+      __syncthreads();
+    }
+    Stats own[HEADS];
+    add_entries<HEADS, BY_KV>(codes, clusters, rows, scores, bundle, own, histogram, score_bins, part, p);
+    if constexpr (BY_KV) {
+      __shared__ Stats of_warps[HEADS][WARPS];
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        const Stats of_warp = reduce<32>(own[h]);
+        if (lane == 0) of_warps[h][warp] = of_warp;
+      }
+      __syncthreads();
+      if (warp < HEADS) {
+        const Stats of_block = reduce<WARPS>(of_warps[warp][lane % WARPS]);
+        if (lane == 0) stats[((first_bundle + bundle) * MAX_SPLITS + blockIdx.x) * HEADS + warp] = of_block;
+      }
+    }
+  }
+  MassBins mass_bins;
+  if constexpr (BY_KV) {
+    meet(&first_search.arrived, p.splits, 2);
+    for (u32 head = warp; head < p.bundles * HEADS; head += WARPS) {
+      const Stats all = find_stats<HEADS>(stats, first_bundle + head / HEADS, head % HEADS, p.splits);
+      const float shift = head < p.group ? shift_of(all) : INFINITY;  // a share of 0
+      if (lane == 0 && head < MAX_GROUP) shifts[head] = shift, best_shares[head] = exp2_approx(all.largest - shift);
+    }
+    __syncthreads();
+    float best = 0;
+    for (u32 head = 0; head < p.group; head++) best += best_shares[head];
+    mass_bins = MassBins(0.5f * p.group / max(part.end - part.begin, 1u), best);
+    add_shares<HEADS>(scores, shifts, histogram, mass_bins, part, p);
+    add_histogram<N_BINS>(histogram, k, first_search);
+  } else {
+    for (u32 list = 0; list < n_lists; list++) {
+      add_histogram<N_BINS>(histogram + list * N_BINS, k, searches[first_list + list]);
+    }
+  }
+  meet(&first_search.arrived, p.splits, BY_KV ? 3 : 2);
+
+  for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
+  for (u32 list = 0; list < n_lists; list++) {
+    find_bin<N_BINS>(searches[first_list + list].histogram, k, &found_bin[list], &found_wanted[list]);
+  }
+  u32 bin[LISTS];
+  float top[LISTS], edge[LISTS];
+  ScoreBins bins[LISTS];
+#pragma unroll
+  for (u32 list = 0; list < LISTS; list++) {
+    bin[list] = list < n_lists ? found_bin[list] : MAX_BINS;
+    bins[list] = score_bins[BY_KV ? 0 : list];
+    top[list] = BY_KV ? mass_bins.top_of(bin[list]) : bins[list].top_of(bin[list]);
+    edge[list] = BY_KV ? mass_bins.edge_of(bin[list]) : bins[list].edge_of(bin[list]);
+  }
+  const u32 per_split = p.per_warp * WARPS;
+  const float unit = tail_unit(per_split), scale = p.scale * LOG2_E;
+  // What makes the largest weight that there may be below the bin a unit of the tail: a factor of shares, a shift of scores.
+  float to_units[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    to_units[h] = BY_KV ? unit / top[0] : log2f(unit) - (h < LISTS ? top[h] : 0) * scale;
+  }
+  u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
+  at = part.position(0, WARPS, p.splits);
+  const auto load_clusters = [&](u32 at) {
+    return p.has_tail && at < part.end ? __ldg(reinterpret_cast<const u32*>(clusters + at)) : 0;
+  };
+  u32 next_clusters = load_clusters(at);
+  for (u32 i = 0; at - lane * EACH < part.end;) {
+    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i, WARPS, p.splits);
+    const u32 words = next_clusters;
+    next_clusters = load_clusters(later);
+    Entry<HEADS> x[EACH];
+    float ranked[LISTS][EACH] = {};
+    for (u32 bundle = 0; bundle < bundles; bundle++) {
+      scores.load(local, chunk, bundle, x);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) ranked[BY_KV ? 0 : h][j] += x[j].x[h];  // in the order of add_shares
+      }
+    }
+    u32 below[LISTS] = {};  // a bit a key
+#pragma unroll
+    for (u32 list = 0; list < LISTS; list++) {
+      const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
+      u32* const own = lists + segment * p.per_warp;
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        const u32 position = at + j;
+        const bool is_candidate = position >= part.begin && position < part.end, is_sink = position < part.sink;
+        const float x = ranked[list][j];
+        const bool is_below = BY_KV ? mass_bins.is_below(x, edge[list]) : bins[list].is_below(x, edge[list]);
+        if (is_below && is_candidate && !is_sink) below[list] |= 1u << j;
+        if (!__any_sync(ALL_LANES, !is_below && is_candidate)) continue;
+        const u32 in = BY_KV ? mass_bins.of(x) : bins[list].of(x);
+        const bool is_sure = is_candidate && in > bin[list] && !is_sink, is_open = is_candidate && in == bin[list];
+        const u32 all_sure = __ballot_sync(ALL_LANES, is_sure), all_open = __ballot_sync(ALL_LANES, is_open);
+        const u32 before = (1u << lane) - 1;
+        if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = position;
+        if (is_open) {
+          // For `attend`: where it is, its rank, and what it weighs.
+          own[p.per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
+          Search& search = searches[first_list + list];
+          const u32 slot = atomicAdd(&search.n_open, 1);
+          if (slot < KEPT) search.open[slot] = rank_of(x, position);
+          if (BY_KV) masses[part.row * p.room + position] = x;
+          for (u32 bundle = 0; bundle < bundles; bundle++) {
+            const Entry<HEADS> entry = scores.one(local, chunk, bundle, j);
+            float* const to = scores.global[bundle * p.room + score_slot(position)].x;
+#pragma unroll
+            for (u32 h = 0; h < HEADS; h++) {
+              if (BY_KV || h == list) to[h] = entry.x[h];
+            }
+          }
+        }
+        n_sure[list] += __popc(all_sure);
+        n_open[list] += __popc(all_open);
+      }
+    }
+    if (p.has_tail) {
+      float cuts[EACH];
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) cuts[j] = cut_of(at + j);
+      for (u32 bundle = 0; bundle < bundles; bundle++) {
+        if (bundles > 1) scores.load(local, chunk, bundle, x);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+          const u32 head = bundle * HEADS + h, bits = below[BY_KV ? 0 : h];
+          if (head >= heads) continue;
+#pragma unroll
+          for (u32 j = 0; j < EACH; j++) {
+            const float weight = BY_KV ? x[j].x[h] * to_units[h] : exp2_approx(x[j].x[h] * scale + to_units[h]);
+            const u32 units = in_units(weight, unit, cuts[j]);
+            if ((bits >> j & 1) && units) atomicAdd(&tail_units[head * MAX_CLUSTERS + (words >> j * 8 & 0xff)], units);
+          }
+        }
+      }
+    }
+    at = later;
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (u32 list = 0; list < LISTS; list++) {
+      if (list < n_lists) {
+        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
+        listed[segment] = {n_sure[list], n_open[list]};
+      }
+    }
+  }
   __syncthreads();
-  for (u32 i = threadIdx.x; i < BINS<true>; i += THREADS) {
-    if (histogram[i]) atomicAdd(&searches[part.row].histogram[i], histogram[i]);
+  if (p.has_tail) {
+    const u32 first_head = BY_KV ? part.kv * p.group : part.first_head;
+    u32* const to = tail + ((static_cast<u64>(part.b) * p.h + first_head) * p.splits + blockIdx.x * heads) * MAX_CLUSTERS;
+    for (u32 i = threadIdx.x; i < heads * MAX_CLUSTERS; i += THREADS) to[i] = tail_units[i];
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+#pragma unroll
+    for (u32 list = 0; list < LISTS; list++) {
+      if (list < n_lists) searches[first_list + list].wanted = found_wanted[list], searches[first_list + list].top = top[list];
+    }
   }
 }
 
@@ -608,180 +875,6 @@ struct Ranked {
   }
 };
 
-// Grid: (splits, b * h_kv, or b * h_kv * bundles by query head).
-template <int HEADS, bool BY_KV>
-__device__ void select(const u8* clusters, const float* scores, const float* masses, const Stats* stats,
-                       const u32* lens, Search* searches, u32* lists, Listed* listed, u32* tail, const Decode& p) {
-  constexpr int LISTS = BY_KV ? 1 : HEADS;
-  extern __shared__ u32 tail_units[];  // [heads of the block, MAX_CLUSTERS]
-  __shared__ float shifts[MAX_GROUP];
-  __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
-  const Part part(lens, BY_KV ? blockIdx.y * p.bundles : blockIdx.y, HEADS, p);
-  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<u32>(p.step.selected(part.n));
-  const u32 heads = BY_KV ? p.group : part.heads, n_lists = BY_KV ? 1 : part.heads;
-  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head;
-  const float scale = p.scale * LOG2_E;
-  // All loads that wait for nothing, before the first that is waited for.
-  Entry<HEADS> x[EACH];
-  float mass[EACH] = {};
-  u32 word = 0;
-  const auto load_scores = [&](u32 bundle, u32 at) {
-    const Entry<HEADS>* from = reinterpret_cast<const Entry<HEADS>*>(scores) +
-                               (static_cast<u64>(part.row) * p.bundles + bundle) * p.room;
-#pragma unroll
-    for (u32 j = 0; j < EACH; j++) x[j] = at < part.end ? from[score_slot(at) + j * 32] : Entry<HEADS>{};
-  };
-  clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
-  const auto load = [&](u32 at) {
-    load_scores(part.bundle, at);
-    if constexpr (BY_KV) {
-      const float4 four = at < part.end ? *reinterpret_cast<const float4*>(masses + part.row * p.room + at) : float4{};
-      mass[0] = four.x, mass[1] = four.y, mass[2] = four.z, mass[3] = four.w;
-    }
-    word = p.has_tail && at < part.end ? __ldg(reinterpret_cast<const u32*>(clusters + at)) : 0;
-  };
-  u32 at = part.position(0, WARPS, p.splits);
-  load(at);
-  // Some bins a thread, from the top.
-  constexpr u32 OWN_BINS = BINS<BY_KV> / THREADS;
-  const u32 lowest = BINS<BY_KV> - OWN_BINS * (threadIdx.x + 1);
-  u32 own_bins[LISTS][OWN_BINS];
-#pragma unroll
-  for (int list = 0; list < LISTS; list++) {
-#pragma unroll
-    for (u32 i = 0; i < OWN_BINS; i += 4) {
-      const Search& search = searches[first_list + min(static_cast<u32>(list), n_lists - 1)];
-      const uint4 four = *reinterpret_cast<const uint4*>(&search.histogram[lowest + i]);
-      own_bins[list][i] = four.x, own_bins[list][i + 1] = four.y;
-      own_bins[list][i + 2] = four.z, own_bins[list][i + 3] = four.w;
-    }
-  }
-  if (p.has_tail) {
-    for (u32 i = threadIdx.x; i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
-  }
-  if (BY_KV && p.has_tail) find_shifts<HEADS>(shifts, stats, part.row, p);  // and the bounds below wait for all
-  u32 bin[LISTS];
-  float top[LISTS];
-  if (threadIdx.x < LISTS) found_bin[threadIdx.x] = MAX_BINS, found_wanted[threadIdx.x] = 0;
-#pragma unroll
-  for (int list = 0; list < LISTS; list++) {
-    bin[list] = MAX_BINS;
-    top[list] = 0;
-    if (list >= n_lists) continue;
-    const u32(&own)[OWN_BINS] = own_bins[list];
-    u32 all = 0, total;
-#pragma unroll
-    for (u32 i = 0; i < OWN_BINS; i++) all += own[i];
-    u32 before = scan(all, &total);
-#pragma unroll
-    for (int i = OWN_BINS - 1; i >= 0; i--) {
-      if (before < k && k <= before + own[i]) {
-        found_bin[list] = lowest + i;
-        found_wanted[list] = k - before;
-      }
-      before += own[i];
-    }
-  }
-  __syncthreads();
-  ScoreBins bins[LISTS];
-#pragma unroll
-  for (int list = 0; list < LISTS; list++) {
-    if (list >= n_lists) continue;
-    bin[list] = found_bin[list];
-    if constexpr (BY_KV) {
-      top[list] = MassBins().top_of(bin[list]);
-    } else {
-      bins[list] = ScoreBins(searches[first_list + list].low, searches[first_list + list].high);
-      top[list] = bins[list].top_of(bin[list]);
-    }
-  }
-  if constexpr (BY_KV) {
-    // Weights in shares of the largest mass that there may be below the bin.
-    if (threadIdx.x < p.group && p.has_tail) shifts[threadIdx.x] += log2f(top[0]);
-    __syncthreads();
-  }
-  // A warp's part of a list: those listed from its start on, those that may be from its end down.
-  const u32 per_split = p.per_warp * WARPS;
-  const float unit = tail_unit(per_split), to_units = log2f(unit);
-  u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
-  // A key's weights as integers: of a row by the shifts of its heads, of a head by what its largest may be.
-  float shift_of[HEADS];
-#pragma unroll
-  for (int h = 0; h < HEADS; h++) shift_of[h] = BY_KV ? 0 : (h < LISTS ? top[h] : 0) * scale - to_units;
-  for (u32 i = 0; at - lane * EACH < part.end;) {
-    u32 below[LISTS] = {};  // a bit a key
-#pragma unroll
-    for (int list = 0; list < LISTS; list++) {
-      if (list >= n_lists) continue;
-      const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
-      u32* const own = lists + segment * p.per_warp;
-#pragma unroll
-      for (u32 j = 0; j < EACH; j++) {
-        const bool is_candidate = at + j >= part.begin && at + j < part.end, is_sink = at + j < part.sink;
-        const u32 in = BY_KV ? MassBins().of(mass[j]) : bins[list].of(x[j].x[list]);
-        if (is_candidate && in < bin[list] && !is_sink) below[list] |= 1u << j;
-        const bool is_sure = is_candidate && in > bin[list] && !is_sink, is_open = is_candidate && in == bin[list];
-        if (!__any_sync(ALL_LANES, is_sure || is_open)) continue;
-        const u32 all_sure = __ballot_sync(ALL_LANES, is_sure), all_open = __ballot_sync(ALL_LANES, is_open);
-        const u32 before = (1u << lane) - 1;
-        if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = at + j;
-        if (is_open) {
-          const u32 i_open = n_open[list] + __popc(all_open & before);
-          own[p.per_warp - 1 - i_open] = at + j;
-          Search& search = searches[first_list + list];
-          const u32 slot = atomicAdd(&search.n_open, 1);
-          if (slot < KEPT) search.open[slot] = rank_of(BY_KV ? mass[j] : x[j].x[list], at + j);
-        }
-        n_sure[list] += __popc(all_sure);
-        n_open[list] += __popc(all_open);
-      }
-    }
-    const u32 codes = word;
-    float cuts[EACH];
-#pragma unroll
-    for (u32 j = 0; j < EACH; j++) cuts[j] = cut_of(at + j);
-    for (u32 bundle = 0; p.has_tail && bundle < (BY_KV ? p.bundles : 1); bundle++) {
-      if (bundle > 0) load_scores(bundle, at);
-#pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-        const u32 head = bundle * HEADS + h, bits = below[BY_KV ? 0 : h];
-        if (head >= heads) continue;
-        const float shift = BY_KV ? shifts[head] - to_units : shift_of[h];
-#pragma unroll
-        for (u32 j = 0; j < EACH; j++) {
-          const u32 units = in_units(exp2_approx(x[j].x[h] * scale - shift), unit, cuts[j]);
-          if ((bits >> j & 1) && units) atomicAdd(&tail_units[head * MAX_CLUSTERS + (codes >> j * 8 & 0xff)], units);
-        }
-      }
-    }
-    at = part.position(++i, WARPS, p.splits);
-    load(at);
-  }
-  if (lane == 0) {
-#pragma unroll
-    for (int list = 0; list < LISTS; list++) {
-      if (list < n_lists) {
-        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
-        listed[segment] = {n_sure[list], n_open[list]};
-      }
-    }
-  }
-  __syncthreads();
-  const u32 first_head = BY_KV ? part.kv * p.group : part.first_head;
-  const u64 first_tail = (static_cast<u64>(part.b) * p.h + first_head) * MAX_CLUSTERS;
-  if (p.has_tail) {
-    u32* const to = tail + first_tail * p.splits + blockIdx.x * heads * MAX_CLUSTERS;
-    for (u32 i = threadIdx.x; i < heads * MAX_CLUSTERS; i += THREADS) to[i] = tail_units[i];
-  }
-  if (blockIdx.x == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].wanted = found_wanted[threadIdx.x];
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-#pragma unroll
-    for (int list = 0; list < LISTS; list++) {
-      if (list < n_lists) searches[first_list + list].top = top[list];
-    }
-  }
-}
-
 // The segment with the `i`-th of their elements, if `before` counts those in front of each.
 template <u32 SEGMENTS>
 __device__ inline u32 segment_of(const u32* before, u32 i) {
@@ -797,17 +890,17 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
                        const float* masses, const Stats* stats, const u32* lens, Search* searches, const u32* lists,
                        const Listed* listed, const float* sums, const u32* counts, const u32* tail, float* partials,
                        float2* partial_stats, u32* arrived, T* out, float* lse, const Decode& p) {
-  constexpr u32 LANES = D / 8, GROUPS = ATTEND_THREADS / LANES, LISTS = BY_KV ? 1 : HEADS;
-  constexpr u32 LIST_WARPS = ATTEND_WARPS / LISTS, LIST_GROUPS = GROUPS / LISTS;
+  constexpr u32 BLOCK = ATTEND_THREADS<D>, WARPS_OF_BLOCK = BLOCK / 32, LANES = D / 8, GROUPS = BLOCK / LANES, LISTS = BY_KV ? 1 : HEADS;
+  constexpr u32 LIST_WARPS = WARPS_OF_BLOCK / LISTS, LIST_GROUPS = GROUPS / LISTS;
   constexpr int AHEAD = BY_KV ? (HEADS < 4 ? 3 : 2) : 5, PER_GROUP = BY_KV ? HEADS : 1;
   // Ranks of open keys, later the warps' results, then sums of splits.
-  constexpr u32 MERGED = ATTEND_WARPS * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
+  constexpr u32 MERGED = WARPS_OF_BLOCK * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
   constexpr u32 SCRATCH = MERGED > RANKED ? MERGED : RANKED;
-  __shared__ float4 scratch[SCRATCH > ATTEND_THREADS ? SCRATCH : ATTEND_THREADS];
+  __shared__ float4 scratch[SCRATCH > BLOCK ? SCRATCH : BLOCK];
   u64(&ranks)[LISTS][KEPT] = *reinterpret_cast<u64(*)[LISTS][KEPT]>(scratch);
   __shared__ alignas(16) float queries[HEADS][D];
   __shared__ float shifts[HEADS];
-  __shared__ float tops[ATTEND_WARPS][PER_GROUP], totals[ATTEND_WARPS][PER_GROUP];
+  __shared__ float tops[WARPS_OF_BLOCK][PER_GROUP], totals[WARPS_OF_BLOCK][PER_GROUP];
   __shared__ unsigned long long tail_units[HEADS][MAX_CLUSTERS];
   __shared__ u32 tail_counts[MAX_CLUSTERS];
   __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
@@ -822,11 +915,11 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const float scale = p.scale * LOG2_E;
   const bool is_list = list < n_lists;
   // All loads that wait for nothing, before the first that is waited for.
-  constexpr u32 QUERIES = (HEADS * D + ATTEND_THREADS - 1) / ATTEND_THREADS;
+  constexpr u32 QUERIES = (HEADS * D + BLOCK - 1) / BLOCK;
   float query_values[QUERIES];
 #pragma unroll
   for (u32 i = 0; i < QUERIES; i++) {
-    const u32 head = (i * ATTEND_THREADS + tid) / D, j = (i * ATTEND_THREADS + tid) % D;
+    const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
     const bool is_there = head < part.heads && j < p.head_dim;
     query_values[i] = is_there ? widen(query[p.query.at(part.b, part.first_head + head, 0, j)]) : 0;
   }
@@ -838,10 +931,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
   const u32 wanted = search.wanted, n_open_all = is_list ? search.n_open : 0;
   const float tail_top = search.top;
-  constexpr u32 LIST_THREADS = ATTEND_THREADS / LISTS, OPEN = KEPT / LIST_THREADS;
+  constexpr u32 LIST_THREADS = BLOCK / LISTS, OPEN = (KEPT + LIST_THREADS - 1) / LIST_THREADS;
   u64 open[OPEN];
 #pragma unroll
-  for (u32 i = 0; i < OPEN; i++) open[i] = search.open[i * LIST_THREADS + tid % LIST_THREADS];
+  for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT - 1)];
   const u32 per_split = p.per_warp * WARPS;
   // This block's clusters.
   const u32 share = (p.n_clusters + p.splits - 1) / p.splits, first_cluster = min(blockIdx.x * share, p.n_clusters);
@@ -852,7 +945,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     // Eight lanes a cluster, of which each adds up some splits.
     constexpr u32 ADDERS = 8;
     const u32 all = part.heads * n_own;
-    for (u32 from = 0; from < all; from += ATTEND_THREADS / ADDERS) {
+    for (u32 from = 0; from < all; from += BLOCK / ADDERS) {
       const u32 i = min(from + tid / ADDERS, all - 1), head = i / n_own, c = first_cluster + i % n_own;
       const u32* of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
       const u32 count = counts[p.counts.at(part.b, part.kv, c)];
@@ -871,12 +964,12 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     }
   }
   if (BY_KV && p.has_tail && warp < part.heads) {
-    const float shift = find_shift<HEADS>(stats, blockIdx.y, warp, p.splits);
+    const float shift = shift_of(find_stats<HEADS>(stats, blockIdx.y, warp, p.splits));
     if (lane == 0) shifts[warp] = shift;
   }
 #pragma unroll
   for (u32 i = 0; i < QUERIES; i++) {
-    const u32 head = (i * ATTEND_THREADS + tid) / D, j = (i * ATTEND_THREADS + tid) % D;
+    const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
     if (head < HEADS) queries[head][j] = query_values[i];
   }
   if (warp < LISTS) {
@@ -894,7 +987,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
   const bool are_kept = n_open_all <= KEPT;
 #pragma unroll
-  for (u32 i = 0; i < OPEN; i++) ranks[list][i * LIST_THREADS + tid % LIST_THREADS] = open[i];
+  for (u32 i = 0; i < OPEN; i++) {
+    const u32 at = i * LIST_THREADS + tid % LIST_THREADS;
+    if (at < KEPT) ranks[list][at] = open[i];
+  }
   // Calls f with the rank of each.
   const auto each_open = [&](auto f) {
     if (are_kept) {
@@ -953,7 +1049,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   if (p.has_tail) {
     // Those that are not selected, where they belong to one of this block's clusters.
     clusters += p.clusters.at(part.b, part.kv);
-    const float unit = tail_unit(per_split), to_units = log2f(unit);
+    const float unit = tail_unit(per_split), to_units = BY_KV ? unit / tail_top : log2f(unit) - tail_top * scale;
     each_open([&](u64 rank) {
       const u32 position = ~static_cast<u32>(rank);
       if (rank >= pivots[list] || position < part.sink) return;
@@ -963,8 +1059,8 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       for (int h = 0; h < PER_GROUP; h++) {
         const u32 head = BY_KV ? h : list;
         const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + head;
-        const float shift = BY_KV ? shifts[h] + log2f(tail_top) : tail_top * scale;
-        const unsigned long long units = in_units(exp2_approx(scores[at] * scale - shift + to_units), unit, cut_of(position));
+        const float weight = BY_KV ? scores[at] * to_units : exp2_approx(scores[at] * scale + to_units);
+        const unsigned long long units = in_units(weight, unit, cut_of(position));
         if (head < part.heads) atomicAdd(&tail_units[head][own], units);
       }
     });
@@ -1094,7 +1190,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   }
   __syncthreads();
   const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + blockIdx.x;
-  for (u32 i = tid; i < HEADS * D; i += ATTEND_THREADS) {
+  for (u32 i = tid; i < HEADS * D; i += BLOCK) {
     const u32 h = i / D, element = i % D, w0 = BY_KV ? 0 : h * LIST_WARPS, hh = BY_KV ? h : 0;
     float shift = -INFINITY;
 #pragma unroll
@@ -1140,7 +1236,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   }
   __syncthreads();
   // Four elements a thread; the threads of the same ones share the splits.
-  constexpr u32 QUADS = HEADS * D / 4, SHARERS = ATTEND_THREADS / QUADS;
+  constexpr u32 QUADS = HEADS * D / 4, SHARERS = BLOCK / QUADS;
   {
     const float4* from = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;
     const float* own = factors[tid % QUADS * 4 / D];
@@ -1162,7 +1258,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     scratch[tid] = y;
   }
   __syncthreads();
-  for (u32 i = tid; i < HEADS * D; i += ATTEND_THREADS) {
+  for (u32 i = tid; i < HEADS * D; i += BLOCK) {
     const u32 h = i / D, element = i % D;
     if (h >= part.heads || element >= p.head_dim) continue;
     float y = 0;
@@ -1171,58 +1267,34 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     out[(static_cast<u64>(part.b) * p.h + part.first_head + h) * p.head_dim + element] = narrow<T>(y);
   }
   // For the next step.
-  for (u32 i = tid; i < n_lists * BINS<BY_KV>; i += ATTEND_THREADS) {
+  for (u32 i = tid; i < n_lists * BINS<BY_KV>; i += BLOCK) {
     searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
   }
+  if (tid == 0) searches[first_list].arrived = 0;
 }
 
-#define TABLES(suffix, type, HEADS)                                                                        \
-  extern "C" __global__ __launch_bounds__(THREADS) void decode_tables_##suffix##_h##HEADS(                 \
+#define SEARCH(suffix, type, name, HEADS, BY_KV)                                                           \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
       const type* query,       /* [b, h, 1, head_dim] */                                                   \
+      const u8* codes,         /* [b, h_kv, capacity, pq_dim] */                                           \
+      const u8* clusters,      /* [b, h_kv, capacity], or null */                                          \
       const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                                \
       const float* coarse,     /* [b, h_kv, n_clusters, head_dim], or null */                              \
-      float* out,              /* [b, h_kv, bundles, entries, HEADS] */                                    \
+      const u32* lens,         /* [b] */                                                                   \
+      float* tables,           /* [b, h_kv, bundles, entries, HEADS] */                                    \
+      float* scores,           /* [b, h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */  \
+      float* masses,           /* [b, h_kv, room], of the open keys; null by query head */                 \
+      Stats* stats,            /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                 \
+      Search* searches,        /* [lists] */                                                               \
+      u32* lists,              /* [lists, room] */                                                         \
+      Listed* listed,          /* [lists, splits, WARPS] */                                                \
+      u32* tail,               /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */            \
       const Decode p) {                                                                                    \
-    tables<HEADS>(query, centroids, coarse, out, p);                                                       \
-  }
-#define SCORES(name, HEADS, BY_KV)                                                                         \
-  extern "C" __global__ __launch_bounds__(THREADS, 2) void decode_scores_h##HEADS##name(                   \
-      const u8* codes,      /* [b, h_kv, capacity, pq_dim] */                                              \
-      const u8* clusters,   /* [b, h_kv, capacity], or null */                                             \
-      const float* tables,  /* [b, h_kv, bundles, entries, HEADS] */                                       \
-      const u32* lens,      /* [b] */                                                                      \
-      float* out,           /* [b, h_kv, bundles, room, HEADS] */                                          \
-      Stats* stats,         /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                    \
-      Search* searches,     /* [lists] */                                                                  \
-      const Decode p) {                                                                                    \
-    scores<HEADS, BY_KV>(codes, clusters, tables, lens, out, stats, searches, p);                          \
-  }
-#define MASSES(HEADS)                                                                                      \
-  extern "C" __global__ __launch_bounds__(THREADS, 2) void decode_masses_h##HEADS(                         \
-      const float* scores,  /* [b, h_kv, bundles, room, HEADS] */                                          \
-      const Stats* stats,   /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                    \
-      const u32* lens,      /* [b] */                                                                      \
-      float* out,           /* [b, h_kv, room] */                                                          \
-      Search* searches,     /* [b, h_kv] */                                                                \
-      const Decode p) {                                                                                    \
-    masses<HEADS>(scores, stats, lens, out, searches, p);                                                  \
-  }
-#define SELECT(name, HEADS, BY_KV)                                                                         \
-  extern "C" __global__ __launch_bounds__(THREADS, 2) void decode_select_h##HEADS##name(                   \
-      const u8* clusters,   /* [b, h_kv, capacity], or null */                                             \
-      const float* scores,  /* [b, h_kv, bundles, room, HEADS] */                                          \
-      const float* masses,  /* [b, h_kv, room] */                                                          \
-      const Stats* stats,   /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                    \
-      const u32* lens,      /* [b] */                                                                      \
-      Search* searches,     /* [lists] */                                                                  \
-      u32* lists,           /* [lists, room] */                                                            \
-      Listed* listed,       /* [lists, splits, WARPS] */                                                   \
-      u32* tail,            /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */               \
-      const Decode p) {                                                                                    \
-    select<HEADS, BY_KV>(clusters, scores, masses, stats, lens, searches, lists, listed, tail, p);                    \
+    search<HEADS, BY_KV>(query, codes, clusters, centroids, coarse, lens, tables, scores, masses, stats, searches, lists, \
+                         listed, tail, p);                                                                 \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
-  extern "C" __global__ __launch_bounds__(ATTEND_THREADS, 2) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
+  extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
       const type* query,      /* [b, h, 1, head_dim] */                                                    \
       const type* keys,       /* [b, h_kv, capacity, head_dim] */                                          \
       const type* values,     /* [b, h_kv, capacity, head_dim] */                                          \
@@ -1236,7 +1308,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       const Listed* listed,   /* [lists, splits, WARPS] */                                                 \
       const float* sums,      /* [b, h_kv, n_clusters, head_dim], or null */                               \
       const u32* counts,      /* [b, h_kv, n_clusters], or null */                                         \
-      const u32* tail,        /* as select leaves it */                                                    \
+      const u32* tail,        /* as search leaves it */                                                    \
       float* partials,        /* [b, h_kv, bundles, splits, HEADS, D] */                                   \
       float2* partial_stats,  /* [b, h_kv, bundles, splits, HEADS] */                                      \
       u32* arrived,           /* [b, h_kv, bundles] */                                                     \
@@ -1247,15 +1319,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
                             tail, partials, partial_stats, arrived, out, lse, p);                          \
   }
 
-#define BY_HEADS(HEADS)     \
-  MASSES(HEADS)             \
-  SCORES(, HEADS, false)    \
-  SCORES(_by_kv, HEADS, true) \
-  SELECT(, HEADS, false)    \
-  SELECT(_by_kv, HEADS, true)
-BY_HEADS(1) BY_HEADS(2) BY_HEADS(4)
 #define BY_TYPE(suffix, type)                                                         \
-  TABLES(suffix, type, 1) TABLES(suffix, type, 2) TABLES(suffix, type, 4)             \
+  SEARCH(suffix, type, , 1, false) SEARCH(suffix, type, _by_kv, 1, true)              \
+  SEARCH(suffix, type, , 2, false) SEARCH(suffix, type, _by_kv, 2, true)              \
+  SEARCH(suffix, type, , 4, false) SEARCH(suffix, type, _by_kv, 4, true)              \
   BY_SIZE(suffix, type, 64) BY_SIZE(suffix, type, 128) BY_SIZE(suffix, type, 256)
 #define BY_SIZE(suffix, type, D)                                                      \
   ATTEND(suffix, type, D, , 1, false) ATTEND(suffix, type, D, _by_kv, 1, true)        \

@@ -371,8 +371,8 @@ impl<'a> Launch<'a> {
     }
 
     /// As [`run`](Self::run), with all blocks running at once: they may wait for each other.
-    pub(crate) fn run_cooperatively(self, grid: [usize; 3], threads: u32) -> Result<()> {
-        let Some(config) = self.config(grid, threads, 0)? else { return Ok(()) };
+    pub(crate) fn run_cooperatively(self, grid: [usize; 3], threads: u32, shared: usize) -> Result<()> {
+        let Some(config) = self.config(grid, threads, shared)? else { return Ok(()) };
         let mut args = self.args;
         // SAFETY: the module's documentation, 1 to 3; the driver refuses a grid that does not fit the device at once.
         unsafe { args.launch_cooperative(config) }.w()?;

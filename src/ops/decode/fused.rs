@@ -1,5 +1,4 @@
-//! A step over an index in the launches of `kernels/decode.cu`, which share their passes over the keys where the single
-//! ops have one each.
+//! A step over an index in the two launches of `kernels/decode.cu`, whose scores stay where they are made.
 
 use candle_core::{CudaStorage, DType, Result};
 
@@ -29,6 +28,8 @@ struct Decode {
     bundles: u32,
     splits: u32,
     per_warp: u32,
+    histogram_at: u32,
+    shared_chunks: u32,
     head_dim: u32,
     pq_dim: u32,
     pq_len: u32,
@@ -40,10 +41,6 @@ struct Decode {
 
 const THREADS: usize = 512;
 const WARPS: usize = THREADS / 32;
-const ATTEND_THREADS: usize = 256;
-
-/// Lanes that compute an entry of the tables.
-const ENTRY_LANES: usize = 8;
 
 /// Keys that a warp takes at a time.
 const CHUNK: usize = 128;
@@ -56,27 +53,28 @@ const ROW_BYTES: usize = 128;
 const MAX_HEADS: usize = 4;
 
 /// Shared memory that a block has beside what the launch asks for, at most.
-const STATIC_BYTES: usize = 1 << 10;
+const STATIC_BYTES: usize = 3 << 10;
 
 const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
 const MAX_GROUP: usize = 64;
 
-/// Bins of a query head's histogram, and words of a `Search`: bins, ranks of two words, and some numbers.
+/// The most blocks of a grid's second dimension.
+const MAX_LISTS: usize = 65_535;
+
+/// Bins of a row's histogram and of a query head's, and words of a `Search`: bins, ranks of two words, and some numbers.
+const ROW_BINS: usize = 4096;
 const HEAD_BINS: usize = 2048;
 const SEARCH_WORDS: usize = 4096 + 2 * 256 + 8;
 
 /// A step's launches.
 pub(super) struct Fused {
-    tables: Kernel,
-    scores: Kernel,
-    /// Where the heads of a group select together.
-    masses: Option<Kernel>,
-    select: Kernel,
+    search: Kernel,
     attend: Kernel,
     params: Params<Decode>,
     /// (batch element, KV head) pairs
     rows: usize,
+    by_kv: bool,
     lists: usize,
     bundles: usize,
     heads: usize,
@@ -87,8 +85,7 @@ pub(super) struct Fused {
     list_room: usize,
     /// The head dimension that the kernel was compiled for.
     padded_dim: usize,
-    scores_bytes: usize,
-    select_bytes: usize,
+    shared_bytes: usize,
 }
 
 impl Fused {
@@ -107,11 +104,12 @@ impl Fused {
         let (rows, bundles) = (b * h_kv, group.div_ceil(heads));
         let name = if shape.by_kv { "_by_kv" } else { "" };
         let padded_dim = head_dim.next_power_of_two().max(64);
-        // A block a multiprocessor, or two where each has keys for all of its warps.
-        let wanted = |blocks: usize| blocks * gpu.multiprocessors / (rows * bundles);
-        let splits = capacity.div_ceil(CHUNK * WARPS).clamp(wanted(1), wanted(2)).clamp(1, MAX_SPLITS);
+        let teams = if shape.by_kv { rows } else { rows * bundles };
+        // A block a multiprocessor, where each has keys for all of its warps.
+        let splits = (gpu.multiprocessors / teams).min(capacity.div_ceil(CHUNK * WARPS)).clamp(1, MAX_SPLITS);
         let room = capacity.next_multiple_of(CHUNK);
         let list_room = capacity.next_multiple_of(CHUNK * WARPS * splits);
+        let shared = shape.shared(list_room / splits, bundles, &gpu);
         let coarse = selection.score.coarse.as_ref();
         let tail = selection.tail.as_ref();
         let [cb, ch, _, cc, ce] = coarse.map_or([0; 5], |coarse| coarse.centroids.device().strides);
@@ -136,6 +134,8 @@ impl Fused {
             bundles: u32_of(OP, "group", bundles)?,
             splits: u32_of(OP, "splits", splits)?,
             per_warp: u32_of(OP, "capacity", list_room / (WARPS * splits))?,
+            histogram_at: u32_of(OP, "pq_dim", shared.histogram_at)?,
+            shared_chunks: u32_of(OP, "capacity", shared.chunks)?,
             head_dim: u32_of(OP, "head_dim", head_dim)?,
             pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
             pq_len: u32_of(OP, "pq_len", head_dim / pq_dim)?,
@@ -148,13 +148,11 @@ impl Fused {
         let suffix = cuda::suffix(dtype);
         let kernel = |name: String| Kernel::new(device, Module::Decode, name);
         Ok(Some(Self {
-            tables: kernel(format!("decode_tables_{suffix}_h{heads}"))?,
-            scores: kernel(format!("decode_scores_h{heads}{name}"))?,
-            masses: if shape.by_kv { Some(kernel(format!("decode_masses_h{heads}"))?) } else { None },
-            select: kernel(format!("decode_select_h{heads}{name}"))?,
+            search: kernel(format!("decode_search_{suffix}_h{heads}{name}"))?,
             attend: kernel(format!("decode_attend_{suffix}_d{padded_dim}_h{heads}{name}"))?,
             params: Params(params),
             rows,
+            by_kv: shape.by_kv,
             lists: if shape.by_kv { rows } else { b * h },
             bundles,
             heads,
@@ -163,8 +161,7 @@ impl Fused {
             room,
             list_room,
             padded_dim,
-            scores_bytes: shape.scores_bytes(),
-            select_bytes: MAX_CLUSTERS * size_of::<u32>() * if shape.by_kv { group } else { heads },
+            shared_bytes: shared.bytes,
         }))
     }
 
@@ -196,45 +193,42 @@ impl Fused {
         let stats = buffers.mass_stats.of(device, 2 * all_heads * MAX_SPLITS, DType::F32)?;
         let searches = buffers.searches.zeroed(device, lists * SEARCH_WORDS, DType::U32)?;
 
-        let threads = THREADS as u32;
-        let grid = [(self.entries * ENTRY_LANES).div_ceil(THREADS), all_bundles, 1];
-        let launch = self.tables.launch().input(query)?.input(centroids)?.input_or_null(coarse)?;
-        launch.output(tables)?.value(params).run(grid, threads, 0)?;
-
-        let launch = self.scores.launch().input(codes)?.input_or_null(clusters)?.input(tables)?.input(lens)?;
-        let launch = launch.output(scores)?.output(stats)?.output(searches)?.value(params);
-        launch.run([*splits, all_bundles, 1], threads, self.scores_bytes)?;
-
-        let masses = match &self.masses {
-            None => None,
-            Some(kernel) => {
-                let masses = buffers.mass.of(device, rows * self.room, DType::F32)?;
-                let launch = kernel.launch().input(scores)?.input(stats)?.input(lens)?.output(masses)?;
-                launch.output(searches)?.value(params).run([*splits, *rows, 1], threads, 0)?;
-                Some(&*masses)
-            }
+        let mut masses = match self.by_kv {
+            true => Some(buffers.mass.of(device, rows * self.room, DType::F32)?),
+            false => None,
         };
-
         let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, lists * self.list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, all_heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch =
-            self.select.launch().input_or_null(clusters)?.input(scores)?.input_or_null(masses)?.input(stats)?;
-        let launch = launch.input(lens)?.output(searches)?.output(lists)?.output(listed)?.output(tail)?;
-        let grid = [*splits, if self.masses.is_some() { *rows } else { all_bundles }, 1];
-        launch.value(params).run(grid, threads, self.select_bytes)?;
+        let launch = self.search.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
+        let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(scores)?;
+        let launch = launch.output_or_null(masses.as_deref_mut())?.output(stats)?.output(searches)?;
+        let launch = launch.output(lists)?.output(listed)?.output(tail)?.value(params);
+        let grid = [*splits, if self.by_kv { *rows } else { all_bundles }, 1];
+        match splits {
+            1 => launch.run(grid, THREADS as u32, self.shared_bytes)?,
+            _ => launch.run_cooperatively(grid, THREADS as u32, self.shared_bytes)?,
+        }
 
         let partials = buffers.partials.of(device, all_heads * splits * self.padded_dim, DType::F32)?;
         let partial_stats = buffers.attend_stats.of(device, 2 * all_heads * splits, DType::F32)?;
         let arrived = buffers.arrived.zeroed(device, all_bundles, DType::U32)?;
         let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input_or_null(clusters)?;
-        let launch = launch.input(scores)?.input_or_null(masses)?.input(stats)?.input(lens)?;
+        let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(stats)?.input(lens)?;
         let launch = launch.output(searches)?.input(lists)?;
         let launch = launch.input(listed)?.input_or_null(sums)?.input_or_null(counts)?.input(tail)?;
         let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?;
         let launch = launch.output(out)?.output(lse)?.value(params);
-        launch.run([*splits, all_bundles, 1], ATTEND_THREADS as u32, 0)
+        launch.run([*splits, all_bundles, 1], if self.padded_dim > 128 { 256 } else { 512 }, 0)
     }
+}
+
+/// The shared memory of a block that searches.
+struct Shared {
+    histogram_at: usize,
+    /// Chunks of scores.
+    chunks: usize,
+    bytes: usize,
 }
 
 /// The sizes that a step is made of.
@@ -265,10 +259,25 @@ impl Shape {
         self.group.next_power_of_two().min(MAX_HEADS)
     }
 
-    /// Shared memory of a block that scores.
-    fn scores_bytes(&self) -> usize {
+    /// The histogram of a block, or its histograms.
+    fn histogram_bytes(&self) -> usize {
+        size_of::<u32>() * if self.by_kv { ROW_BINS } else { self.heads() * HEAD_BINS }
+    }
+
+    /// Where the histogram of a block lies: behind the tables, and what later takes their place.
+    fn histogram_at(&self) -> usize {
         let tables = (self.pq_dim / SUBSPACES * self.n_centroids + self.n_clusters) * ROW_BYTES;
-        tables + if self.by_kv { 0 } else { self.heads() * HEAD_BINS * size_of::<u32>() }
+        let heads = if self.by_kv { self.group } else { self.heads() };
+        tables.max(heads * MAX_CLUSTERS * size_of::<u32>())
+    }
+
+    /// What a block that searches `keys` has in shared memory.
+    fn shared(&self, keys: usize, bundles: usize, gpu: &Gpu) -> Shared {
+        let (histogram_at, chunk_bytes) = (self.histogram_at(), CHUNK * self.heads() * size_of::<f32>());
+        let others = histogram_at + self.histogram_bytes();
+        let wanted = keys / CHUNK * if self.by_kv { bundles } else { 1 };
+        let chunks = ((gpu.shared_bytes - STATIC_BYTES - others) / chunk_bytes).min(wanted);
+        Shared { histogram_at, chunks, bytes: others + chunks * chunk_bytes }
     }
 
     fn suits(&self, plan: &Plan, selection: &SelectionPlan, gpu: &Gpu) -> bool {
@@ -282,7 +291,8 @@ impl Shape {
             && (self.head_dim / self.pq_dim).is_multiple_of(4)
             && self.head_dim.is_multiple_of(8)
             && self.group <= MAX_GROUP
-            && self.scores_bytes() + STATIC_BYTES <= gpu.shared_bytes
+            && self.b * self.h <= MAX_LISTS
+            && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES <= gpu.shared_bytes
             && attend.scale > 0.0
             && attend.scale.is_finite()
             && rows.iter().all(|view| is_aligned(view, 8))

@@ -92,7 +92,7 @@ impl Kernels {
         match workspace {
             Some(workspace) => {
                 cuda::clear(workspace, self.workspace_len())?;
-                launch.output(workspace)?.output(positions)?.value(&params).run_cooperatively(grid, THREADS)
+                launch.output(workspace)?.output(positions)?.value(&params).run_cooperatively(grid, THREADS, 0)
             }
             None => launch.output_or_null(None)?.output(positions)?.value(&params).run(grid, THREADS, 0),
         }
