@@ -134,7 +134,7 @@ impl PqAttention {
         decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Attended>,
     ) -> Result<Tensor> {
         self.check(query, keys, cache)?;
-        let before = cache.len();
+        let before = cache.checkpoint();
         // Inference only: the ops in place and the cache are invisible to Candle's backward pass.
         let query = &query.detach();
         cache.append(&keys.detach(), &values.detach())?;
@@ -143,7 +143,7 @@ impl PqAttention {
             _ => cache.observe(query).and_then(|()| self.prefill(query, cache)),
         };
         if out.is_err() {
-            cache.undo_append(before)?;
+            cache.restore(before)?;
         }
         out
     }

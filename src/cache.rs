@@ -61,6 +61,17 @@ pub(crate) struct Replayable {
     is_dense: bool,
 }
 
+/// What a step that fails is to leave behind; see [`PqKvCache::restore`].
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    len: usize,
+    /// The codebook and the end of the keys it was trained on.
+    codebook: Option<(Codebook, Option<usize>)>,
+    encoded: usize,
+    summed: usize,
+    version: u64,
+}
+
 fn next_version() -> u64 {
     static VERSIONS: AtomicU64 = AtomicU64::new(0);
     VERSIONS.fetch_add(1, Ordering::Relaxed)
@@ -347,6 +358,12 @@ impl PqKvCache {
         Ok(())
     }
 
+    fn forget_codebook(&mut self) {
+        self.trained = None;
+        self.encoded = self.config.init_offset();
+        self.version = next_version();
+    }
+
     /// Keys of a block: what fits the window and the key that leaves it.
     fn block(&self) -> usize {
         self.config.window.saturating_add(1)
@@ -467,9 +484,7 @@ impl PqKvCache {
         self.set_len(len)?;
         self.queries.truncate(len)?;
         if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
-            self.trained = None;
-            self.encoded = self.config.init_offset();
-            self.version = next_version();
+            self.forget_codebook();
         }
         self.encoded = self.encoded.min(self.blocks_end(len));
         match &mut self.trained {
@@ -482,13 +497,35 @@ impl PqKvCache {
         }
     }
 
-    /// Takes back what [`append`](Self::append) just did, whether it ran or was only recorded for a graph.
-    pub(crate) fn undo_append(&mut self, len: usize) -> Result<()> {
-        if self.is_capturing()? {
-            self.len = len;
-            return self.queries.truncate(len);
+    /// What [`restore`](Self::restore) goes back to. Copies no numbers.
+    pub(crate) fn checkpoint(&self) -> Checkpoint {
+        Checkpoint {
+            len: self.len,
+            codebook: self.trained.as_ref().map(|trained| (trained.codebook.clone(), trained.end)),
+            encoded: self.encoded,
+            summed: self.trained.as_ref().map_or(0, |trained| trained.summed),
+            version: self.version,
         }
-        self.truncate(len)
+    }
+
+    /// Takes back what was appended and trained since, whether it ran or was only recorded for a graph.
+    pub(crate) fn restore(&mut self, before: Checkpoint) -> Result<()> {
+        if self.is_capturing()? {
+            // Nothing ran, and nothing was trained.
+            (self.len, self.encoded) = (before.len, before.encoded);
+            if let Some(trained) = &mut self.trained {
+                trained.summed = before.summed;
+            }
+            return self.queries.truncate(before.len);
+        }
+        self.truncate(before.len)?;
+        match before.codebook {
+            _ if self.version == before.version => {}
+            // Codes are written in place: those of the codebook that is back are made anew, and are the same.
+            Some((codebook, end)) => self.use_codebook(codebook, end)?,
+            None => self.forget_codebook(),
+        }
+        Ok(())
     }
 
     fn set_len(&mut self, len: usize) -> Result<()> {

@@ -122,14 +122,14 @@ where
     /// Those of `forward` or of its capture, or caches of different lengths, before the step or after. The caches are then
     /// as before.
     pub fn step(&mut self, tokens: &Tensor, caches: &mut [PqKvCache]) -> Result<Tensor> {
-        let before = common_len(caches)?;
-        self.set_inputs(tokens, before)?;
+        let len = common_len(caches)?;
+        self.set_inputs(tokens, len)?;
+        let before: Vec<_> = caches.iter().map(PqKvCache::checkpoint).collect();
         let out = self.step_on_device(tokens, caches);
         if out.is_err() {
             self.forget();
-            for cache in caches.iter_mut().filter(|cache| cache.len() > before) {
-                cache.truncate(before)?;
-            }
+            let caches = caches.iter_mut().zip(before).filter(|(cache, _)| cache.len() >= len);
+            caches.into_iter().try_for_each(|(cache, before)| cache.restore(before))?;
         }
         out
     }

@@ -131,6 +131,42 @@ fn errors_leave_the_caches_as_they_were() -> Result<()> {
     Ok(())
 }
 
+/// Also a codebook that another takes the place of: later steps are those of caches that never failed, to the bit.
+#[test]
+fn errors_leave_the_codebooks_as_they_were() -> Result<()> {
+    let attn = attention()?;
+    let fails = Cell::new(false);
+    let forward = |x: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| {
+        let y = attn.forward(x, x, x, &mut caches[0])?;
+        if fails.get() {
+            bail!("no more");
+        }
+        attn.forward(&y, &y, &y, &mut caches[1])
+    };
+    let numbers = |x: Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let centroids = |cache: &PqKvCache| cache.codebook().map(|codebook| numbers(codebook.centroids()?)).transpose();
+    let new_caches = || Ok::<_, candle_core::Error>([cache(&attn, 20, 0)?, cache(&attn, 20, 0)?]);
+    let (mut failing, mut caches) = (new_caches()?, new_caches()?);
+    let (mut graph, mut other) = (DecodeGraph::new(forward), DecodeGraph::new(forward));
+    for step in 0..150 {
+        // Before and after the first training, and each time that another falls due.
+        fails.set(true);
+        assert!(graph.step(&token(step + 500), &mut failing).is_err());
+        fails.set(false);
+        for (failing, cache) in failing.iter_mut().zip(&mut caches) {
+            assert_eq!(centroids(failing)?, centroids(cache)?, "step {step}");
+            if step % 3 == 0 {
+                // Not due any more, where one was.
+                failing.truncate(failing.len() - 1)?;
+                cache.truncate(cache.len() - 1)?;
+            }
+        }
+        let (got, want) = (graph.step(&token(step), &mut failing)?, other.step(&token(step), &mut caches)?);
+        assert_eq!(numbers(got)?, numbers(want)?, "step {step}");
+    }
+    Ok(())
+}
+
 #[test]
 fn errors_say_what_was_expected() -> Result<()> {
     let attn = attention()?;
