@@ -164,6 +164,10 @@ impl PqAttention {
             let (expected, got) = (cache.dtype().as_str(), query.dtype().as_str());
             bail!("PqAttention: query: expected dtype {expected} as the cache, got {got}");
         }
+        if !query.device().same_device(cache.device()) {
+            let (expected, got) = (cache.device().location(), query.device().location());
+            bail!("PqAttention: query: expected device {expected:?} as the cache, got {got:?}");
+        }
         match *keys.dims() {
             [_, _, ks, _] if ks != s => bail!("PqAttention: keys: expected s = {s} as the query, got {ks}"),
             _ => Ok(()),

@@ -446,7 +446,7 @@ impl PqKvCache {
     /// Uses a codebook trained elsewhere, which is then never trained again.
     ///
     /// # Errors
-    /// A codebook of other dimensions or another metric than the cache and its config.
+    /// A codebook of other dimensions or another metric than the cache and its config, or on another device.
     pub fn set_codebook(&mut self, codebook: Codebook) -> Result<()> {
         self.check_codebook(&codebook)?;
         self.use_codebook(codebook, None)
@@ -469,6 +469,10 @@ impl PqKvCache {
         if codebook.coarse().map_or(0, |coarse| coarse.dims()[2]) != self.config.coarse {
             let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
             bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
+        }
+        if !codebook.device().same_device(self.device()) {
+            let (expected, got) = (self.device().location(), codebook.device().location());
+            bail!("PqKvCache: codebook: expected device {expected:?}, got {got:?}");
         }
         Ok(())
     }
@@ -650,6 +654,11 @@ impl PqKvCache {
     pub fn dims(&self) -> [usize; 3] {
         let dims = self.kv.dims();
         [dims[1], dims[2], dims[4]]
+    }
+
+    /// The device of keys and values.
+    pub(crate) fn device(&self) -> &Device {
+        self.kv.device()
     }
 
     /// The dtype of keys and values.

@@ -280,6 +280,11 @@ impl Codebook {
         }
     }
 
+    /// The device of the centroids.
+    pub(crate) fn device(&self) -> &Device {
+        self.centroids.device()
+    }
+
     /// `[b, h_kv, pq_dim, n_centroids]`
     pub fn dims(&self) -> [usize; 4] {
         let dims = self.centroids.dims();
