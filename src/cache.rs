@@ -318,12 +318,18 @@ impl PqKvCache {
     /// cache, finds blocks of earlier keys without codes, or, where steps train at all, trains.
     pub(crate) fn replayable(&self, trains: bool) -> Option<Replayable> {
         let len = self.len.checked_add(1).filter(|len| *len <= self.capacity())?;
-        let is_indexed = self.trained.as_ref().is_none_or(|trained| {
-            let is_summed = trained.clusters.is_none() || trained.summed == self.encoded;
-            self.encoded == self.blocks_end(self.len) && is_summed
-        });
         let is_trained = !(trains && self.is_training_due_at(len));
-        (is_indexed && is_trained).then(|| Replayable { is_dense: self.config.is_dense(len), ..self.last_step() })
+        (self.is_indexed(self.len) && is_trained)
+            .then(|| Replayable { is_dense: self.config.is_dense(len), ..self.last_step() })
+    }
+
+    /// Whether all full blocks of `len` keys have codes and are summed, as far as there is a codebook: replays encode those
+    /// that fill later.
+    fn is_indexed(&self, len: usize) -> bool {
+        self.trained.as_ref().is_none_or(|trained| {
+            let is_summed = trained.clusters.is_none() || trained.summed == self.encoded;
+            self.encoded == self.blocks_end(len) && is_summed
+        })
     }
 
     /// What a graph of the step that was last run would rely on.
@@ -409,8 +415,9 @@ impl PqKvCache {
     #[cfg(feature = "cuda")]
     pub(crate) fn encode_in_replays(&mut self) -> Result<()> {
         let (block, end) = (self.block(), self.blocks_end(self.len));
+        let earlier = self.blocks_end(self.len.saturating_sub(1));
         let (Some(trained), Some(lens)) = (&mut self.trained, &self.lens) else { return Ok(()) };
-        if self.encoded + block < end || (trained.clusters.is_some() && trained.summed != self.encoded) {
+        if self.encoded < earlier || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
         let due = ops::Due { lens, init_offset: self.config.init_offset(), block };
@@ -559,18 +566,24 @@ impl PqKvCache {
     /// reserve room for all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
     ///
     /// # Errors
-    /// More steps than there is room for: replays beyond the capacity append nothing.
+    /// More steps than there is room for: replays beyond the capacity append nothing. Or full blocks of keys without codes,
+    /// which no replay encodes. The cache is then as before.
     pub fn advance(&mut self, steps: usize) -> Result<()> {
-        match self.len.checked_add(steps) {
-            Some(len) if len <= self.capacity() => self.len = len,
-            _ => {
-                let (room, len) = (self.capacity() - self.len, self.len);
-                bail!(
-                    "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
-                    self.capacity()
-                )
-            }
+        let (len, room) = (self.len, self.capacity() - self.len);
+        if steps > room {
+            bail!(
+                "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
+                self.capacity()
+            );
         }
+        if steps == 0 {
+            return Ok(());
+        }
+        if !self.is_indexed(len) {
+            let (end, encoded) = (self.blocks_end(len), self.encoded);
+            bail!("PqKvCache: advance: expected codes up to key {end}, got {encoded}: call build_index first");
+        }
+        self.len += steps;
         // Every step of a graph that was captured with an index encodes the block that it fills.
         let end = self.blocks_end(self.len);
         if let Some(trained) = &mut self.trained {

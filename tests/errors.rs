@@ -585,6 +585,27 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
     assert_errors(table);
     assert_eq!(state(&cache)?, before);
 
+    // Of blocks of 5 from position 4 on, 19 have codes; key 103 is the last of another.
+    let mut cache = attn.new_cache([1, 2, 16], 200, DType::F32, &Device::Cpu)?;
+    cache.append(&first, &first)?;
+    cache.advance(3)?;
+    assert_eq!((cache.len(), cache.codebook().is_none()), (103, true), "without a codebook nothing is to be encoded");
+    cache.truncate(100)?;
+    cache.build_index()?;
+    cache.append(&first.narrow(2, 0, 4)?, &first.narrow(2, 0, 4)?)?;
+    let open = state(&cache)?;
+    cache.advance(0)?;
+    assert_errors(vec![
+        (cache.advance(1), "PqKvCache: advance: expected codes up to key 104, got 99: call build_index first"),
+        (cache.advance(97), "PqKvCache: advance: expected at most 96 steps for 104 keys of 200, got 97"),
+    ]);
+    assert_eq!(state(&cache)?, open);
+    cache.build_index()?;
+    cache.advance(5)?;
+    assert_eq!((cache.len(), cache.codes()?.dim(2)?), (109, 105));
+    cache.truncate(100)?;
+    assert_eq!(state(&cache)?, before);
+
     let other = PqAttention::new(PqConfig { sink: 5, ..config.clone() }, 0.25)?;
     let error = other.forward(&q, &kv, &kv, &mut cache).expect_err("another config").to_string();
     assert!(error.starts_with("PqAttention: cache: expected one made with this attention's config, got PqConfig"));
