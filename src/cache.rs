@@ -303,8 +303,9 @@ impl PqKvCache {
             None => trainable >= self.config.min_train_keys(),
             Some(Trained { end: None, .. }) => false,
             Some(Trained { end: Some(end), .. }) => {
-                let trained = (end - start) as f64;
-                trainable as f64 >= trained * (1.0 + self.config.refresh)
+                let trained = end - start;
+                // A share may be lost to rounding, or less than a key.
+                trainable > trained && trainable as f64 >= trained as f64 * (1.0 + self.config.refresh)
             }
         }
     }

@@ -40,7 +40,7 @@ pub struct PqConfig {
     /// they are half of all, if those are many, and half of them from the last quarter. More than 64 a centroid (the
     /// default) gain little.
     pub max_train_keys: usize,
-    /// Trains again when the keys have grown by this share since: above 0. Codes of keys that the codebook has not seen
+    /// Trains again when the keys have grown by this share since, by one at least: above 0. Codes of keys that the codebook has not seen
     /// are poor, and the latest keys matter most; rarer training costs fidelity, more frequent training costs time.
     pub refresh: f64,
     /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their

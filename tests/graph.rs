@@ -48,6 +48,49 @@ fn steps_are_those_of_forward() -> Result<()> {
     Ok(())
 }
 
+/// What a step returns stays as it is, also where it is the token or the position itself.
+#[test]
+fn results_outlive_later_steps() -> Result<()> {
+    let attn = attention()?;
+    let mut caches = [cache(&attn, 40, 0)?];
+    let which = Cell::new(0);
+    let mut graph = DecodeGraph::new(|x: &Tensor, position: &Tensor, caches: &mut [PqKvCache]| {
+        attn.forward(x, x, x, &mut caches[0])?;
+        match which.get() {
+            0 => Ok(x.clone()),
+            1 => x.narrow(3, 2, 4)?.squeeze(0),
+            _ => position.to_dtype(DType::U32),
+        }
+    });
+    for (of, want) in [(0, token(0)), (1, token(0).narrow(3, 2, 4)?), (2, Tensor::new(&[42u32], &Device::Cpu)?)] {
+        which.set(of);
+        let out = graph.step(&token(0), &mut caches)?;
+        graph.step(&token(1), &mut caches)?;
+        caches[0].truncate(41 + of)?;
+        assert_eq!(common::numbers(&out), common::numbers(&want), "{of}");
+    }
+    Ok(())
+}
+
+/// A share of a key is one key: at the same length nothing is trained twice.
+#[test]
+fn refresh_of_less_than_a_key() -> Result<()> {
+    let config = PqConfig { refresh: 1e-300, ..attention()?.config().clone() };
+    let attn = PqAttention::new(config, 0.25)?;
+    let mut graph =
+        DecodeGraph::new(|x: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| attn.forward(x, x, x, &mut caches[0]));
+    let mut caches = [cache(&attn, 40, 100)?];
+    for step in 0..5 {
+        graph.step(&token(step), &mut caches)?;
+        let id = |caches: &[PqKvCache]| caches[0].codebook().map(|codebook| codebook.coarse().map(Tensor::id));
+        let trained = id(&caches);
+        caches[0].build_index()?;
+        assert!(trained.is_some() && id(&caches) == trained, "trained again at {}", caches[0].len());
+        assert!(!graph.is_replay(&caches), "the next trains");
+    }
+    Ok(())
+}
+
 /// A replay neither trains, nor grows, nor turns from dense to sparse.
 #[test]
 fn what_is_not_a_replay() -> Result<()> {
