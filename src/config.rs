@@ -252,6 +252,7 @@ pub enum Tail {
     /// Nothing: the attended keys share all the weight.
     None,
     /// The mean value of each `coarse` cluster, with the weight that its keys have by their scores: closer to dense
-    /// attention than any selection alone, for one more pass over the scores.
+    /// attention than any selection alone, for one more pass over the scores. Values of a cluster are summed in f32, so they
+    /// must be small beside 3.4e38 divided by the number of keys.
     ClusterMeans,
 }
