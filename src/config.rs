@@ -129,7 +129,8 @@ impl PqConfig {
 
     /// Centroids a subspace.
     pub fn n_centroids(&self) -> usize {
-        1 << self.pq_bits
+        let bits = u32::try_from(self.pq_bits).unwrap_or(u32::MAX);
+        1usize.checked_shl(bits).unwrap_or(usize::MAX)
     }
 
     /// Keys that a codebook needs at least: one a centroid.
@@ -147,7 +148,7 @@ impl PqConfig {
     pub fn is_dense(&self, n: usize) -> bool {
         let heavy = self.heavy.count(n);
         let attended = self.sink.saturating_add(heavy).saturating_add(self.window);
-        let trained = heavy.saturating_add(self.init_offset()).saturating_add(1 + self.min_train_keys());
+        let trained = heavy.saturating_add(self.init_offset()).saturating_add(self.min_train_keys().saturating_add(1));
         n <= attended.max(trained)
     }
 

@@ -529,6 +529,10 @@ fn fallback_follows_the_formula() {
     }
     let all = PqConfig { sink: usize::MAX, window: usize::MAX, heavy: Heavy::Keys(usize::MAX), ..small() };
     assert!(all.is_dense(1 << 40) && all.attended(100) == 100);
+    // No config is valid with these, but asking costs nothing.
+    for beyond in [PqConfig { coarse: usize::MAX, ..small() }, PqConfig { pq_bits: 64, ..small() }] {
+        assert!(beyond.is_dense(1 << 40));
+    }
     for percent in 1..=100 {
         let heavy: Heavy = format!("{percent}%").parse().expect("a share");
         assert_eq!((heavy.count(100), heavy.count(10_000)), (percent, 100 * percent));

@@ -463,6 +463,15 @@ fn kmeans() {
                 .map(drop),
             "Codebook: keys: expected [1, 2, n, 8], got [1, 1, 5, 8]",
         ),
+        (
+            train(PqConfig { coarse: 3, ..small() }, full(1.0, 8)),
+            "PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got 3",
+        ),
+        (
+            train(PqConfig { coarse: usize::MAX, ..small() }, full(1.0, 8)),
+            "PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got 18446744073709551615",
+        ),
+        (train(PqConfig { pq_bits: 64, ..small() }, full(1.0, 8)), "PqConfig: pq_bits: expected 1 to 8, got 64"),
         (train(small(), full(0.0, 8)), "Codebook: weights: expected positive finite numbers, got 0"),
         (
             train(PqConfig { metric: Metric::InnerProduct, ..small() }, full(1.0, 8)),
