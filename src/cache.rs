@@ -187,12 +187,22 @@ impl PqKvCache {
 
     /// Writes keys and values behind the last ones, where there is room.
     fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
+        let (keys, values) = (&self.apart(keys)?, &self.apart(values)?);
         #[cfg(feature = "cuda")]
         if let Some(lens) = &mut self.lens {
             return ops::append(&self.kv, lens, keys, values);
         }
         self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len)?;
         self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len)
+    }
+
+    /// `tensor`, or a copy where it is a view of these keys and values: Candle writes to no tensor what is in it.
+    fn apart(&self, tensor: &Tensor) -> Result<Tensor> {
+        let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
+        match storage(tensor) == storage(&self.kv) {
+            true => tensor.force_contiguous(),
+            false => Ok(tensor.clone()),
+        }
     }
 
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
