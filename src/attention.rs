@@ -134,7 +134,7 @@ impl PqAttention {
         decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Attended>,
     ) -> Result<Tensor> {
         self.check(query, keys, cache)?;
-        let before = cache.len();
+        let before = cache.checkpoint();
         // Inference only: the ops in place and the cache are invisible to Candle's backward pass.
         let query = &query.detach();
         cache.append(&keys.detach(), &values.detach())?;
@@ -143,7 +143,7 @@ impl PqAttention {
             _ => cache.observe(query).and_then(|()| self.prefill(query, cache)),
         };
         if out.is_err() {
-            cache.undo_append(before)?;
+            cache.restore(before)?;
         }
         out
     }
@@ -163,6 +163,10 @@ impl PqAttention {
         if query.dtype() != cache.dtype() {
             let (expected, got) = (cache.dtype().as_str(), query.dtype().as_str());
             bail!("PqAttention: query: expected dtype {expected} as the cache, got {got}");
+        }
+        if !query.device().same_device(cache.device()) {
+            let (expected, got) = (cache.device().location(), query.device().location());
+            bail!("PqAttention: query: expected device {expected:?} as the cache, got {got:?}");
         }
         match *keys.dims() {
             [_, _, ks, _] if ks != s => bail!("PqAttention: keys: expected s = {s} as the query, got {ks}"),

@@ -61,6 +61,17 @@ pub(crate) struct Replayable {
     is_dense: bool,
 }
 
+/// What a step that fails is to leave behind; see [`PqKvCache::restore`].
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    len: usize,
+    /// The codebook and the end of the keys it was trained on.
+    codebook: Option<(Codebook, Option<usize>)>,
+    encoded: usize,
+    summed: usize,
+    version: u64,
+}
+
 fn next_version() -> u64 {
     static VERSIONS: AtomicU64 = AtomicU64::new(0);
     VERSIONS.fetch_add(1, Ordering::Relaxed)
@@ -176,12 +187,22 @@ impl PqKvCache {
 
     /// Writes keys and values behind the last ones, where there is room.
     fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
+        let (keys, values) = (&self.apart(keys)?, &self.apart(values)?);
         #[cfg(feature = "cuda")]
         if let Some(lens) = &mut self.lens {
             return ops::append(&self.kv, lens, keys, values);
         }
         self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len)?;
         self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len)
+    }
+
+    /// `tensor`, or a copy where it is a view of these keys and values: Candle writes to no tensor what is in it.
+    fn apart(&self, tensor: &Tensor) -> Result<Tensor> {
+        let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
+        match storage(tensor) == storage(&self.kv) {
+            true => tensor.force_contiguous(),
+            false => Ok(tensor.clone()),
+        }
     }
 
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
@@ -292,8 +313,9 @@ impl PqKvCache {
             None => trainable >= self.config.min_train_keys(),
             Some(Trained { end: None, .. }) => false,
             Some(Trained { end: Some(end), .. }) => {
-                let trained = (end - start) as f64;
-                trainable as f64 >= trained * (1.0 + self.config.refresh)
+                let trained = end - start;
+                // A share may be lost to rounding, or less than a key.
+                trainable > trained && trainable as f64 >= trained as f64 * (1.0 + self.config.refresh)
             }
         }
     }
@@ -307,12 +329,18 @@ impl PqKvCache {
     /// cache, finds blocks of earlier keys without codes, or, where steps train at all, trains.
     pub(crate) fn replayable(&self, trains: bool) -> Option<Replayable> {
         let len = self.len.checked_add(1).filter(|len| *len <= self.capacity())?;
-        let is_indexed = self.trained.as_ref().is_none_or(|trained| {
-            let is_summed = trained.clusters.is_none() || trained.summed == self.encoded;
-            self.encoded == self.blocks_end(self.len) && is_summed
-        });
         let is_trained = !(trains && self.is_training_due_at(len));
-        (is_indexed && is_trained).then(|| Replayable { is_dense: self.config.is_dense(len), ..self.last_step() })
+        (self.is_indexed(self.len) && is_trained)
+            .then(|| Replayable { is_dense: self.config.is_dense(len), ..self.last_step() })
+    }
+
+    /// Whether all full blocks of `len` keys have codes and are summed, as far as there is a codebook: replays encode those
+    /// that fill later.
+    fn is_indexed(&self, len: usize) -> bool {
+        self.trained.as_ref().is_none_or(|trained| {
+            let is_summed = trained.clusters.is_none() || trained.summed == self.encoded;
+            self.encoded == self.blocks_end(len) && is_summed
+        })
     }
 
     /// What a graph of the step that was last run would rely on.
@@ -345,6 +373,12 @@ impl PqKvCache {
         self.encoded = start;
         self.version = next_version();
         Ok(())
+    }
+
+    fn forget_codebook(&mut self) {
+        self.trained = None;
+        self.encoded = self.config.init_offset();
+        self.version = next_version();
     }
 
     /// Keys of a block: what fits the window and the key that leaves it.
@@ -392,8 +426,9 @@ impl PqKvCache {
     #[cfg(feature = "cuda")]
     pub(crate) fn encode_in_replays(&mut self) -> Result<()> {
         let (block, end) = (self.block(), self.blocks_end(self.len));
+        let earlier = self.blocks_end(self.len.saturating_sub(1));
         let (Some(trained), Some(lens)) = (&mut self.trained, &self.lens) else { return Ok(()) };
-        if self.encoded + block < end || (trained.clusters.is_some() && trained.summed != self.encoded) {
+        if self.encoded < earlier || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
         let due = ops::Due { lens, init_offset: self.config.init_offset(), block };
@@ -429,7 +464,7 @@ impl PqKvCache {
     /// Uses a codebook trained elsewhere, which is then never trained again.
     ///
     /// # Errors
-    /// A codebook of other dimensions or another metric than the cache and its config.
+    /// A codebook of other dimensions or another metric than the cache and its config, or on another device.
     pub fn set_codebook(&mut self, codebook: Codebook) -> Result<()> {
         self.check_codebook(&codebook)?;
         self.use_codebook(codebook, None)
@@ -453,6 +488,10 @@ impl PqKvCache {
             let clusters = codebook.coarse().map_or(0, |coarse| coarse.dims()[2]);
             bail!("PqKvCache: codebook: expected {} coarse clusters, got {clusters}", self.config.coarse);
         }
+        if !codebook.device().same_device(self.device()) {
+            let (expected, got) = (self.device().location(), codebook.device().location());
+            bail!("PqKvCache: codebook: expected device {expected:?}, got {got:?}");
+        }
         Ok(())
     }
 
@@ -467,9 +506,7 @@ impl PqKvCache {
         self.set_len(len)?;
         self.queries.truncate(len)?;
         if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
-            self.trained = None;
-            self.encoded = self.config.init_offset();
-            self.version = next_version();
+            self.forget_codebook();
         }
         self.encoded = self.encoded.min(self.blocks_end(len));
         match &mut self.trained {
@@ -482,13 +519,35 @@ impl PqKvCache {
         }
     }
 
-    /// Takes back what [`append`](Self::append) just did, whether it ran or was only recorded for a graph.
-    pub(crate) fn undo_append(&mut self, len: usize) -> Result<()> {
-        if self.is_capturing()? {
-            self.len = len;
-            return self.queries.truncate(len);
+    /// What [`restore`](Self::restore) goes back to. Copies no numbers.
+    pub(crate) fn checkpoint(&self) -> Checkpoint {
+        Checkpoint {
+            len: self.len,
+            codebook: self.trained.as_ref().map(|trained| (trained.codebook.clone(), trained.end)),
+            encoded: self.encoded,
+            summed: self.trained.as_ref().map_or(0, |trained| trained.summed),
+            version: self.version,
         }
-        self.truncate(len)
+    }
+
+    /// Takes back what was appended and trained since, whether it ran or was only recorded for a graph.
+    pub(crate) fn restore(&mut self, before: Checkpoint) -> Result<()> {
+        if self.is_capturing()? {
+            // Nothing ran, and nothing was trained.
+            (self.len, self.encoded) = (before.len, before.encoded);
+            if let Some(trained) = &mut self.trained {
+                trained.summed = before.summed;
+            }
+            return self.queries.truncate(before.len);
+        }
+        self.truncate(before.len)?;
+        match before.codebook {
+            _ if self.version == before.version => {}
+            // Codes are written in place: those of the codebook that is back are made anew, and are the same.
+            Some((codebook, end)) => self.use_codebook(codebook, end)?,
+            None => self.forget_codebook(),
+        }
+        Ok(())
     }
 
     fn set_len(&mut self, len: usize) -> Result<()> {
@@ -518,18 +577,24 @@ impl PqKvCache {
     /// reserve room for all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
     ///
     /// # Errors
-    /// More steps than there is room for: replays beyond the capacity append nothing.
+    /// More steps than there is room for: replays beyond the capacity append nothing. Or full blocks of keys without codes,
+    /// which no replay encodes. The cache is then as before.
     pub fn advance(&mut self, steps: usize) -> Result<()> {
-        match self.len.checked_add(steps) {
-            Some(len) if len <= self.capacity() => self.len = len,
-            _ => {
-                let (room, len) = (self.capacity() - self.len, self.len);
-                bail!(
-                    "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
-                    self.capacity()
-                )
-            }
+        let (len, room) = (self.len, self.capacity() - self.len);
+        if steps > room {
+            bail!(
+                "PqKvCache: advance: expected at most {room} steps for {len} keys of {}, got {steps}",
+                self.capacity()
+            );
         }
+        if steps == 0 {
+            return Ok(());
+        }
+        if !self.is_indexed(len) {
+            let (end, encoded) = (self.blocks_end(len), self.encoded);
+            bail!("PqKvCache: advance: expected codes up to key {end}, got {encoded}: call build_index first");
+        }
+        self.len += steps;
         // Every step of a graph that was captured with an index encodes the block that it fills.
         let end = self.blocks_end(self.len);
         if let Some(trained) = &mut self.trained {
@@ -613,6 +678,11 @@ impl PqKvCache {
     pub fn dims(&self) -> [usize; 3] {
         let dims = self.kv.dims();
         [dims[1], dims[2], dims[4]]
+    }
+
+    /// The device of keys and values.
+    pub(crate) fn device(&self) -> &Device {
+        self.kv.device()
     }
 
     /// The dtype of keys and values.

@@ -51,6 +51,8 @@ impl Codebook {
     /// # Errors
     /// Those of [`train`](Self::train) and of [`with_weights`](Self::with_weights).
     pub fn train_weighted(keys: &Tensor, weights: Option<&Tensor>, config: &PqConfig) -> Result<Self> {
+        let (b, h_kv, _, head_dim) = keys.dims4()?;
+        config.validate(head_dim)?;
         let options = KmeansOptions {
             pq_dim: config.pq_dim,
             pq_bits: config.pq_bits,
@@ -60,7 +62,6 @@ impl Codebook {
             seed: config.seed,
         };
         if let Some(weights) = weights {
-            let (b, h_kv, _, head_dim) = keys.dims4()?;
             check_weights(weights, [b, h_kv, head_dim], config.metric)?;
         }
         let with_weights = |codebook: Self| match weights {
@@ -278,6 +279,11 @@ impl Codebook {
             None => Metric::Euclidean,
             Some(_) => Metric::InnerProduct,
         }
+    }
+
+    /// The device of the centroids.
+    pub(crate) fn device(&self) -> &Device {
+        self.centroids.device()
     }
 
     /// `[b, h_kv, pq_dim, n_centroids]`

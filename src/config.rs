@@ -40,7 +40,7 @@ pub struct PqConfig {
     /// they are half of all, if those are many, and half of them from the last quarter. More than 64 a centroid (the
     /// default) gain little.
     pub max_train_keys: usize,
-    /// Trains again when the keys have grown by this share since: above 0. Codes of keys that the codebook has not seen
+    /// Trains again when the keys have grown by this share since, by one at least: above 0. Codes of keys that the codebook has not seen
     /// are poor, and the latest keys matter most; rarer training costs fidelity, more frequent training costs time.
     pub refresh: f64,
     /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their
@@ -129,7 +129,8 @@ impl PqConfig {
 
     /// Centroids a subspace.
     pub fn n_centroids(&self) -> usize {
-        1 << self.pq_bits
+        let bits = u32::try_from(self.pq_bits).unwrap_or(u32::MAX);
+        1usize.checked_shl(bits).unwrap_or(usize::MAX)
     }
 
     /// Keys that a codebook needs at least: one a centroid.
@@ -147,7 +148,7 @@ impl PqConfig {
     pub fn is_dense(&self, n: usize) -> bool {
         let heavy = self.heavy.count(n);
         let attended = self.sink.saturating_add(heavy).saturating_add(self.window);
-        let trained = heavy.saturating_add(self.init_offset()).saturating_add(1 + self.min_train_keys());
+        let trained = heavy.saturating_add(self.init_offset()).saturating_add(self.min_train_keys().saturating_add(1));
         n <= attended.max(trained)
     }
 
@@ -252,6 +253,7 @@ pub enum Tail {
     /// Nothing: the attended keys share all the weight.
     None,
     /// The mean value of each `coarse` cluster, with the weight that its keys have by their scores: closer to dense
-    /// attention than any selection alone, for one more pass over the scores.
+    /// attention than any selection alone, for one more pass over the scores. Values of a cluster are summed in f32, so they
+    /// must be small beside 3.4e38 divided by the number of keys.
     ClusterMeans,
 }

@@ -122,14 +122,14 @@ where
     /// Those of `forward` or of its capture, or caches of different lengths, before the step or after. The caches are then
     /// as before.
     pub fn step(&mut self, tokens: &Tensor, caches: &mut [PqKvCache]) -> Result<Tensor> {
-        let before = common_len(caches)?;
-        self.set_inputs(tokens, before)?;
+        let len = common_len(caches)?;
+        self.set_inputs(tokens, len)?;
+        let before: Vec<_> = caches.iter().map(PqKvCache::checkpoint).collect();
         let out = self.step_on_device(tokens, caches);
         if out.is_err() {
             self.forget();
-            for cache in caches.iter_mut().filter(|cache| cache.len() > before) {
-                cache.truncate(before)?;
-            }
+            let caches = caches.iter_mut().zip(before).filter(|(cache, _)| cache.len() >= len);
+            caches.into_iter().try_for_each(|(cache, before)| cache.restore(before))?;
         }
         out
     }
@@ -145,7 +145,8 @@ where
     /// Runs a step as it is.
     fn run_anew(&mut self, caches: &mut [PqKvCache]) -> Result<Tensor> {
         self.forget();
-        let out = self.run(caches)?;
+        // What `forward` was given, or the caches hold, is written again by later steps.
+        let out = self.run(caches)?.force_contiguous()?;
         // Dense steps leave encoding to the next sparse one; a replay encodes one block at most.
         caches.iter_mut().try_for_each(PqKvCache::encode_blocks)?;
         let layer = |cache: &PqKvCache| Layer { relies_on: cache.last_step(), trains: !cache.is_training_due() };
@@ -208,7 +209,7 @@ where
                 check_capturable(device)?;
                 // Has Candle keep what it uploads for this step: a capture finds it there.
                 let _kept = device.enable_cuda_graph_htod_cache();
-                let out = self.run_anew(caches)?.contiguous()?;
+                let out = self.run_anew(caches)?;
                 self.captured = Some(Captured { out: out.copy()?, graph: None });
                 return Ok(out);
             }

@@ -347,6 +347,23 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     Ok(())
 }
 
+/// Views of a cache are keys like any others.
+#[test]
+fn a_cache_takes_its_own_keys() -> Result<()> {
+    let keys = Rng(13).tensor(&[1, 2, 100, 16], DType::F32);
+    for h_kv in [1, 2] {
+        let mut cache = PqKvCache::new(small(), [1, h_kv, 16], 160, DType::F32, &Device::Cpu)?;
+        let keys = keys.narrow(1, 0, h_kv)?;
+        cache.append(&keys, &keys)?;
+        let own = cache.keys()?.narrow(2, 30, 50)?;
+        cache.append(&own, &cache.values()?.narrow(2, 0, 50)?)?;
+        let want = |from| Tensor::cat(&[&keys, &keys.narrow(2, from, 50)?], 2);
+        assert_same_bits(&cache.keys()?, &want(30)?, "keys");
+        assert_same_bits(&cache.values()?, &want(0)?, "values");
+    }
+    Ok(())
+}
+
 /// Where a sparse decode would differ, `forward_dense` does not; and neither is tracked for a backward pass.
 #[test]
 fn forward_dense_is_dense() -> Result<()> {
@@ -529,6 +546,10 @@ fn fallback_follows_the_formula() {
     }
     let all = PqConfig { sink: usize::MAX, window: usize::MAX, heavy: Heavy::Keys(usize::MAX), ..small() };
     assert!(all.is_dense(1 << 40) && all.attended(100) == 100);
+    // No config is valid with these, but asking costs nothing.
+    for beyond in [PqConfig { coarse: usize::MAX, ..small() }, PqConfig { pq_bits: 64, ..small() }] {
+        assert!(beyond.is_dense(1 << 40));
+    }
     for percent in 1..=100 {
         let heavy: Heavy = format!("{percent}%").parse().expect("a share");
         assert_eq!((heavy.count(100), heavy.count(10_000)), (percent, 100 * percent));

@@ -1156,6 +1156,26 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// What is on another device than the cache is refused before anything is appended or forgotten.
+#[test]
+fn other_devices_are_refused() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    let attn = PqAttention::new(PqConfig { pq_bits: 4, coarse: 16, ..PqConfig::default() }, 0.125)?;
+    let [prompt, cpu_prompt] = pair(&mut Rng(28), &gpu, &[1, 2, 100, 64], DType::F32, STRIDES[0])?;
+    let mut cache = attn.new_cache([1, 2, 64], 0, DType::F32, &gpu)?;
+    cache.append(&prompt, &prompt)?;
+    cache.build_index()?;
+    let one = prompt.narrow(2, 0, 1)?;
+    let error = attn.forward(&one.to_device(&Device::Cpu)?, &one, &one, &mut cache).expect_err("query").to_string();
+    assert!(error.contains("PqAttention: query: expected device"), "{error}");
+    let error = cache.set_codebook(Codebook::train(&cpu_prompt, attn.config())?).expect_err("codebook").to_string();
+    assert!(error.contains("PqKvCache: codebook: expected device"), "{error}");
+    assert_eq!(cache.len(), 100);
+    let codebook = cache.codebook().expect("a codebook");
+    assert!(codebook.centroids()?.device().is_cuda());
+    Ok(())
+}
+
 /// Offsets beyond 2^31 elements: K and V of 4 M keys, of which a few are not zero.
 #[test]
 fn four_million_keys() -> Result<()> {

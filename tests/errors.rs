@@ -463,6 +463,15 @@ fn kmeans() {
                 .map(drop),
             "Codebook: keys: expected [1, 2, n, 8], got [1, 1, 5, 8]",
         ),
+        (
+            train(PqConfig { coarse: 3, ..small() }, full(1.0, 8)),
+            "PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got 3",
+        ),
+        (
+            train(PqConfig { coarse: usize::MAX, ..small() }, full(1.0, 8)),
+            "PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got 18446744073709551615",
+        ),
+        (train(PqConfig { pq_bits: 64, ..small() }, full(1.0, 8)), "PqConfig: pq_bits: expected 1 to 8, got 64"),
         (train(small(), full(0.0, 8)), "Codebook: weights: expected positive finite numbers, got 0"),
         (
             train(PqConfig { metric: Metric::InnerProduct, ..small() }, full(1.0, 8)),
@@ -583,6 +592,27 @@ fn cache_and_attention_stay_as_they_were() -> Result<()> {
         ),
     ];
     assert_errors(table);
+    assert_eq!(state(&cache)?, before);
+
+    // Of blocks of 5 from position 4 on, 19 have codes; key 103 is the last of another.
+    let mut cache = attn.new_cache([1, 2, 16], 200, DType::F32, &Device::Cpu)?;
+    cache.append(&first, &first)?;
+    cache.advance(3)?;
+    assert_eq!((cache.len(), cache.codebook().is_none()), (103, true), "without a codebook nothing is to be encoded");
+    cache.truncate(100)?;
+    cache.build_index()?;
+    cache.append(&first.narrow(2, 0, 4)?, &first.narrow(2, 0, 4)?)?;
+    let open = state(&cache)?;
+    cache.advance(0)?;
+    assert_errors(vec![
+        (cache.advance(1), "PqKvCache: advance: expected codes up to key 104, got 99: call build_index first"),
+        (cache.advance(97), "PqKvCache: advance: expected at most 96 steps for 104 keys of 200, got 97"),
+    ]);
+    assert_eq!(state(&cache)?, open);
+    cache.build_index()?;
+    cache.advance(5)?;
+    assert_eq!((cache.len(), cache.codes()?.dim(2)?), (109, 105));
+    cache.truncate(100)?;
     assert_eq!(state(&cache)?, before);
 
     let other = PqAttention::new(PqConfig { sink: 5, ..config.clone() }, 0.25)?;

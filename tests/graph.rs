@@ -48,6 +48,49 @@ fn steps_are_those_of_forward() -> Result<()> {
     Ok(())
 }
 
+/// What a step returns stays as it is, also where it is the token or the position itself.
+#[test]
+fn results_outlive_later_steps() -> Result<()> {
+    let attn = attention()?;
+    let mut caches = [cache(&attn, 40, 0)?];
+    let which = Cell::new(0);
+    let mut graph = DecodeGraph::new(|x: &Tensor, position: &Tensor, caches: &mut [PqKvCache]| {
+        attn.forward(x, x, x, &mut caches[0])?;
+        match which.get() {
+            0 => Ok(x.clone()),
+            1 => x.narrow(3, 2, 4)?.squeeze(0),
+            _ => position.to_dtype(DType::U32),
+        }
+    });
+    for (of, want) in [(0, token(0)), (1, token(0).narrow(3, 2, 4)?), (2, Tensor::new(&[42u32], &Device::Cpu)?)] {
+        which.set(of);
+        let out = graph.step(&token(0), &mut caches)?;
+        graph.step(&token(1), &mut caches)?;
+        caches[0].truncate(41 + of)?;
+        assert_eq!(common::numbers(&out), common::numbers(&want), "{of}");
+    }
+    Ok(())
+}
+
+/// A share of a key is one key: at the same length nothing is trained twice.
+#[test]
+fn refresh_of_less_than_a_key() -> Result<()> {
+    let config = PqConfig { refresh: 1e-300, ..attention()?.config().clone() };
+    let attn = PqAttention::new(config, 0.25)?;
+    let mut graph =
+        DecodeGraph::new(|x: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| attn.forward(x, x, x, &mut caches[0]));
+    let mut caches = [cache(&attn, 40, 100)?];
+    for step in 0..5 {
+        graph.step(&token(step), &mut caches)?;
+        let id = |caches: &[PqKvCache]| caches[0].codebook().map(|codebook| codebook.coarse().map(Tensor::id));
+        let trained = id(&caches);
+        caches[0].build_index()?;
+        assert!(trained.is_some() && id(&caches) == trained, "trained again at {}", caches[0].len());
+        assert!(!graph.is_replay(&caches), "the next trains");
+    }
+    Ok(())
+}
+
 /// A replay neither trains, nor grows, nor turns from dense to sparse.
 #[test]
 fn what_is_not_a_replay() -> Result<()> {
@@ -127,6 +170,42 @@ fn errors_leave_the_caches_as_they_were() -> Result<()> {
         assert_eq!(graph.step(&token(step), &mut caches).is_err(), fail);
         len += usize::from(!fail);
         assert_eq!([caches[0].len(), caches[1].len()], [len, len], "step {step}");
+    }
+    Ok(())
+}
+
+/// Also a codebook that another takes the place of: later steps are those of caches that never failed, to the bit.
+#[test]
+fn errors_leave_the_codebooks_as_they_were() -> Result<()> {
+    let attn = attention()?;
+    let fails = Cell::new(false);
+    let forward = |x: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| {
+        let y = attn.forward(x, x, x, &mut caches[0])?;
+        if fails.get() {
+            bail!("no more");
+        }
+        attn.forward(&y, &y, &y, &mut caches[1])
+    };
+    let numbers = |x: Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let centroids = |cache: &PqKvCache| cache.codebook().map(|codebook| numbers(codebook.centroids()?)).transpose();
+    let new_caches = || Ok::<_, candle_core::Error>([cache(&attn, 20, 0)?, cache(&attn, 20, 0)?]);
+    let (mut failing, mut caches) = (new_caches()?, new_caches()?);
+    let (mut graph, mut other) = (DecodeGraph::new(forward), DecodeGraph::new(forward));
+    for step in 0..150 {
+        // Before and after the first training, and each time that another falls due.
+        fails.set(true);
+        assert!(graph.step(&token(step + 500), &mut failing).is_err());
+        fails.set(false);
+        for (failing, cache) in failing.iter_mut().zip(&mut caches) {
+            assert_eq!(centroids(failing)?, centroids(cache)?, "step {step}");
+            if step % 3 == 0 {
+                // Not due any more, where one was.
+                failing.truncate(failing.len() - 1)?;
+                cache.truncate(cache.len() - 1)?;
+            }
+        }
+        let (got, want) = (graph.step(&token(step), &mut failing)?, other.step(&token(step), &mut caches)?);
+        assert_eq!(numbers(got)?, numbers(want)?, "step {step}");
     }
     Ok(())
 }

@@ -221,7 +221,34 @@ fn tail_is_finite_and_right_at_the_extremes() -> Result<()> {
     let unlikely = [0.0, f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
     check(small_tail(&unlikely, &codes, counts, &[]), [1.0, -1.0], 2f64.ln(), "infinitely unlikely keys")?;
     check(small_tail(&unlikely, &codes, counts, &[0, 2]), [0.0, 0.0], infinite, "nothing but those")?;
+    let broken = [0.0, f32::NAN, 0.0, f32::NAN];
+    check(small_tail(&broken, &codes, counts, &[]), [1.0, -1.0], 2f64.ln(), "NaN")?;
+    check(small_tail(&broken, &codes, counts, &[0, 2]), [0.0, 0.0], infinite, "nothing but NaN")?;
+    check(small_tail(&[f32::INFINITY, 0.0], &codes[..2], counts, &[]), [0.0, 0.0], infinite, "infinity")?;
     check(small_tail(&[], &[], counts, &[]), [0.0, 0.0], infinite, "no candidates")
+}
+
+/// A key that is no number costs its cluster, not the output of the steps that do not attend to it.
+#[test]
+fn one_broken_key_does_not_break_the_tail() -> Result<()> {
+    let mut rng = Rng(12);
+    for (broken, selection) in [f32::NEG_INFINITY, f32::NAN]
+        .into_iter()
+        .flat_map(|x| [Selection::PerQueryHead, Selection::PerKvHead].map(|selection| (x, selection)))
+    {
+        let attn = PqAttention::new(PqConfig { selection, query_weights: false, ..with_tail() }, 0.25)?;
+        let mut cache = attn.new_cache([1, 1, 16], 0, DType::F32, &Device::Cpu)?;
+        let (keys, values) = (rng.tensor(&[1, 1, 300, 16], DType::F32), rng.tensor(&[1, 1, 300, 16], DType::F32));
+        // Of the latest, which are trained on.
+        let key = Tensor::full(broken, (1, 1, 1, 16), &Device::Cpu)?;
+        keys.slice_set(&key, 2, 280)?;
+        cache.append(&keys, &values)?;
+        let one = rng.tensor(&[1, 1, 1, 16], DType::F32);
+        let query = rng.tensor(&[1, 2, 1, 16], DType::F32).abs()?;
+        let out = attn.forward(&query, &one, &one, &mut cache)?;
+        assert!(numbers(&out).iter().all(|x| x.is_finite()), "{broken} {selection:?}: {out}");
+    }
+    Ok(())
 }
 
 /// In a half type too the result is rounded once: it is that of the same numbers as f32, rounded.

@@ -106,7 +106,8 @@ impl ClusterSums {
 /// Shapes or dtypes other than these, `head_dim` above 256, more than 256 clusters, or a code that is no cluster's.
 ///
 /// # Numerics
-/// f32, one value after the other in ascending position: the same bits however the keys are cut into calls.
+/// f32, one value after the other in ascending position: the same bits however the keys are cut into calls. Sums beyond
+/// the largest f32, 3.4e38, are infinite, and so are the means: a million keys may have values of 1e32.
 pub fn cluster_sums(values: &Tensor, codes: &Tensor, before: &ClusterSums) -> Result<ClusterSums> {
     let (values, codes, before) = (with_unit_rows(values)?, with_unit_rows(codes)?, before.contiguous()?);
     #[cfg(feature = "cuda")]

@@ -85,7 +85,8 @@ fn weigh(scores: &[f32], codes: &[u8], listed: &[usize], first: usize, scale: f3
     if block.shift > f32::NEG_INFINITY {
         exp_and_sum(&mut weights, 1.0, block.shift);
         for (weight, &code) in weights.iter().zip(codes) {
-            block.masses[usize::from(code)] += weight;
+            // NaN is 0, as on a GPU: of a score that is NaN, or infinite as the largest is.
+            block.masses[usize::from(code)] += weight.max(0.0);
         }
     }
     block
@@ -102,7 +103,8 @@ fn attend<'a>(blocks: &[Block], counts: &[u32], sums: impl Fn(usize) -> &'a [f32
     for block in blocks {
         let factor = exp(block.shift - shift);
         for (mass, x) in masses.iter_mut().zip(&block.masses) {
-            *mass += factor * x;
+            // Nor does NaN reach the masses of other blocks.
+            *mass += (factor * x).max(0.0);
         }
     }
     let mut total = 0f32;

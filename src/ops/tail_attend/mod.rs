@@ -35,7 +35,8 @@ const OP: &str = "tail_attend";
 /// Shapes or dtypes other than these, a code that is no cluster's, or a `scale` that is not finite.
 ///
 /// # Numerics
-/// f32, shifted by the largest product of the unlisted candidates. The order of summation depends on positions alone, so
+/// f32, shifted by the largest product of the unlisted candidates. A candidate whose score is NaN weighs
+/// nothing. The order of summation depends on positions alone, so
 /// reruns are equal to the bit for any number of threads.
 pub fn tail_attend(
     scores: &Tensor,
