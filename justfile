@@ -59,3 +59,7 @@ bench-cpu *args:
 # The same beside FAISS: pip install -r benches/peers/requirements.txt
 bench-peers *args:
     python benches/peers/cpu.py {{args}}
+
+# Dense attention and top-k of PyTorch and FlashInfer on a GPU: pip install -r benches/peers/requirements-gpu.txt
+bench-peers-gpu *args:
+    python benches/peers/gpu.py {{args}}
