@@ -288,10 +288,12 @@ __device__ inline void meet(u32* arrived, u32 blocks, u32 turn) {
   __syncthreads();
   if (blocks == 1) return;
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(arrived, 1);
-    while (*const_cast<volatile u32*>(arrived) < blocks * turn) continue;
-    __threadfence();
+    // In the order of the memory model: what the block did is released, what the others did is acquired.
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    u32 count;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+    } while (count < blocks * turn);
   }
   __syncthreads();
 }
@@ -369,9 +371,27 @@ struct Scores {
   }
 };
 
+// Lanes that share an entry of a cluster, which is as long as a key.
 constexpr u32 ENTRY_LANES = 8;
 
-// This block's share of the tables of a bundle. Eight lanes an entry.
+// The products of each head's query, `queries` from element `first` on, with every LANES-th four elements of a centroid.
+template <int HEADS, u32 LANES>
+__device__ inline Entry<HEADS> product_of(const float* centroid, const float* queries, u32 lane, u32 len, u32 head_dim) {
+  Entry<HEADS> entry = {};
+#pragma unroll 4
+  for (u32 j = lane * 4; j < len; j += LANES * 4) {
+    const float4 x = __ldg(reinterpret_cast<const float4*>(centroid + j));
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+      const float4 y = *reinterpret_cast<const float4*>(&queries[h * head_dim + j]);
+      entry.x[h] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+    }
+  }
+  return entry;
+}
+
+// This block's share of the tables of a bundle: of the subspaces' entries a thread each, of the clusters' eight lanes each,
+// from the last thread on, since there are mostly threads for both at once.
 template <int HEADS, class T>
 __device__ void make_tables(const T* query, const float* centroids, const float* coarse, Entry<HEADS>* out,
                             float* queries, const Part& part, u32 bundle, const Decode& p) {
@@ -382,26 +402,22 @@ __device__ void make_tables(const T* query, const float* centroids, const float*
     queries[i] = head < heads ? widen(query[p.query.at(part.b, first_head + head, 0, e)]) : 0;
   }
   __syncthreads();
-  const u32 entries = table_entries(p), of_subspaces = p.pq_dim * p.n_centroids, lane = threadIdx.x % ENTRY_LANES;
-  const u32 own = ceil_div(ceil_div(entries, p.splits), 4) * 4;  // whole warps take part
-  const u32 begin = blockIdx.x * own, end = min(begin + own, entries);
-  for (u32 i = begin + threadIdx.x / ENTRY_LANES; i < begin + own; i += THREADS / ENTRY_LANES) {
+  const u32 of_subspaces = p.pq_dim * p.n_centroids;
+  const u32 own = (of_subspaces + p.splits - 1) / p.splits, begin = blockIdx.x * own, end = min(begin + own, of_subspaces);
+  for (u32 i = begin + threadIdx.x; i < end; i += THREADS) {
+    const u32 m = i / p.n_centroids, c = i % p.n_centroids;
+    const float* const centroid = centroids + p.centroids.at(part.b, part.kv, m, c);
+    out[(m / SUBSPACES * p.n_centroids + c) * SUBSPACES + m % SUBSPACES] =
+        product_of<HEADS, 1>(centroid, queries + m * p.pq_len, 0, p.pq_len, p.head_dim);
+  }
+  const u32 own_clusters = (p.n_clusters + p.splits - 1) / p.splits, first = blockIdx.x * own_clusters;
+  const u32 last = min(first + own_clusters, p.n_clusters), thread = THREADS - 1 - threadIdx.x, lane = thread % ENTRY_LANES;
+  for (u32 i = thread / 32 * 4; i < own_clusters; i += THREADS / ENTRY_LANES) {  // whole warps take part
+    const u32 c = first + i + thread % 32 / ENTRY_LANES;
     Entry<HEADS> entry = {};
-    if (i < end) {
-      const bool is_coarse = i >= of_subspaces;
-      const u32 m = i / (p.n_centroids * SUBSPACES) * SUBSPACES + i % SUBSPACES, c = i / SUBSPACES % p.n_centroids;
-      const float* centroid = is_coarse ? coarse + p.coarse.at(part.b, part.kv, i - of_subspaces)
-                                        : centroids + p.centroids.at(part.b, part.kv, m, c);
-      const u32 len = is_coarse ? p.head_dim : p.pq_len, first = is_coarse ? 0 : m * p.pq_len;
-#pragma unroll 4
-      for (u32 j = lane * 4; j < len; j += ENTRY_LANES * 4) {
-        const float4 x = __ldg(reinterpret_cast<const float4*>(centroid + j));
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-          const float4 y = *reinterpret_cast<const float4*>(&queries[h * p.head_dim + first + j]);
-          entry.x[h] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
-        }
-      }
+    if (c < last) {
+      const float* const centroid = coarse + p.coarse.at(part.b, part.kv, c);
+      entry = product_of<HEADS, ENTRY_LANES>(centroid, queries, lane, p.head_dim, p.head_dim);
     }
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
@@ -410,7 +426,7 @@ __device__ void make_tables(const T* query, const float* centroids, const float*
         entry.x[h] += __shfl_xor_sync(ALL_LANES, entry.x[h], lanes);
       }
     }
-    if (lane == 0 && i < end) out[i] = entry;
+    if (lane == 0 && c < last) out[of_subspaces + c] = entry;
   }
 }
 
@@ -892,7 +908,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
                        float2* partial_stats, u32* arrived, T* out, float* lse, const Decode& p) {
   constexpr u32 BLOCK = ATTEND_THREADS<D>, WARPS_OF_BLOCK = BLOCK / 32, LANES = D / 8, GROUPS = BLOCK / LANES, LISTS = BY_KV ? 1 : HEADS;
   constexpr u32 LIST_WARPS = WARPS_OF_BLOCK / LISTS, LIST_GROUPS = GROUPS / LISTS;
-  constexpr int AHEAD = BY_KV ? (HEADS < 4 ? 3 : 2) : 5, PER_GROUP = BY_KV ? HEADS : 1;
+  // Keys whose loads are on their way at a time, as many as registers hold.
+  constexpr bool IS_WIDE = sizeof(T) == 4;
+  constexpr int AHEAD = BY_KV ? (HEADS < 4 ? (IS_WIDE ? 2 : 3) : (IS_WIDE ? 1 : 2)) : (IS_WIDE ? 3 : 5);
+  constexpr int PER_GROUP = BY_KV ? HEADS : 1;
   // Ranks of open keys, later the warps' results, then sums of splits.
   constexpr u32 MERGED = WARPS_OF_BLOCK * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
   constexpr u32 SCRATCH = MERGED > RANKED ? MERGED : RANKED;
