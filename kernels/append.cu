@@ -14,7 +14,7 @@ struct Append {
   u32 head_dim;
 };
 
-// Lengths of the sequences, then a count of the blocks that are done. Rust: `Lens` in src/cuda.
+// `lens` are lengths of the sequences, then a count of the blocks that are done. Rust: `Lens` in src/cuda.
 //
 // A sequence for which there is no room is left as it is. Grid: (any number of blocks, which share the elements; b; keys
 // and values). WIDTH elements of a row are copied at once.
@@ -36,11 +36,7 @@ __device__ void append(const T* keys, const T* values, T* cache, u32* lens, cons
     }
   }
   // The last block to come here is the last that needed the old lengths.
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
-  __threadfence();
-  if (atomicInc(&lens[p.b], blocks - 1) != blocks - 1) return;
+  if (!is_last(&lens[p.b], gridDim.x * gridDim.y * gridDim.z) || threadIdx.x != 0) return;
   for (u32 sequence = 0; sequence < p.b; sequence++) {
     if (lens[sequence] + p.added <= p.capacity) lens[sequence] += static_cast<u32>(p.added);
   }
@@ -51,7 +47,7 @@ __device__ void append(const T* keys, const T* values, T* cache, u32* lens, cons
       const type* keys,   /* [b, h_kv, added, head_dim] */           \
       const type* values, /* [b, h_kv, added, head_dim] */           \
       type* cache,        /* [2, b, h_kv, capacity, head_dim] */     \
-      u32* lens,          /* [b + 1] */                              \
+      u32* lens,          /* [b], [1] */                             \
       const Append p) {                                              \
     append<WIDTH>(keys, values, cache, lens, p);                     \
   }

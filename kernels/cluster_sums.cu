@@ -8,8 +8,7 @@ constexpr u32 MAX_HEAD_DIM = THREADS;
 struct ClusterSums {
   View<4> values;
   View<4> codes;
-  Step step;
-  u64 n;  // keys to add: all there are without lens, else the block that is due
+  u64 n;
   u32 h_kv;
   u32 head_dim;
   u32 n_clusters;
@@ -27,15 +26,13 @@ constexpr int AHEAD = 8;
 // A block lists the keys of its clusters, in order, and adds their values one after the other, a thread an element.
 // Grid: (slices of clusters, b * h_kv).
 template <class T>
-__device__ void add(const T* values, const u8* codes, const u32* lens, float* sums, const ClusterSums& p) {
+__device__ void add(const T* values, const u8* codes, float* sums, const ClusterSums& p) {
   __shared__ float acc[SLICE][MAX_HEAD_DIM];
   __shared__ u32 listed[TILE], counts[WARPS];  // position in the tile << 8 | cluster in the slice
   const u32 first = blockIdx.x * SLICE, pair = blockIdx.y, b = pair / p.h_kv, h = pair % p.h_kv;
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, e = threadIdx.x;
-  u64 begin;
-  if (!p.step.find_due(lens, b, p.n, &begin)) return;
-  values += p.values.at(b, h, begin);
-  codes += p.codes.at(b, h, begin);
+  values += p.values.at(b, h);
+  codes += p.codes.at(b, h);
   sums += (static_cast<u64>(pair) * p.n_clusters + first) * p.head_dim;
   const u32 clusters = min(SLICE, p.n_clusters - first);
   for (u32 c = 0; c < clusters; c++) {
@@ -80,24 +77,20 @@ __device__ void add(const T* values, const u8* codes, const u32* lens, float* su
   extern "C" __global__ __launch_bounds__(THREADS) void cluster_sums_##suffix(   \
       const type* values, /* [b, h_kv, n, head_dim] */                           \
       const u8* codes,    /* [b, h_kv, n, 1] */                                  \
-      const u32* lens,    /* [b], or null */                                     \
       float* sums,        /* [b, h_kv, n_clusters, head_dim] */                  \
       const ClusterSums p) {                                                     \
-    add(values, codes, lens, sums, p);                                           \
+    add(values, codes, sums, p);                                                 \
   }
 FOR_EACH_FLOAT(KERNEL)
 
 // Grid: (any number of blocks, which share the keys; b * h_kv).
 extern "C" __global__ __launch_bounds__(THREADS) void cluster_counts(
     const u8* codes,  // [b, h_kv, n, 1]
-    const u32* lens,  // [b], or null
     u32* counts,      // [b, h_kv, n_clusters]
     const ClusterSums p) {
   __shared__ u32 found[256];
   const u32 pair = blockIdx.y, b = pair / p.h_kv, h = pair % p.h_kv;
-  u64 begin;
-  if (!p.step.find_due(lens, b, p.n, &begin)) return;
-  codes += p.codes.at(b, h, begin);
+  codes += p.codes.at(b, h);
   found[threadIdx.x] = 0;
   __syncthreads();
   for (u64 t = static_cast<u64>(blockIdx.x) * THREADS + threadIdx.x; t < p.n; t += static_cast<u64>(gridDim.x) * THREADS) {

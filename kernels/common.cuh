@@ -60,15 +60,12 @@ struct Step {
     return min(heavy + static_cast<u64>(ceil(keys)), candidates(length));
   }
 
-  // Where the keys to encode begin: at 0 without `lens`, else with the last `block` keys of a sequence if they are due.
-  // Blocks follow each other from init_offset on, and are due when they are full.
+  // Where the last `block` keys of a sequence begin, if they are due: blocks follow each other from init_offset on, and are
+  // due when they are full.
   __device__ bool find_due(const u32* lens, u64 b, u64 block, u64* begin) const {
-    *begin = 0;
-    if (!lens) return true;
     const u64 keys = length(lens, b);
-    if (keys <= init_offset || (keys - init_offset) % block != 0) return false;
     *begin = keys - block;
-    return true;
+    return keys > init_offset && (keys - init_offset) % block == 0;
   }
 };
 
@@ -144,4 +141,18 @@ __device__ float block_sum(float x) {
 template <int WARPS>
 __device__ float block_max(float x) {
   return block_reduce<WARPS>(x, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// Whether this block is the last of `blocks` to come here; what the others wrote before can be read then, past the
+// first-level cache. `arrived` is 0 before and after.
+__device__ inline bool is_last(u32* arrived, u32 blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arrived, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
 }

@@ -257,27 +257,12 @@ __device__ inline u32 scan(u32 x, u32* total) {
   return sum - x + (warp ? before : 0);
 }
 
-// Whether this block is the last of `blocks` to come here; what the others wrote before can be read then.
-__device__ inline bool is_last(u32* arrived, u32 blocks) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(arrived, blocks - 1) == blocks - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-// Copies an element to shared memory; nobody waits for it before wait_for_copies.
+// Has adjacent elements come to the second-level cache.
 template <class T>
-__device__ inline void copy_async(T* to, const T* from) {
-  const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(sizeof(T)));
+__device__ inline void prefetch(const T* from, u32 count) {
+  constexpr u32 LINE = 128 / sizeof(T);
+  for (u32 i = 0; i < count; i += LINE) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
 }
-
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Entries of the tables of a bundle: pq_dim / SUBSPACES times [n_centroids, SUBSPACES], then the clusters'.
 __device__ inline u32 table_entries(const Decode& p) { return p.pq_dim * p.n_centroids + p.n_clusters; }
@@ -439,72 +424,98 @@ __device__ void make_tables(const T* query, const float* centroids, const float*
 template <int HEADS>
 __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEADS], float (&high)[HEADS],
                             const Decode& p) {
-  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>), MAX_TABLES = WARPS;
-  __shared__ float bounds[3][HEADS][MAX_TABLES], heads_bounds[3][HEADS];
+  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
+  constexpr u32 HEADS_LANES = HEADS * SUBSPACES == 32 ? ALL_LANES : (1u << HEADS * SUBSPACES % 32) - 1;
+  __shared__ float bounds[3][HEADS];  // the smallest, the largest, and the magnitude of a sum of entries
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 of_subspaces = p.pq_dim * p.n_centroids, rows_of_codes = p.pq_dim / SUBSPACES * p.n_centroids;
   Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
-  __syncthreads();  // the tables of the bundle before have been read
-  for (u32 i = threadIdx.x; i < of_subspaces; i += THREADS) {
+  // Adds the bounds of a table, of which each thread has seen some entries, those LANES apart the same.
+  __shared__ float of_warps[2][HEADS][WARPS][SUBSPACES];
+  float sums[3] = {};  // of a subspace and a head, in the first threads
+  const auto add_bounds = [&](const float (&smallest)[HEADS], const float (&largest)[HEADS], u32 lanes, u32 tables) {
 #pragma unroll
-    for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) {
-      copy_async(&to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES], &from[i]);
+    for (int h = 0; h < HEADS; h++) {
+      float x = smallest[h], y = largest[h];
+      for (u32 step = 16; step >= lanes; step /= 2) {
+        x = fminf(x, __shfl_xor_sync(ALL_LANES, x, step));
+        y = fmaxf(y, __shfl_xor_sync(ALL_LANES, y, step));
+      }
+      if (lane < tables) of_warps[0][h][warp][lane] = x, of_warps[1][h][warp][lane] = y;
     }
-  }
-  for (u32 i = threadIdx.x; i < p.n_clusters * SLOTS; i += THREADS) {
-    copy_async(&to[rows_of_codes * SLOTS + i], &from[of_subspaces + i / SLOTS]);
-  }
-  wait_for_copies();
-  __syncthreads();
-  float own[3][HEADS] = {};
-  for (u32 m = warp; m < p.pq_dim + (p.n_clusters > 0); m += WARPS) {
-    const bool is_coarse = m == p.pq_dim;
-    const Entry<HEADS>* const first =
-        to + (is_coarse ? rows_of_codes * SLOTS : m / SUBSPACES * p.n_centroids * SLOTS + m % SUBSPACES);
+    __syncthreads();
+    const u32 m = threadIdx.x % SUBSPACES, h = threadIdx.x / SUBSPACES;
+    if (h < HEADS && m < tables) {
+      float x = INFINITY, y = -INFINITY;
+#pragma unroll
+      for (u32 w = 0; w < WARPS; w++) x = fminf(x, of_warps[0][h][w][m]), y = fmaxf(y, of_warps[1][h][w][m]);
+      sums[0] += x, sums[1] += y, sums[2] += fmaxf(-x, y);
+    }
+    __syncthreads();
+  };
+  // Tables have been written by other blocks: past the first-level cache.
+  const auto load = [&](u32 i) {
+    Entry<HEADS> entry;
+    if constexpr (HEADS == 4) {
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(&from[i]));
+      entry.x[0] = x.x, entry.x[1] = x.y, entry.x[2] = x.z, entry.x[3] = x.w;
+    } else {
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) entry.x[h] = __ldcg(&from[i].x[h]);
+    }
+    return entry;
+  };
+  const auto widen_bounds = [](const Entry<HEADS>& entry, float (&smallest)[HEADS], float (&largest)[HEADS]) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+      smallest[h] = fminf(smallest[h], entry.x[h]);
+      largest[h] = fmaxf(largest[h], entry.x[h]);
+    }
+  };
+  __syncthreads();  // the tables of the bundle before have been read
+  const u32 of_chunk = SUBSPACES * p.n_centroids;
+  for (u32 first = 0; first < of_subspaces; first += of_chunk) {
     float smallest[HEADS], largest[HEADS];
 #pragma unroll
     for (int h = 0; h < HEADS; h++) smallest[h] = INFINITY, largest[h] = -INFINITY;
-    for (u32 c = lane; c < (is_coarse ? p.n_clusters : p.n_centroids); c += 32) {
-      // Of a cluster any slot will do.
-      const Entry<HEADS> entry = first[c * SLOTS + (is_coarse ? lane % SLOTS : 0)];
+#pragma unroll 4
+    for (u32 i = first + threadIdx.x; i < first + of_chunk; i += THREADS) {
+      const Entry<HEADS> entry = load(i);
+      widen_bounds(entry, smallest, largest);
 #pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-        smallest[h] = fminf(smallest[h], entry.x[h]);
-        largest[h] = fmaxf(largest[h], entry.x[h]);
-      }
+      for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES] = entry;
     }
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        smallest[h] = fminf(smallest[h], __shfl_xor_sync(ALL_LANES, smallest[h], lanes));
-        largest[h] = fmaxf(largest[h], __shfl_xor_sync(ALL_LANES, largest[h], lanes));
-      }
-      own[0][h] += smallest[h], own[1][h] += largest[h], own[2][h] += fmaxf(-smallest[h], largest[h]);
-    }
+    add_bounds(smallest, largest, SUBSPACES, SUBSPACES);
   }
-  if (lane == 0) {
+  if (p.n_clusters) {
+    float smallest[HEADS], largest[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) smallest[h] = INFINITY, largest[h] = -INFINITY;
+    for (u32 c = threadIdx.x; c < p.n_clusters; c += THREADS) {
+      const Entry<HEADS> entry = load(of_subspaces + c);
+      widen_bounds(entry, smallest, largest);
+#pragma unroll
+      for (u32 copy = 0; copy < SLOTS; copy++) to[(rows_of_codes + c) * SLOTS + (copy + lane) % SLOTS] = entry;
+    }
+    add_bounds(smallest, largest, 1, 1);
+  }
+  // A head's subspaces are in adjacent lanes.
+  if (threadIdx.x < HEADS * SUBSPACES) {
 #pragma unroll
     for (int i = 0; i < 3; i++) {
 #pragma unroll
-      for (int h = 0; h < HEADS; h++) bounds[i][h][warp] = own[i][h];
+      for (int lanes = SUBSPACES / 2; lanes > 0; lanes /= 2) sums[i] += __shfl_xor_sync(HEADS_LANES, sums[i], lanes);
+      if (lane % SUBSPACES == 0) bounds[i][lane / SUBSPACES] = sums[i];
     }
-  }
-  __syncthreads();
-  if (warp < 3 * HEADS) {
-    float sum = lane < WARPS ? bounds[warp / HEADS][warp % HEADS][lane] : 0;
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
-    if (lane == 0) heads_bounds[warp / HEADS][warp % HEADS] = sum;
   }
   __syncthreads();
   float far[HEADS];
 #pragma unroll
   for (int h = 0; h < HEADS; h++) {
-    low[h] = fminf(fmaxf(heads_bounds[0][h], -1e38f), 1e38f);
-    high[h] = fminf(fmaxf(heads_bounds[1][h], -1e38f), 1e38f);
+    low[h] = fminf(fmaxf(bounds[0][h], -1e38f), 1e38f);
+    high[h] = fminf(fmaxf(bounds[1][h], -1e38f), 1e38f);
     // Adding and taking away 1.5 * 2^23 units rounds to a unit.
-    const int exponent = static_cast<int>(__float_as_uint(heads_bounds[2][h]) >> 23) - 126 - 23;
+    const int exponent = static_cast<int>(__float_as_uint(bounds[2][h]) >> 23) - 126 - 23;
     far[h] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23) * 0x1.8p23f;
   }
   for (u32 i = threadIdx.x; i < (rows_of_codes + p.n_clusters) * SLOTS; i += THREADS) {
@@ -670,7 +681,7 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32
 
 // Grid: (splits, b * h_kv, or b * h_kv * bundles by query head). Blocks of one y are a team.
 template <int HEADS, bool BY_KV, class T>
-__device__ void search(const T* query, const u8* codes, const u8* clusters, const float* centroids, const float* coarse,
+__device__ void search(const T* query, const T* keys, const T* values, const u8* codes, const u8* clusters, const float* centroids, const float* coarse,
                        const u32* lens, float* tables, float* all_scores, float* masses, Stats* stats, Search* searches,
                        u32* lists, Listed* listed, u32* tail, const Decode& p) {
   constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
@@ -691,12 +702,14 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
   Search& first_search = searches[first_list];
   codes += p.codes.at(part.b, part.kv);
   clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
+  keys += p.keys.at(part.b, part.kv);
+  values += p.values.at(part.b, part.kv);
 
   // Codes are on their way to the second-level cache while the tables are made.
   u32 at = part.position(0, WARPS, p.splits);
   for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + static_cast<u64>(at) * p.pq_dim));
-    if (p.n_clusters && lane % 8 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(clusters + at));
+    prefetch(codes + static_cast<u64>(at) * p.pq_dim, 1);
+    if (p.n_clusters && lane % 8 == 0) prefetch(clusters + at, 1);
   }
   if (blockIdx.x == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
   Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
@@ -813,7 +826,12 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
         const bool is_sure = is_candidate && in > bin[list] && !is_sink, is_open = is_candidate && in == bin[list];
         const u32 all_sure = __ballot_sync(ALL_LANES, is_sure), all_open = __ballot_sync(ALL_LANES, is_open);
         const u32 before = (1u << lane) - 1;
-        if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = position;
+        if (is_sure) {
+          own[n_sure[list] + __popc(all_sure & before)] = position;
+          // `attend` finds them in the second-level cache.
+          prefetch(keys + position * p.keys.strides[2], p.head_dim);
+          prefetch(values + position * p.values.strides[2], p.head_dim);
+        }
         if (is_open) {
           // For `attend`: where it is, its rank, and what it weighs.
           own[p.per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
@@ -933,6 +951,11 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head, n_lists = BY_KV ? 1 : part.heads;
   const float scale = p.scale * LOG2_E;
   const bool is_list = list < n_lists;
+  // For the next step.
+  for (u32 i = blockIdx.x * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += p.splits * BLOCK) {
+    searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
+  }
+  if (blockIdx.x == 0 && tid == 0) searches[first_list].arrived = 0;
   // All loads that wait for nothing, before the first that is waited for.
   constexpr u32 QUERIES = (HEADS * D + BLOCK - 1) / BLOCK;
   float query_values[QUERIES];
@@ -1285,16 +1308,13 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     for (u32 sharer = 0; sharer < SHARERS; sharer++) y += (&scratch[sharer * QUADS].x)[i];
     out[(static_cast<u64>(part.b) * p.h + part.first_head + h) * p.head_dim + element] = narrow<T>(y);
   }
-  // For the next step.
-  for (u32 i = tid; i < n_lists * BINS<BY_KV>; i += BLOCK) {
-    searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
-  }
-  if (tid == 0) searches[first_list].arrived = 0;
 }
 
 #define SEARCH(suffix, type, name, HEADS, BY_KV)                                                           \
   extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
       const type* query,       /* [b, h, 1, head_dim] */                                                   \
+      const type* keys,        /* [b, h_kv, capacity, head_dim] */                                         \
+      const type* values,      /* [b, h_kv, capacity, head_dim] */                                         \
       const u8* codes,         /* [b, h_kv, capacity, pq_dim] */                                           \
       const u8* clusters,      /* [b, h_kv, capacity], or null */                                          \
       const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                                \
@@ -1309,7 +1329,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       Listed* listed,          /* [lists, splits, WARPS] */                                                \
       u32* tail,               /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */            \
       const Decode p) {                                                                                    \
-    search<HEADS, BY_KV>(query, codes, clusters, centroids, coarse, lens, tables, scores, masses, stats, searches, lists, \
+    search<HEADS, BY_KV>(query, keys, values, codes, clusters, centroids, coarse, lens, tables, scores, masses, stats, searches, lists, \
                          listed, tail, p);                                                                 \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \

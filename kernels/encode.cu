@@ -9,8 +9,7 @@ struct Encode {
   View<4> codes;
   View<3> clusters;
   View<4> coarse;
-  Step step;
-  u64 n;  // keys to encode
+  u64 n;
   u32 h_kv;
   u32 pq_dim;
   u32 pq_len;
@@ -18,17 +17,14 @@ struct Encode {
   u32 augmented;
 };
 
-// Encodes n keys, or with `lens` the block of n that is due; with `weights`, their products with these; with `coarse`, what
-// their clusters' centroids leave of them.
+// Encodes n keys; with `weights`, their products with these; with `coarse`, what their clusters' centroids leave of them.
 // Grid: (tiles of keys, pq_dim, b * h_kv).
 template <int LEN, class T>
 __device__ void encode(const T* keys, const float* centroids, const float* phi, const float* weights,
-                       const u8* clusters, const float* coarse, const u32* lens, u8* codes, const Encode& p) {
+                       const u8* clusters, const float* coarse, u8* codes, const Encode& p) {
   const u32 m = blockIdx.y, pair = blockIdx.z, b = pair / p.h_kv, h = pair % p.h_kv;
-  u64 begin;
-  if (!p.step.find_due(lens, b, p.n, &begin)) return;
   SubVectors<T> vectors;
-  vectors.first = keys + p.keys.at(b, h, begin) + m * p.pq_len;
+  vectors.first = keys + p.keys.at(b, h) + m * p.pq_len;
   vectors.stride = p.keys.strides[2];
   vectors.n = vectors.count = p.n;
   vectors.len = p.pq_len;
@@ -36,14 +32,14 @@ __device__ void encode(const T* keys, const float* centroids, const float* phi, 
   vectors.phi = p.augmented ? phi[p.phi.at(b, h, m)] : 0;
   if (weights) vectors.weights = weights + p.weights.at(b, h) + m * p.pq_len;
   if (coarse) {
-    vectors.clusters = clusters + p.clusters.at(b, h, begin);
+    vectors.clusters = clusters + p.clusters.at(b, h);
     vectors.cluster_stride = p.clusters.strides[2];
     vectors.coarse = coarse + p.coarse.at(b, h) + m * p.pq_len;
     vectors.coarse_stride = p.coarse.strides[2];
   }
   const Centroids table = {centroids + p.centroids.at(b, h, m), p.centroids.strides[3], p.centroids.strides[4],
                            p.n_centroids};
-  nearest<LEN>(vectors, table, blockIdx.x, [&](u64 t, u8 code) { codes[p.codes.at(b, h, begin + t, m)] = code; });
+  nearest<LEN>(vectors, table, blockIdx.x, [&](u64 t, u8 code) { codes[p.codes.at(b, h, t, m)] = code; });
 }
 
 #define KERNEL(suffix, type, LEN)                                                      \
@@ -54,10 +50,9 @@ __device__ void encode(const T* keys, const float* centroids, const float* phi, 
       const float* weights,    /* [b, h_kv, head_dim], or null */                      \
       const u8* clusters,      /* [b, h_kv, n], or null */                             \
       const float* coarse,     /* [b, h_kv, n_clusters, head_dim], or null */          \
-      const u32* lens,         /* [b], or null */                                      \
       u8* codes,               /* [b, h_kv, n, pq_dim] */                              \
       const Encode p) {                                                                \
-    encode<LEN>(keys, centroids, phi, weights, clusters, coarse, lens, codes, p);      \
+    encode<LEN>(keys, centroids, phi, weights, clusters, coarse, codes, p);            \
   }
 #define KERNELS(suffix, type) FOR_EACH_LENGTH(KERNEL, suffix, type)
 FOR_EACH_FLOAT(KERNELS)

@@ -81,8 +81,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void tail_masses(
     if (largest > -INFINITY) {
 #pragma unroll
       for (int i = 0; i < EACH; i++) {
-        // At most 2^40 - 1; NaN, which is no largest score, weighs nothing.
-        const u64 weight = min(__float2ull_rz(exp2f((x[i] - largest) * LOG2_E) * 0x1p40f), (1ull << 40) - 1);
+        // At most 2^40 - 1; NaN weighs nothing.
+        const float scaled = exp2f((x[i] - largest) * LOG2_E) * 0x1p40f;
+        const u64 weight = scaled > 0 ? min(__float2ull_rz(scaled), (1ull << 40) - 1) : 0;
         const u32 upper = static_cast<u32>(weight >> 20), lower = static_cast<u32>(weight & 0xfffff);
         const u32 cluster = clusters[i / 4] >> i % 4 * 8 & 0xff;
         if (upper) atomicAdd(&high[cluster], upper);
@@ -125,7 +126,8 @@ extern "C" __global__ __launch_bounds__(ATTEND_THREADS) void tail_attend(
   if (c < p.n_clusters && top > -INFINITY) {
 #pragma unroll 8
     for (u32 tile = threadIdx.x / MAX_CLUSTERS; tile < tiles; tile += MASS_PARTS) {
-      mass += exp2f((shifts[tile] - top) * LOG2_E) * masses[tile * p.n_clusters + c];
+      const float own = masses[tile * p.n_clusters + c];
+      mass += own == 0 ? 0 : exp2f((shifts[tile] - top) * LOG2_E) * own;  // an infinite score is the top, and weighs nothing
     }
   }
   parts[threadIdx.x] = mass;

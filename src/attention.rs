@@ -178,7 +178,7 @@ impl PqAttention {
     fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
         #[cfg(feature = "cuda")]
         if cache.is_capturing()? {
-            cache.encode_in_replays()?;
+            cache.index_last_block()?;
         }
         #[cfg(feature = "cuda")]
         if let Some(sequences) = cache.on_gpu()? {

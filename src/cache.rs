@@ -129,7 +129,7 @@ impl PqKvCache {
         let lens = match device {
             Device::Cuda(device) => {
                 crate::cuda::prepare(device)?;
-                Some(Lens::new(device, batch)?)
+                Some(Lens::new(device, [batch, kv_heads])?)
             }
             _ => None,
         };
@@ -395,8 +395,8 @@ impl PqKvCache {
     /// Encodes the full blocks that have no codes yet, and adds their values to their clusters'.
     pub(crate) fn encode_blocks(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if self.is_capturing()? {
-            return self.encode_in_replays();
+        if self.is_capturing()? || self.is_last_block_due() {
+            return self.index_last_block();
         }
         let end = self.blocks_end(self.len);
         let Some(trained) = &mut self.trained else { return Ok(()) };
@@ -422,12 +422,21 @@ impl PqKvCache {
         Ok(())
     }
 
-    /// Has each replay of the graph that is being captured encode a block if it finds it full.
+    /// Whether all that has no codes is one block, which the last key filled.
     #[cfg(feature = "cuda")]
-    pub(crate) fn encode_in_replays(&mut self) -> Result<()> {
+    fn is_last_block_due(&self) -> bool {
+        let is_summed = |trained: &Trained| trained.clusters.is_none() || trained.summed == self.encoded;
+        let open = self.len.saturating_sub(self.encoded);
+        open == self.block() && self.lens.is_some() && self.trained.as_ref().is_some_and(is_summed)
+    }
+
+    /// Has the GPU encode the last block of keys if it finds it full: now, or in each replay of the graph that is being
+    /// captured.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn index_last_block(&mut self) -> Result<()> {
         let (block, end) = (self.block(), self.blocks_end(self.len));
         let earlier = self.blocks_end(self.len.saturating_sub(1));
-        let (Some(trained), Some(lens)) = (&mut self.trained, &self.lens) else { return Ok(()) };
+        let (Some(trained), Some(lens)) = (&mut self.trained, &mut self.lens) else { return Ok(()) };
         if self.encoded < earlier || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
@@ -436,10 +445,8 @@ impl PqKvCache {
         let capacity = keys.dim(2)?;
         let codes = self.codes.narrow(2, 0, capacity)?;
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, 0, capacity)).transpose()?;
-        trained.codebook.encode_due((&codes, coarse_codes.as_ref()), &keys, due)?;
-        if let (Some(clusters), Some(codes)) = (&trained.clusters, &coarse_codes) {
-            clusters.add_due(&values, codes, due)?;
-        }
+        let (codes, clusters) = ((&codes, coarse_codes.as_ref()), trained.clusters.as_ref());
+        trained.codebook.index_block(codes, [&keys, &values], clusters, due)?;
         (self.encoded, trained.summed) = (end, end);
         Ok(())
     }

@@ -7,6 +7,8 @@ use std::path::Path;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::config::{Metric, PqConfig};
+#[cfg(feature = "cuda")]
+use crate::ops::Coarse;
 use crate::ops::{self, KmeansOptions};
 
 /// Centroids for every (batch, KV head, subspace), trained on keys and fixed from then on.
@@ -209,7 +211,7 @@ impl Codebook {
         #[cfg(feature = "cuda")]
         if keys.device().is_cuda() {
             let coarse_codes = coarse_codes.map(at_positions).transpose()?;
-            return self.encode_on_gpu((&at_positions(codes)?, coarse_codes.as_ref()), &keys, None);
+            return self.encode_on_gpu((&at_positions(codes)?, coarse_codes.as_ref()), &keys);
         }
         let (new, new_coarse) = self.encode(&keys)?;
         codes.slice_set(&new, 2, positions.start)?;
@@ -219,29 +221,40 @@ impl Codebook {
         }
     }
 
-    /// As [`encode_into`](Self::encode_into), for the block that the GPU finds due.
     #[cfg(feature = "cuda")]
-    pub(crate) fn encode_due(&self, codes: (&Tensor, Option<&Tensor>), keys: &Tensor, due: ops::Due) -> Result<()> {
-        self.encode_on_gpu(codes, keys, Some(due))
+    fn encode_on_gpu(&self, (codes, coarse_codes): (&Tensor, Option<&Tensor>), keys: &Tensor) -> Result<()> {
+        let coarse = self.coarse_of(coarse_codes);
+        let options = self.encode_options(coarse.as_ref());
+        if let Some(Coarse { codes, centroids }) = &coarse {
+            let options = ops::EncodeOptions { phi: None, coarse: None, ..options };
+            ops::encode_into(&codes.unsqueeze(3)?, keys, &centroids.unsqueeze(2)?, options)?;
+        }
+        ops::encode_into(codes, keys, &self.centroids, options)
+    }
+
+    /// Encodes the block that ends with the last key of a cache, if it is full there; `[b, h_kv, capacity, ...]` each.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn index_block(
+        &self,
+        (codes, coarse_codes): (&Tensor, Option<&Tensor>),
+        [keys, values]: [&Tensor; 2],
+        clusters: Option<&ops::ClusterSums>,
+        due: ops::Due,
+    ) -> Result<()> {
+        let coarse = self.coarse_of(coarse_codes);
+        let options = self.encode_options(coarse.as_ref());
+        ops::index_block(codes, [keys, values], &self.centroids, options, clusters, due)
+    }
+
+    /// Clusters of keys beside the centroids that they are coded by, with the weights.
+    #[cfg(feature = "cuda")]
+    fn coarse_of(&self, codes: Option<&Tensor>) -> Option<Coarse> {
+        Some(Coarse { codes: codes?.clone(), centroids: self.coarse.clone()? })
     }
 
     #[cfg(feature = "cuda")]
-    fn encode_on_gpu(
-        &self,
-        (codes, coarse_codes): (&Tensor, Option<&Tensor>),
-        keys: &Tensor,
-        due: Option<ops::Due>,
-    ) -> Result<()> {
-        let options = ops::EncodeOptions { weights: self.weights(), due, ..Default::default() };
-        let coarse = match (coarse_codes, &self.coarse) {
-            (Some(codes), Some(centroids)) => {
-                ops::encode_into(&codes.unsqueeze(3)?, keys, &centroids.unsqueeze(2)?, options)?;
-                Some(ops::Coarse { codes: codes.clone(), centroids: centroids.clone() })
-            }
-            _ => None,
-        };
-        let options = ops::EncodeOptions { phi: self.phi.as_ref(), coarse: coarse.as_ref(), ..options };
-        ops::encode_into(codes, keys, &self.centroids, options)
+    fn encode_options<'a>(&'a self, coarse: Option<&'a Coarse>) -> ops::EncodeOptions<'a> {
+        ops::EncodeOptions { phi: self.phi.as_ref(), weights: self.weights(), coarse }
     }
 
     /// Centroids without the augmentation and the weights, for [`ops::score`]: `[b, h_kv, pq_dim, n_centroids, pq_len]`.

@@ -517,6 +517,91 @@ fn weighted_index() -> Result<()> {
     Ok(())
 }
 
+/// Keys that come one by one, of which each full block is indexed by one launch: the CPU's codes and sums.
+#[test]
+fn index_block() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    let (plain, weighted) = ((Metric::Euclidean, false), (Metric::Euclidean, true));
+    for ([b, h_kv, d], (pq_dim, pq_bits, coarse), window, (metric, query_weights), dtype) in [
+        ([2, 3, 64], (8, 6, 32), 16, plain, DType::BF16),
+        ([1, 2, 128], (8, 8, 256), 64, weighted, DType::F16),
+        ([1, 1, 256], (16, 4, 4), 0, weighted, DType::F32),
+        ([1, 2, 128], (16, 5, 0), 30, (Metric::InnerProduct, false), DType::BF16),
+        ([2, 1, 33], (3, 3, 8), 300, plain, DType::F32),
+    ] {
+        let mut rng = Rng(31);
+        let tail = if coarse > 0 { Tail::ClusterMeans } else { Tail::None };
+        let config = PqConfig {
+            pq_dim,
+            pq_bits,
+            coarse,
+            tail,
+            window,
+            metric,
+            query_weights,
+            refresh: 9.0,
+            ..PqConfig::default()
+        };
+        let attn = PqAttention::new(config, 0.125)?;
+        let mut caches =
+            [attn.new_cache([b, h_kv, d], 0, dtype, &gpu)?, attn.new_cache([b, h_kv, d], 0, dtype, &Device::Cpu)?];
+        for s in std::iter::once(400).chain(std::iter::repeat_n(1, 2 * (window + 1) + 9)) {
+            let queries = pair(&mut rng, &gpu, &[b, h_kv, s, d], dtype, Strides::Contiguous)?;
+            let keys = pair(&mut rng, &gpu, &[b, h_kv, s, d], dtype, Strides::Contiguous)?;
+            let values = pair(&mut rng, &gpu, &[b, h_kv, s, d], dtype, Strides::Contiguous)?;
+            for (i, cache) in caches.iter_mut().enumerate() {
+                attn.forward_dense(&queries[i], &keys[i], &values[i], cache)?;
+                cache.build_index()?;
+            }
+        }
+        let what = format!("{:?} {window} {metric:?} {dtype:?}", [b, h_kv, d]);
+        assert_same_index(&what, &caches[0], &caches[1])?;
+        assert_eq!(caches[0].clusters().is_some(), coarse > 0, "{what}");
+        if let [Some(got), Some(want)] = [caches[0].clusters(), caches[1].clusters()] {
+            assert_same_bits(&what, &got.sums, &want.sums)?;
+            assert_same_integers(&what, &got.counts, &want.counts);
+        }
+    }
+    Ok(())
+}
+
+/// Two threads, of which each has a stream of its own, decode with one attention.
+#[test]
+fn threads_share_an_attention() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    let config = PqConfig { heavy: Heavy::Keys(64), ..PqConfig::default() };
+    let attn = PqAttention::new(config, 0.125)?;
+    let decode = |attn: &PqAttention, seed: u64| -> Result<Vec<f64>> {
+        let mut rng = Rng(seed);
+        let mut cache = attn.new_cache([1, 2, 64], 4096, DType::F32, &gpu)?;
+        let mut outs = Vec::new();
+        for s in std::iter::once(3000).chain(std::iter::repeat_n(1, 200)) {
+            let query = rng.tensor(&[1, 8, s, 64], DType::F32).to_device(&gpu)?;
+            let keys = rng.tensor(&[1, 2, s, 64], DType::F32).to_device(&gpu)?;
+            let out = attn.forward(&query, &keys, &(&keys * 0.5)?, &mut cache)?;
+            outs.extend(numbers(&out.narrow(2, s - 1, 1)?));
+        }
+        Ok(outs)
+    };
+    let alone: Result<Vec<_>> =
+        (0..4).map(|seed| decode(&PqAttention::new(attn.config().clone(), 0.125)?, seed)).collect();
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|seed| {
+                scope.spawn({
+                    let attn = &attn;
+                    move || decode(attn, seed)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    });
+    for (seed, (got, want)) in together.into_iter().zip(alone?).enumerate() {
+        assert!(got? == want, "the cache of seed {seed} is another's");
+    }
+    Ok(())
+}
+
 /// Prefill and a decode across retraining, against the CPU.
 #[test]
 fn forward() -> Result<()> {
@@ -805,10 +890,18 @@ fn tail_attend_at_the_extremes() -> Result<()> {
     let random = rng.tensor(&[1, 1, n], DType::F32);
     let mut huge = random.flatten_all()?.to_vec1::<f32>()?;
     huge[4999] = 3e4;
+    let with = |at: usize, x: f32| {
+        let mut scores = huge.clone();
+        scores[at] = x;
+        Tensor::from_vec(scores, (1, 1, n), &Device::Cpu)
+    };
+    let (infinite, broken) = (with(17, f32::INFINITY)?, with(5017, f32::NAN)?);
     for (what, scores) in [
+        ("infinite", infinite),
+        ("broken", broken),
         ("up", (&random + 1e4)?),
         ("down", (&random - 1e4)?),
-        ("huge", Tensor::from_vec(huge, (1, 1, n), &Device::Cpu)?),
+        ("huge", with(4999, 3e4)?),
         ("equal", random.ones_like()?),
     ] {
         for attended in [0, 10, n] {

@@ -63,6 +63,7 @@ modules! {
     Decode = DECODE,
     Encode = ENCODE,
     GroupMass = GROUP_MASS,
+    IndexBlock = INDEX_BLOCK,
     IndicesAndWeights = INDICES_AND_WEIGHTS,
     Kmeans = KMEANS,
     Score = SCORE,
@@ -140,6 +141,10 @@ impl Gpu {
             return Ok(function.clone());
         }
         let function = self.modules[module as usize].load_function(name).w()?;
+        // Once, and to the most: threads share the function, and a launch of one relies on what another would lower.
+        let fixed = usize::try_from(function.shared_size_bytes().w()?).unwrap_or(0);
+        let dynamic = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(dynamic, self.shared_bytes.saturating_sub(fixed) as i32).w()?;
         let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         Ok(functions.entry(name.to_string()).or_insert(function).clone())
     }
@@ -196,20 +201,23 @@ impl Step {
 /// graph serves a sequence that grows.
 #[derive(Debug)]
 pub(crate) struct Lens {
-    /// A length each, then a count that is 0 between launches: `kernels/append.cu`.
+    /// A length each, then counts of blocks that are done, which are 0 between launches: `append`'s, and one of
+    /// `index_block` for each (batch, KV head) pair.
     storage: CudaStorage,
     sequences: usize,
+    counts: usize,
 }
 
 impl Lens {
-    pub(crate) fn new(device: &CudaDevice, sequences: usize) -> Result<Self> {
-        Ok(Self { storage: zeros(device, sequences + 1, DType::U32)?, sequences })
+    pub(crate) fn new(device: &CudaDevice, [sequences, kv_heads]: [usize; 2]) -> Result<Self> {
+        let counts = 1 + sequences * kv_heads;
+        Ok(Self { storage: zeros(device, sequences + counts, DType::U32)?, sequences, counts })
     }
 
     /// Sets all of them.
     pub(crate) fn set(&mut self, len: usize) -> Result<()> {
-        let mut lens = vec![u32_of("PqKvCache", "len", len)?; self.sequences + 1];
-        lens[self.sequences] = 0;
+        let mut lens = vec![u32_of("PqKvCache", "len", len)?; self.sequences];
+        lens.resize(self.sequences + self.counts, 0);
         let device = self.storage.device().clone();
         device.memcpy_htod(&lens, u32::as_cuda_slice_mut(&mut self.storage)?)
     }
@@ -332,6 +340,17 @@ impl<'a> Launch<'a> {
         Ok(self)
     }
 
+    /// The start of a storage that the kernel reads and writes though it is borrowed for reading: Candle lends an in-place op
+    /// one tensor to write, and the device orders launches by itself.
+    pub(crate) fn updated(self, storage: &'a CudaStorage) -> Result<Self> {
+        self.input(storage)
+    }
+
+    /// As [`updated`](Self::updated), or a null pointer.
+    pub(crate) fn updated_or_null(self, storage: Option<&'a CudaStorage>) -> Result<Self> {
+        self.input_or_null(storage)
+    }
+
     /// As [`input`](Self::input), or a null pointer.
     pub(crate) fn input_or_null(mut self, storage: Option<&'a CudaStorage>) -> Result<Self> {
         match storage {
@@ -380,18 +399,12 @@ impl<'a> Launch<'a> {
     }
 
     fn config(&self, grid: [usize; 3], threads: u32, shared: usize) -> Result<Option<LaunchConfig>> {
-        // Less than the 48 KB that static shared memory counts towards.
-        const WITHOUT_ASKING: usize = 32 << 10;
         const LIMITS: [usize; 3] = [i32::MAX as usize, 65_535, 65_535];
         if grid.contains(&0) {
             return Ok(None);
         }
         if grid.iter().zip(LIMITS).any(|(blocks, limit)| *blocks > limit) {
             bail!("{}: expected a grid of at most {LIMITS:?} blocks, got {grid:?}", self.kernel.name);
-        }
-        if shared > WITHOUT_ASKING {
-            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            self.kernel.func.set_attribute(attribute, shared as i32).w()?;
         }
         Ok(Some(LaunchConfig {
             grid_dim: (grid[0] as u32, grid[1] as u32, grid[2] as u32),

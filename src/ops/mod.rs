@@ -18,6 +18,8 @@ mod decode;
 mod encode;
 mod fast_scan;
 mod group_mass;
+#[cfg(feature = "cuda")]
+mod index_block;
 mod indices_and_weights;
 mod kmeans;
 mod score;
@@ -34,9 +36,11 @@ pub use cluster_sums::{cluster_sums, ClusterSums};
 pub(crate) use decode::{decode, Sequences, Workspace};
 pub use encode::encode;
 #[cfg(feature = "cuda")]
-pub(crate) use encode::{encode_into, Due, EncodeOptions};
+pub(crate) use encode::{encode_into, EncodeOptions};
 pub use fast_scan::{fast_scan, pack_codes};
 pub use group_mass::group_mass;
+#[cfg(feature = "cuda")]
+pub(crate) use index_block::{index_block, Due};
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
 pub(crate) use score::Coarse;

@@ -9,8 +9,6 @@ use candle_core::{bail, CudaStorage, InplaceOp2, InplaceOp3};
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
-#[cfg(feature = "cuda")]
-use super::encode::Due;
 use super::side_output::SideOutput;
 use super::MAX_HEAD_DIM;
 
@@ -46,22 +44,16 @@ impl ClusterSums {
     pub(crate) fn add(&mut self, values: &Tensor, codes: &Tensor) -> Result<()> {
         #[cfg(feature = "cuda")]
         if values.device().is_cuda() {
-            return self.add_on_gpu(values, codes, None);
+            return self.add_on_gpu(values, codes);
         }
         *self = cluster_sums(values, codes, self)?;
         Ok(())
     }
 
-    /// As [`add`](Self::add), of the block that the GPU finds due.
     #[cfg(feature = "cuda")]
-    pub(crate) fn add_due(&self, values: &Tensor, codes: &Tensor, due: Due) -> Result<()> {
-        self.add_on_gpu(values, codes, Some(due))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn add_on_gpu(&self, values: &Tensor, codes: &Tensor, due: Option<Due>) -> Result<()> {
+    fn add_on_gpu(&self, values: &Tensor, codes: &Tensor) -> Result<()> {
         let plan = Plan::new(values, codes, self)?;
-        let op = AddInPlace { plan, due };
+        let op = AddInPlace { plan };
         self.sums.inplace_op3(values, codes, &op)?;
         self.counts.inplace_op2(codes, &op)
     }
@@ -113,7 +105,7 @@ pub fn cluster_sums(values: &Tensor, codes: &Tensor, before: &ClusterSums) -> Re
     #[cfg(feature = "cuda")]
     if values.device().is_cuda() {
         let after = ClusterSums { sums: before.sums.copy()?, counts: before.counts.copy()? };
-        after.add_on_gpu(&values, &codes, None)?;
+        after.add_on_gpu(&values, &codes)?;
         return Ok(after);
     }
     let plan = Plan::new(&values, &codes, &before)?;
@@ -131,7 +123,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    fn new(values: &Tensor, codes: &Tensor, before: &ClusterSums) -> Result<Self> {
+    pub(crate) fn new(values: &Tensor, codes: &Tensor, before: &ClusterSums) -> Result<Self> {
         let (values_arg, codes_arg) = (Arg::new(OP, "values", values), Arg::new(OP, "codes", codes));
         values_arg.is_float()?;
         codes_arg.is(DType::U8)?;
@@ -173,14 +165,13 @@ impl CustomOp3 for Sum {
 }
 
 #[cfg(feature = "cuda")]
-struct AddInPlace<'a> {
+struct AddInPlace {
     plan: Plan,
-    due: Option<Due<'a>>,
 }
 
 /// The sums.
 #[cfg(feature = "cuda")]
-impl InplaceOp3 for AddInPlace<'_> {
+impl InplaceOp3 for AddInPlace {
     fn name(&self) -> &'static str {
         OP
     }
@@ -206,13 +197,13 @@ impl InplaceOp3 for AddInPlace<'_> {
         codes: &CudaStorage,
         _: &Layout,
     ) -> Result<()> {
-        cuda::add_values(&self.plan, self.due, values, codes, sums)
+        cuda::add_values(&self.plan, values, codes, sums)
     }
 }
 
 /// The counts.
 #[cfg(feature = "cuda")]
-impl InplaceOp2 for AddInPlace<'_> {
+impl InplaceOp2 for AddInPlace {
     fn name(&self) -> &'static str {
         OP
     }
@@ -222,6 +213,6 @@ impl InplaceOp2 for AddInPlace<'_> {
     }
 
     fn cuda_fwd(&self, counts: &mut CudaStorage, _: &Layout, codes: &CudaStorage, _: &Layout) -> Result<()> {
-        cuda::count(&self.plan, self.due, codes, counts)
+        cuda::count(&self.plan, codes, counts)
     }
 }

@@ -53,7 +53,7 @@ const ROW_BYTES: usize = 128;
 const MAX_HEADS: usize = 4;
 
 /// Shared memory that a block has beside what the launch asks for, at most.
-const STATIC_BYTES: usize = 3 << 10;
+const STATIC_BYTES: usize = 6 << 10;
 
 const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
@@ -200,7 +200,8 @@ impl Fused {
         let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, lists * self.list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, all_heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch = self.search.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
+        let launch = self.search.launch().input(query)?.input(keys)?.input(values)?.input(codes)?;
+        let launch = launch.input_or_null(clusters)?.input(centroids)?;
         let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(scores)?;
         let launch = launch.output_or_null(masses.as_deref_mut())?.output(stats)?.output(searches)?;
         let launch = launch.output(lists)?.output(listed)?.output(tail)?.value(params);

@@ -1,20 +1,35 @@
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::{self, ThreadId};
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Result};
 
 use super::OP;
 use crate::cuda;
 
-/// What the launches of a step leave to each other, for each device: all layers of a model share it, which keeps it in
-/// the second-level cache.
+/// What the launches of a step leave to each other, for each device and thread: all layers of a model share it, which keeps
+/// it in the second-level cache.
 ///
-/// A device's launches are in one stream, so that the steps of several caches follow each other; the lock keeps the
-/// launches of one step together.
+/// A thread's launches on a device are in one stream, so that the steps of several caches follow each other; those of
+/// other threads are not in their order (Candle's devices have a stream a thread), and so have buffers of their own.
 #[derive(Clone, Default)]
-pub(crate) struct Workspace(Arc<Mutex<HashMap<DeviceId, Buffers>>>);
+pub(crate) struct Workspace(Arc<Mutex<HashMap<(DeviceId, ThreadId), OfThread>>>);
+
+#[derive(Default)]
+struct OfThread {
+    /// Gone when the thread has ended.
+    thread: Weak<()>,
+    /// Whether captured graphs use the buffers: another thread may replay them.
+    is_captured: bool,
+    buffers: Buffers,
+}
+
+thread_local! {
+    static THIS_THREAD: Arc<()> = Arc::default();
+}
 
 impl fmt::Debug for Workspace {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -23,9 +38,22 @@ impl fmt::Debug for Workspace {
 }
 
 impl Workspace {
-    /// Calls `launch` with the buffers of a device.
+    /// Calls `launch` with this thread's buffers of a device.
     pub(super) fn with<T>(&self, device: &CudaDevice, launch: impl FnOnce(&mut Buffers) -> Result<T>) -> Result<T> {
-        launch(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(device.id()).or_default())
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (device.id(), thread::current().id());
+        let is_capturing = cuda::is_capturing(device)?;
+        if !all.contains_key(&key) && !is_capturing {
+            let is_over = |of: &OfThread| of.thread.strong_count() == 0 && !of.is_captured;
+            if all.values().any(is_over) {
+                device.synchronize()?; // what those threads launched may still run
+                all.retain(|_, of| !is_over(of));
+            }
+            all.insert(key, OfThread { thread: THIS_THREAD.with(Arc::downgrade), ..Default::default() });
+        }
+        let own = all.entry(key).or_default();
+        own.is_captured |= is_capturing;
+        launch(&mut own.buffers)
     }
 }
 

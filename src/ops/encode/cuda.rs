@@ -1,7 +1,7 @@
 use candle_core::{CudaStorage, DType, Result};
 
-use super::{Due, Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
+use super::{Plan, OP};
+use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params};
 use crate::ops::arg::View;
 
 /// `kernels/encode.cu`
@@ -15,7 +15,6 @@ struct Encode {
     codes: DeviceView<4>,
     clusters: DeviceView<3>,
     coarse: DeviceView<4>,
-    step: Step,
     n: u64,
     h_kv: u32,
     pq_dim: u32,
@@ -43,7 +42,7 @@ pub(super) fn run(plan: &Plan, keys: &CudaStorage, centroids: &CudaStorage, phi:
     let [b, h_kv, n, _] = plan.keys.dims;
     let dims = [b, h_kv, n, plan.centroids.dims[2]];
     let mut codes = cuda::output(device, dims.as_slice(), DType::U8)?;
-    launch(plan, None, [keys, centroids, phi], None, None, (&View::contiguous(dims), &mut codes))?;
+    launch(plan, [keys, centroids, phi], None, None, (&View::contiguous(dims), &mut codes))?;
     Ok(codes)
 }
 
@@ -55,10 +54,9 @@ pub(super) struct CoarseInput<'a> {
     pub(super) centroids_view: &'a View<4>,
 }
 
-/// Writes the codes of the plan's keys to `codes`, or else those of the block that is due among them.
+/// Writes the codes of the plan's keys to `codes`.
 pub(super) fn launch(
     plan: &Plan,
-    due: Option<Due>,
     [keys, centroids, phi]: [&CudaStorage; 3],
     weights: Option<(&CudaStorage, &View<3>)>,
     coarse: Option<CoarseInput>,
@@ -66,9 +64,8 @@ pub(super) fn launch(
 ) -> Result<()> {
     let (dtype, device) = cuda::kind(keys);
     cuda::prepare(device)?;
-    let [b, h_kv, capacity, _] = plan.keys.dims;
+    let [b, h_kv, n, _] = plan.keys.dims;
     let [_, _, pq_dim, n_centroids, _] = plan.centroids.dims;
-    let n = due.map_or(capacity, |due| due.block);
     let params = Params(Encode {
         keys: plan.keys.device(),
         centroids: plan.centroids.device(),
@@ -77,7 +74,6 @@ pub(super) fn launch(
         codes: codes_view.device(),
         clusters: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.codes_view.device()),
         coarse: coarse.as_ref().map_or(DeviceView::NONE, |coarse| coarse.centroids_view.device()),
-        step: Step { init_offset: due.map_or(0, |due| due.init_offset) as u64, ..Step::of_candidates(capacity, 0) },
         n: n as u64,
         h_kv: u32_of(OP, "h_kv", h_kv)?,
         pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
@@ -91,6 +87,5 @@ pub(super) fn launch(
     let launch = launch.input_or_null(weights.map(|(weights, _)| weights))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.codes))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.centroids))?;
-    let launch = launch.input_or_null(due.map(|due| due.lens.storage()))?.output(codes)?.value(&params);
-    launch.run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)
+    launch.output(codes)?.value(&params).run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)
 }

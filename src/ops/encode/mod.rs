@@ -50,28 +50,8 @@ pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result
 /// As [`encode`], but writes to `codes`, `[b, h_kv, n, pq_dim]` of any strides, in place: a view into a cache.
 #[cfg(feature = "cuda")]
 pub(crate) fn encode_into(codes: &Tensor, keys: &Tensor, centroids: &Tensor, options: EncodeOptions) -> Result<()> {
-    let EncodeOptions { phi, weights, coarse, .. } = options;
-    let plan = Plan::new(keys, centroids, phi)?;
-    let arg = Arg::new(OP, "codes", codes);
-    let [b, h_kv, n, head_dim] = plan.keys.dims;
-    arg.is(DType::U8)?;
-    arg.has_dims(&[b, h_kv, n, plan.centroids.dims[2]])?;
-    let codes_view = arg.view("[b, h_kv, n, pq_dim]")?;
-    let coarse_views = match coarse {
-        None => None,
-        Some(coarse) => {
-            let (codes, centroids) =
-                (Arg::new(OP, "coarse_codes", &coarse.codes), Arg::new(OP, "coarse_centroids", &coarse.centroids));
-            codes.is(DType::U8)?;
-            codes.has_dims(&[b, h_kv, n])?;
-            centroids.is(DType::F32)?;
-            let view: View<4> = centroids.view("[b, h_kv, n_clusters, head_dim]")?;
-            centroids.has_dims(&[b, h_kv, view.dims[2], head_dim])?;
-            Some((codes.view("[b, h_kv, n]")?, view))
-        }
-    };
-    let weights_view = optional("weights", weights, [b, h_kv, head_dim], "[b, h_kv, head_dim]")?;
-    codes.inplace_op3(keys, centroids, &EncodeInto { plan, codes_view, coarse_views, weights_view, options })
+    let plan = IntoPlan::new(codes, keys, centroids, options)?;
+    codes.inplace_op3(keys, centroids, &EncodeInto { plan, options })
 }
 
 /// What [`encode_into`] may be given beyond keys and centroids.
@@ -84,26 +64,48 @@ pub(crate) struct EncodeOptions<'a> {
     pub(crate) weights: Option<&'a Tensor>,
     /// The codes are of what the centroids of the keys' clusters leave of them.
     pub(crate) coarse: Option<&'a Coarse>,
-    /// Keys, codes and clusters are those of all positions that there is room for, and only a block of them is encoded.
-    pub(crate) due: Option<Due<'a>>,
 }
 
-/// On which condition keys are encoded: blocks of keys follow each other from `init_offset` on, and one that ends with the
-/// last key is due.
+/// A checked call of [`encode_into`].
 #[cfg(feature = "cuda")]
-#[derive(Clone, Copy)]
-pub(crate) struct Due<'a> {
-    pub(crate) lens: &'a crate::cuda::Lens,
-    pub(crate) init_offset: usize,
-    pub(crate) block: usize,
+pub(crate) struct IntoPlan {
+    pub(crate) encode: Plan,
+    pub(crate) codes: View<4>,
+    /// Codes and centroids of clusters.
+    pub(crate) coarse: Option<(View<3>, View<4>)>,
+    pub(crate) weights: Option<View<3>>,
+}
+
+#[cfg(feature = "cuda")]
+impl IntoPlan {
+    pub(crate) fn new(codes: &Tensor, keys: &Tensor, centroids: &Tensor, options: EncodeOptions) -> Result<Self> {
+        let EncodeOptions { phi, weights, coarse } = options;
+        let encode = Plan::new(keys, centroids, phi)?;
+        let codes = Arg::new(OP, "codes", codes);
+        let [b, h_kv, n, head_dim] = encode.keys.dims;
+        codes.is(DType::U8)?;
+        codes.has_dims(&[b, h_kv, n, encode.centroids.dims[2]])?;
+        let coarse = match coarse {
+            None => None,
+            Some(coarse) => {
+                let (codes, centroids) =
+                    (Arg::new(OP, "coarse_codes", &coarse.codes), Arg::new(OP, "coarse_centroids", &coarse.centroids));
+                codes.is(DType::U8)?;
+                codes.has_dims(&[b, h_kv, n])?;
+                centroids.is(DType::F32)?;
+                let view: View<4> = centroids.view("[b, h_kv, n_clusters, head_dim]")?;
+                centroids.has_dims(&[b, h_kv, view.dims[2], head_dim])?;
+                Some((codes.view("[b, h_kv, n]")?, view))
+            }
+        };
+        let weights = optional("weights", weights, [b, h_kv, head_dim], "[b, h_kv, head_dim]")?;
+        Ok(Self { encode, codes: codes.view("[b, h_kv, n, pq_dim]")?, coarse, weights })
+    }
 }
 
 #[cfg(feature = "cuda")]
 struct EncodeInto<'a> {
-    plan: Plan,
-    codes_view: View<4>,
-    coarse_views: Option<(View<3>, View<4>)>,
-    weights_view: Option<View<3>>,
+    plan: IntoPlan,
     options: EncodeOptions<'a>,
 }
 
@@ -134,7 +136,7 @@ impl InplaceOp3 for EncodeInto<'_> {
         centroids: &CudaStorage,
         _: &Layout,
     ) -> Result<()> {
-        let EncodeOptions { phi, weights, coarse, due } = self.options;
+        let (EncodeOptions { phi, weights, coarse }, plan) = (self.options, &self.plan);
         let phi = phi.map(|phi| phi.storage_and_layout().0);
         let phi = match &phi {
             None => centroids, // not read
@@ -142,7 +144,7 @@ impl InplaceOp3 for EncodeInto<'_> {
         };
         let guards =
             coarse.map(|coarse| (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0));
-        let coarse = match (&guards, &self.coarse_views) {
+        let coarse = match (&guards, &plan.coarse) {
             (Some((codes, centroids)), Some((codes_view, centroids_view))) => Some(cuda::CoarseInput {
                 codes: crate::cuda::storage_of(OP, codes)?,
                 codes_view,
@@ -152,11 +154,11 @@ impl InplaceOp3 for EncodeInto<'_> {
             _ => None,
         };
         let weights = weights.map(|weights| weights.storage_and_layout().0);
-        let weights = match (&weights, &self.weights_view) {
+        let weights = match (&weights, &plan.weights) {
             (Some(weights), Some(view)) => Some((crate::cuda::storage_of(OP, weights)?, view)),
             _ => None,
         };
-        cuda::launch(&self.plan, due, [keys, centroids, phi], weights, coarse, (&self.codes_view, codes))
+        cuda::launch(&plan.encode, [keys, centroids, phi], weights, coarse, (&plan.codes, codes))
     }
 }
 
