@@ -4,7 +4,7 @@
 //!
 //! Results are checked against the CPU first. Inputs rotate over more memory than the GPU's second-level cache holds,
 //! as the layers of a model do. `graph` is the time of a call within a replayed CUDA graph of 20 calls; `eager` the wall
-//! time of one call and a synchronization. `bytes` is the least that a call must read, and the percentage is of the
+//! time of one call and a synchronization; `host` what a call takes of the host, when many follow each other. `bytes` is the least that a call must read, and the percentage is of the
 //! bandwidth of a large copy on the same device. `forward` is a token's `PqAttention::forward`, whose keys are appended and
 //! encoded as they come; `step` is the ops one by one.
 
@@ -59,7 +59,7 @@ const GQA: Case = Case {
 /// A cluster and 8 x 8 bits of the residual.
 const RESIDUAL: Case = Case { pq_dim: 8, coarse: 256, ..GQA };
 
-const CASES: [Case; 10] = [
+const CASES: [Case; 13] = [
     Case {
         name: "seed-w0",
         h_kv: 32,
@@ -80,9 +80,19 @@ const CASES: [Case; 10] = [
     Case { name: "gqa-128k-by-query", n: 131_072, heavy: 1311, selection: Selection::PerQueryHead, ..GQA },
     Case { name: "batch8-32k", b: 8, ..GQA },
     Case { name: "residual-32k", ..RESIDUAL },
-    Case { name: "tail-32k", tail: Tail::ClusterMeans, ..RESIDUAL },
+    Case { name: "tail-32k", heavy: 656, tail: Tail::ClusterMeans, ..RESIDUAL },
     Case { name: "residual-128k", n: 131_072, heavy: 1311, ..RESIDUAL },
     Case { name: "tail-128k", n: 131_072, heavy: 1311, tail: Tail::ClusterMeans, ..RESIDUAL },
+    Case {
+        name: "tail-128k-by-query",
+        n: 131_072,
+        heavy: 1311,
+        tail: Tail::ClusterMeans,
+        selection: Selection::PerQueryHead,
+        ..RESIDUAL
+    },
+    Case { name: "tail-1m", n: 1 << 20, heavy: 10_486, tail: Tail::ClusterMeans, ..RESIDUAL },
+    Case { name: "tail-batch8-32k", b: 8, heavy: 656, tail: Tail::ClusterMeans, ..RESIDUAL },
 ];
 
 /// What is measured: the `i`-th of some calls.
@@ -244,19 +254,22 @@ impl Case {
         let codebook = Codebook::train(&layers[0].keys.narrow(2, 0, self.n.min(8192))?, &self.config())?;
         let caches: Result<Vec<_>> = layers.iter().take(4).map(|layer| self.cache(&attn, layer, &codebook)).collect();
         let caches = RefCell::new(caches?);
-        let new = |x: &Tensor| x.narrow(2, 0, 1)?.contiguous();
-        let (query, key, value) = (&layers[0].query, new(&layers[0].keys)?, new(&layers[0].values)?);
+        // Tokens that differ: equal keys would tie.
+        let new = |x: &Tensor, i: usize| x.narrow(2, i, 1)?.contiguous();
+        let token = |i: usize| Ok((new(&layers[0].keys, i)?, new(&layers[0].values, i)?));
+        let tokens: Vec<(Tensor, Tensor)> = (0..64).map(token).collect::<Result<_>>()?;
+        let (query, (key, value)) = (&layers[0].query, &tokens[0]);
         {
             let mut on_cpu = self.cache(&attn, &layers[0].to_device(&Device::Cpu)?, &codebook)?;
             let cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
-            let want = attn.forward(&cpu(query)?, &cpu(&key)?, &cpu(&value)?, &mut on_cpu)?;
+            let want = attn.forward(&cpu(query)?, &cpu(key)?, &cpu(value)?, &mut on_cpu)?;
             let cache = &mut caches.borrow_mut()[0];
-            self.assert_close("forward", &attn.forward(query, &key, &value, cache)?, &want)?;
+            self.assert_close("forward", &attn.forward(query, key, value, cache)?, &want)?;
         }
         report("forward", bytes, &|i| {
             let mut caches = caches.borrow_mut();
-            let layer = i % caches.len();
-            attn.forward(query, &key, &value, &mut caches[layer]).map(drop)
+            let (layer, (key, value)) = (i % caches.len(), &tokens[i % tokens.len()]);
+            attn.forward(query, key, value, &mut caches[layer]).map(drop)
         })
     }
 
@@ -358,6 +371,20 @@ fn eager(device: &Device, call: Call) -> Result<Vec<f64>> {
     (0..count.clamp(5, 50)).map(time).collect()
 }
 
+/// The host's time for a call, of so many that the device's queue holds them.
+#[cfg(feature = "cuda")]
+fn host(device: &Device, call: Call) -> Result<Vec<f64>> {
+    const CALLS: usize = 32;
+    let time = |_| -> Result<f64> {
+        let start = Instant::now();
+        (0..CALLS).try_for_each(call)?;
+        let us = start.elapsed().as_secs_f64() * 1e6 / CALLS as f64;
+        device.synchronize()?;
+        Ok(us)
+    };
+    (0..10).map(time).collect()
+}
+
 #[cfg(not(feature = "cuda"))]
 fn measure(device: &Device, call: Call) -> Result<Vec<Times>> {
     Ok(vec![Times { mode: "eager", us: percentiles(eager(device, call)?), launches: 0 }])
@@ -370,6 +397,7 @@ fn measure(device: &Device, call: Call) -> Result<Vec<Times>> {
         Device::Cuda(cuda) => {
             let (graph, launches) = graph::measure(cuda, call)?;
             Ok(vec![
+                Times { mode: "host", us: percentiles(host(device, call)?), launches },
                 Times { mode: "eager", us: eager, launches },
                 Times { mode: "graph", us: percentiles(graph), launches },
             ])
@@ -448,7 +476,7 @@ fn copy_bandwidth(device: &Device) -> Result<f64> {
             measure(device, &|_| dst.slice_set(&src, 0, 0))?
         }
     };
-    let best = times.iter().map(|times| times.us[1]).fold(f64::INFINITY, f64::min);
+    let best = times.iter().filter(|times| times.mode != "host").map(|times| times.us[1]).fold(f64::INFINITY, f64::min);
     Ok(2.0 * count as f64 / best / 1e3)
 }
 

@@ -149,9 +149,10 @@ __device__ inline bool is_last(u32* arrived, u32 blocks) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(arrived, blocks - 1) == blocks - 1;
-    __threadfence();
+    // In the order of the memory model: what the block did is released, what the others did is acquired.
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrived), "r"(blocks - 1) : "memory");
+    last = before == blocks - 1;
   }
   __syncthreads();
   return last;

@@ -28,6 +28,7 @@ template <int D>
 constexpr int ATTEND_THREADS = D > 128 ? 256 : 512;
 constexpr u32 MAX_SPLITS = 64;
 constexpr u32 MAX_CLUSTERS = 256;
+constexpr u32 MAX_GROUP = 64;
 
 // Keys that a warp takes at a time: four adjacent ones a lane.
 constexpr u32 EACH = 4;
@@ -38,6 +39,11 @@ __device__ inline u32 score_slot(u32 position) {
   return position / CHUNK * CHUNK + position % EACH * 32 + position % CHUNK / EACH;
 }
 
+template <u32 X>
+struct Constant {
+  static constexpr u32 value = X;
+};
+
 // Subspaces of a row of the tables in shared memory, which is as long as all banks: 32 / HEADS entries.
 constexpr u32 SUBSPACES = 8;
 constexpr u32 ROW_BYTES = 128;
@@ -47,9 +53,8 @@ constexpr u32 MAX_BINS = 4096;
 template <bool BY_KV>
 constexpr u32 BINS = BY_KV ? MAX_BINS : 2048;
 
-// Open keys whose ranks are kept, and those that are ranked by comparing all with all.
+// Open keys whose ranks are kept.
 constexpr u32 KEPT = 256;
-constexpr u32 COMPARED = 128;
 
 // Positions of a list that a block resolves before it attends.
 constexpr u32 RESOLVED = 256;
@@ -121,6 +126,7 @@ struct Search {
   u32 arrived;     // blocks that came to a meeting of the team
   float top;       // upper end of that bin
   u32 wanted;      // keys of it that are selected
+  float shifts[MAX_GROUP];  // by KV head: of each head's scores, to its shares
   u32 padding[4];
 };
 
@@ -194,8 +200,6 @@ struct MassBins {
   __device__ bool is_below(float mass, float edge) const { return mass < edge; }
 };
 
-constexpr u32 MAX_GROUP = 64;
-
 // Bins of scores: as wide as each other between two bounds.
 struct ScoreBins {
   static constexpr u32 LAST = BINS<false> - 1;
@@ -257,12 +261,8 @@ __device__ inline u32 scan(u32 x, u32* total) {
   return sum - x + (warp ? before : 0);
 }
 
-// Has adjacent elements come to the second-level cache.
-template <class T>
-__device__ inline void prefetch(const T* from, u32 count) {
-  constexpr u32 LINE = 128 / sizeof(T);
-  for (u32 i = 0; i < count; i += LINE) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-}
+// Has what is at `from` come to the second-level cache.
+__device__ inline void prefetch(const u8* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Entries of the tables of a bundle: pq_dim / SUBSPACES times [n_centroids, SUBSPACES], then the clusters'.
 __device__ inline u32 table_entries(const Decode& p) { return p.pq_dim * p.n_centroids + p.n_clusters; }
@@ -425,34 +425,13 @@ template <int HEADS>
 __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEADS], float (&high)[HEADS],
                             const Decode& p) {
   constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
-  constexpr u32 HEADS_LANES = HEADS * SUBSPACES == 32 ? ALL_LANES : (1u << HEADS * SUBSPACES % 32) - 1;
+  constexpr u32 COLUMNS = 2 * SUBSPACES;  // of bounds: subspaces, and the clusters
+  constexpr u32 SUMMING_LANES = HEADS * COLUMNS < 32 ? (1u << HEADS * COLUMNS % 32) - 1 : ALL_LANES;
+  __shared__ float of_warps[2][HEADS][SUBSPACES + 1][WARPS + 1];
   __shared__ float bounds[3][HEADS];  // the smallest, the largest, and the magnitude of a sum of entries
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 of_subspaces = p.pq_dim * p.n_centroids, rows_of_codes = p.pq_dim / SUBSPACES * p.n_centroids;
   Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
-  // Adds the bounds of a table, of which each thread has seen some entries, those LANES apart the same.
-  __shared__ float of_warps[2][HEADS][WARPS][SUBSPACES];
-  float sums[3] = {};  // of a subspace and a head, in the first threads
-  const auto add_bounds = [&](const float (&smallest)[HEADS], const float (&largest)[HEADS], u32 lanes, u32 tables) {
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-      float x = smallest[h], y = largest[h];
-      for (u32 step = 16; step >= lanes; step /= 2) {
-        x = fminf(x, __shfl_xor_sync(ALL_LANES, x, step));
-        y = fmaxf(y, __shfl_xor_sync(ALL_LANES, y, step));
-      }
-      if (lane < tables) of_warps[0][h][warp][lane] = x, of_warps[1][h][warp][lane] = y;
-    }
-    __syncthreads();
-    const u32 m = threadIdx.x % SUBSPACES, h = threadIdx.x / SUBSPACES;
-    if (h < HEADS && m < tables) {
-      float x = INFINITY, y = -INFINITY;
-#pragma unroll
-      for (u32 w = 0; w < WARPS; w++) x = fminf(x, of_warps[0][h][w][m]), y = fmaxf(y, of_warps[1][h][w][m]);
-      sums[0] += x, sums[1] += y, sums[2] += fmaxf(-x, y);
-    }
-    __syncthreads();
-  };
   // Tables have been written by other blocks: past the first-level cache.
   const auto load = [&](u32 i) {
     Entry<HEADS> entry;
@@ -465,47 +444,69 @@ __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEA
     }
     return entry;
   };
-  const auto widen_bounds = [](const Entry<HEADS>& entry, float (&smallest)[HEADS], float (&largest)[HEADS]) {
+  // A thread's bounds, of which those of lanes STEP apart are of one table, into those of its warp.
+  const auto leave_bounds = [&](auto step, const Entry<HEADS>& smallest, const Entry<HEADS>& largest, u32 column) {
+    constexpr u32 STEP = decltype(step)::value;
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
-      smallest[h] = fminf(smallest[h], entry.x[h]);
-      largest[h] = fmaxf(largest[h], entry.x[h]);
+      float x = smallest.x[h], y = largest.x[h];
+#pragma unroll
+      for (u32 lanes = 16; lanes >= STEP; lanes /= 2) {
+        x = fminf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+        y = fmaxf(y, __shfl_xor_sync(ALL_LANES, y, lanes));
+      }
+      if (lane < STEP) of_warps[0][h][column + lane][warp] = x, of_warps[1][h][column + lane][warp] = y;
     }
   };
   __syncthreads();  // the tables of the bundle before have been read
-  const u32 of_chunk = SUBSPACES * p.n_centroids;
+  const bool has_cluster = threadIdx.x < p.n_clusters;
+  Entry<HEADS> of_cluster = {};
+  if (has_cluster) of_cluster = load(of_subspaces + threadIdx.x);
+  const u32 of_chunk = SUBSPACES * p.n_centroids, head = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+  float sums[3] = {};  // of a table and a head, in the first threads
   for (u32 first = 0; first < of_subspaces; first += of_chunk) {
-    float smallest[HEADS], largest[HEADS];
+    Entry<HEADS> smallest, largest;
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) smallest[h] = INFINITY, largest[h] = -INFINITY;
+    for (int h = 0; h < HEADS; h++) smallest.x[h] = INFINITY, largest.x[h] = -INFINITY;
 #pragma unroll 4
     for (u32 i = first + threadIdx.x; i < first + of_chunk; i += THREADS) {
       const Entry<HEADS> entry = load(i);
-      widen_bounds(entry, smallest, largest);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        smallest.x[h] = fminf(smallest.x[h], entry.x[h]);
+        largest.x[h] = fmaxf(largest.x[h], entry.x[h]);
+      }
 #pragma unroll
       for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES] = entry;
     }
-    add_bounds(smallest, largest, SUBSPACES, SUBSPACES);
-  }
-  if (p.n_clusters) {
-    float smallest[HEADS], largest[HEADS];
+    leave_bounds(Constant<SUBSPACES>(), smallest, largest, 0);
+    if (first == 0 && p.n_clusters) {
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) smallest[h] = INFINITY, largest[h] = -INFINITY;
-    for (u32 c = threadIdx.x; c < p.n_clusters; c += THREADS) {
-      const Entry<HEADS> entry = load(of_subspaces + c);
-      widen_bounds(entry, smallest, largest);
+      for (int h = 0; h < HEADS; h++) {
+        smallest.x[h] = has_cluster ? of_cluster.x[h] : INFINITY;
+        largest.x[h] = has_cluster ? of_cluster.x[h] : -INFINITY;
+      }
+      leave_bounds(Constant<1>(), smallest, largest, SUBSPACES);
 #pragma unroll
-      for (u32 copy = 0; copy < SLOTS; copy++) to[(rows_of_codes + c) * SLOTS + (copy + lane) % SLOTS] = entry;
+      for (u32 copy = 0; copy < SLOTS; copy++) {
+        if (has_cluster) to[(rows_of_codes + threadIdx.x) * SLOTS + (copy + lane) % SLOTS] = of_cluster;
+      }
     }
-    add_bounds(smallest, largest, 1, 1);
+    __syncthreads();
+    if (head < HEADS && (column < SUBSPACES || (column == SUBSPACES && first == 0 && p.n_clusters))) {
+      float x = INFINITY, y = -INFINITY;
+#pragma unroll
+      for (u32 w = 0; w < WARPS; w++) x = fminf(x, of_warps[0][head][column][w]), y = fmaxf(y, of_warps[1][head][column][w]);
+      sums[0] += x, sums[1] += y, sums[2] += fmaxf(-x, y);
+    }
+    __syncthreads();
   }
-  // A head's subspaces are in adjacent lanes.
-  if (threadIdx.x < HEADS * SUBSPACES) {
+  if (threadIdx.x < HEADS * COLUMNS) {
 #pragma unroll
     for (int i = 0; i < 3; i++) {
 #pragma unroll
-      for (int lanes = SUBSPACES / 2; lanes > 0; lanes /= 2) sums[i] += __shfl_xor_sync(HEADS_LANES, sums[i], lanes);
-      if (lane % SUBSPACES == 0) bounds[i][lane / SUBSPACES] = sums[i];
+      for (int lanes = COLUMNS / 2; lanes > 0; lanes /= 2) sums[i] += __shfl_xor_sync(SUMMING_LANES, sums[i], lanes);
+      if (column == 0) bounds[i][head] = sums[i];
     }
   }
   __syncthreads();
@@ -681,7 +682,7 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32
 
 // Grid: (splits, b * h_kv, or b * h_kv * bundles by query head). Blocks of one y are a team.
 template <int HEADS, bool BY_KV, class T>
-__device__ void search(const T* query, const T* keys, const T* values, const u8* codes, const u8* clusters, const float* centroids, const float* coarse,
+__device__ void search(const T* query, const u8* codes, const u8* clusters, const float* centroids, const float* coarse,
                        const u32* lens, float* tables, float* all_scores, float* masses, Stats* stats, Search* searches,
                        u32* lists, Listed* listed, u32* tail, const Decode& p) {
   constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
@@ -702,20 +703,17 @@ __device__ void search(const T* query, const T* keys, const T* values, const u8*
   Search& first_search = searches[first_list];
   codes += p.codes.at(part.b, part.kv);
   clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
-  keys += p.keys.at(part.b, part.kv);
-  values += p.values.at(part.b, part.kv);
-
-  // Codes are on their way to the second-level cache while the tables are made.
-  u32 at = part.position(0, WARPS, p.splits);
-  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
-    prefetch(codes + static_cast<u64>(at) * p.pq_dim, 1);
-    if (p.n_clusters && lane % 8 == 0) prefetch(clusters + at, 1);
-  }
   if (blockIdx.x == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
   Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
   for (u32 bundle = 0; bundle < bundles; bundle++) {
     make_tables<HEADS>(query, centroids, coarse, own_tables + bundle * table_entries(p),
                        reinterpret_cast<float*>(histogram), part, part.bundle + bundle, p);
+  }
+  // Codes are on their way to the second-level cache while the tables are brought together.
+  u32 at = part.position(0, WARPS, p.splits);
+  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+    prefetch(codes + static_cast<u64>(at) * p.pq_dim);
+    if (p.n_clusters && lane % 8 == 0) prefetch(clusters + at);
   }
   meet(&first_search.arrived, p.splits, 1);
 
@@ -755,6 +753,7 @@ __device__ void search(const T* query, const T* keys, const T* values, const u8*
       if (lane == 0 && head < MAX_GROUP) shifts[head] = shift, best_shares[head] = exp2_approx(all.largest - shift);
     }
     __syncthreads();
+    if (blockIdx.x == 0 && threadIdx.x < p.group) first_search.shifts[threadIdx.x] = shifts[threadIdx.x];
     float best = 0;
     for (u32 head = 0; head < p.group; head++) best += best_shares[head];
     mass_bins = MassBins(0.5f * p.group / max(part.end - part.begin, 1u), best);
@@ -826,12 +825,7 @@ __device__ void search(const T* query, const T* keys, const T* values, const u8*
         const bool is_sure = is_candidate && in > bin[list] && !is_sink, is_open = is_candidate && in == bin[list];
         const u32 all_sure = __ballot_sync(ALL_LANES, is_sure), all_open = __ballot_sync(ALL_LANES, is_open);
         const u32 before = (1u << lane) - 1;
-        if (is_sure) {
-          own[n_sure[list] + __popc(all_sure & before)] = position;
-          // `attend` finds them in the second-level cache.
-          prefetch(keys + position * p.keys.strides[2], p.head_dim);
-          prefetch(values + position * p.values.strides[2], p.head_dim);
-        }
+        if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = position;
         if (is_open) {
           // For `attend`: where it is, its rank, and what it weighs.
           own[p.per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
@@ -921,9 +915,9 @@ __device__ inline u32 segment_of(const u32* before, u32 i) {
 // Grid: (splits, b * h_kv * bundles). Groups of LANES threads take a key each, eight elements a thread.
 template <int HEADS, bool BY_KV, int D, class T>
 __device__ void attend(const T* query, const T* keys, const T* values, const u8* clusters, const float* scores,
-                       const float* masses, const Stats* stats, const u32* lens, Search* searches, const u32* lists,
+                       const float* masses, const u32* lens, Search* searches, const u32* lists,
                        const Listed* listed, const float* sums, const u32* counts, const u32* tail, float* partials,
-                       float2* partial_stats, u32* arrived, T* out, float* lse, const Decode& p) {
+                       float2* partial_stats, u32* arrived, T* out, const Decode& p) {
   constexpr u32 BLOCK = ATTEND_THREADS<D>, WARPS_OF_BLOCK = BLOCK / 32, LANES = D / 8, GROUPS = BLOCK / LANES, LISTS = BY_KV ? 1 : HEADS;
   constexpr u32 LIST_WARPS = WARPS_OF_BLOCK / LISTS, LIST_GROUPS = GROUPS / LISTS;
   // Keys whose loads are on their way at a time, as many as registers hold.
@@ -951,6 +945,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head, n_lists = BY_KV ? 1 : part.heads;
   const float scale = p.scale * LOG2_E;
   const bool is_list = list < n_lists;
+  clusters += p.has_tail ? p.clusters.at(part.b, part.kv) : 0;
   // For the next step.
   for (u32 i = blockIdx.x * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += p.splits * BLOCK) {
     searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
@@ -972,8 +967,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   }
   Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
   const u32 wanted = search.wanted, n_open_all = is_list ? search.n_open : 0;
-  const float tail_top = search.top;
+  const float tail_top = search.top, own_shift = BY_KV ? search.shifts[part.bundle * HEADS + tid % HEADS] : 0;
   constexpr u32 LIST_THREADS = BLOCK / LISTS, OPEN = (KEPT + LIST_THREADS - 1) / LIST_THREADS;
+  // Open keys that are ranked by comparing all with all, at most one a thread.
+  constexpr u32 COMPARED = LIST_THREADS < 128 ? LIST_THREADS : 128;
   u64 open[OPEN];
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT - 1)];
@@ -1005,10 +1002,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       }
     }
   }
-  if (BY_KV && p.has_tail && warp < part.heads) {
-    const float shift = shift_of(find_stats<HEADS>(stats, blockIdx.y, warp, p.splits));
-    if (lane == 0) shifts[warp] = shift;
-  }
+  if (BY_KV && tid < HEADS) shifts[tid] = own_shift;
 #pragma unroll
   for (u32 i = 0; i < QUERIES; i++) {
     const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
@@ -1058,6 +1052,24 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const auto resolve = [&] {
     for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) positions[list][i] = sure_position(i);
   };
+  // Where an open key counts in the tail: its cluster, and its shares or scores.
+  struct OpenKey {
+    u32 cluster;
+    float scores[PER_GROUP];
+  };
+  const auto load_open = [&](u64 rank) {
+    const u32 position = ~static_cast<u32>(rank);
+    const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
+    OpenKey key;
+    key.cluster = clusters[position];
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) key.scores[h] = scores[at + h];
+    return key;
+  };
+  // With few of them a thread has one, which is on its way while they are ranked.
+  const bool is_early = compares && p.has_tail && tid % LIST_THREADS < n_open_all;
+  OpenKey early = {};
+  if (is_early) early = load_open(open[0]);
   if (compares) {
     resolve();
     each_open([&](u64 rank) {
@@ -1090,22 +1102,20 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   __syncthreads();
   if (p.has_tail) {
     // Those that are not selected, where they belong to one of this block's clusters.
-    clusters += p.clusters.at(part.b, part.kv);
     const float unit = tail_unit(per_split), to_units = BY_KV ? unit / tail_top : log2f(unit) - tail_top * scale;
-    each_open([&](u64 rank) {
-      const u32 position = ~static_cast<u32>(rank);
-      if (rank >= pivots[list] || position < part.sink) return;
-      const u32 own = clusters[position] - first_cluster;
-      if (own >= n_own) return;
+    const auto add_open = [&](u64 rank, const OpenKey& key) {
+      const u32 position = ~static_cast<u32>(rank), own = key.cluster - first_cluster;
+      if (rank >= pivots[list] || position < part.sink || own >= n_own) return;
 #pragma unroll
       for (int h = 0; h < PER_GROUP; h++) {
         const u32 head = BY_KV ? h : list;
-        const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + head;
-        const float weight = BY_KV ? scores[at] * to_units : exp2_approx(scores[at] * scale + to_units);
+        const float weight = BY_KV ? key.scores[h] * to_units : exp2_approx(key.scores[h] * scale + to_units);
         const unsigned long long units = in_units(weight, unit, cut_of(position));
         if (head < part.heads) atomicAdd(&tail_units[head][own], units);
       }
-    });
+    };
+    if (is_early) add_open(open[0], early);
+    if (!compares) each_open([&](u64 rank) { add_open(rank, load_open(rank)); });
   }
   const u32 edges = part.sink + (part.n - part.window_start);
   const u32 n_rows = n_sure + n_open + (edges > blockIdx.x ? (edges - blockIdx.x + p.splits - 1) / p.splits : 0);
@@ -1251,6 +1261,18 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   // What a split's result is to be multiplied with.
   __shared__ float factors[HEADS][MAX_SPLITS];
   const u64 first_partial = static_cast<u64>(blockIdx.y) * p.splits * HEADS;
+  // Four elements a thread; the threads of the same ones share the splits, of which the first are loaded ahead.
+  constexpr u32 QUADS = HEADS * D / 4, SHARERS = BLOCK / QUADS, AT_ONCE = 8;
+  const float4* const of_splits = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;
+  float4 results[AT_ONCE];
+  const auto load_results = [&](u32 first) {
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      const u32 split = first + i * SHARERS;
+      results[i] = split < p.splits ? __ldcg(of_splits + split * QUADS) : float4{};
+    }
+  };
+  load_results(tid / QUADS);
   if (warp < part.heads) {
     float2 own[MAX_SPLITS / 32];
     float shift = -INFINITY, total = 0;
@@ -1271,30 +1293,18 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
 #pragma unroll
     for (u32 i = 0; i < MAX_SPLITS / 32; i++) factors[warp][i * 32 + lane] = total == 0 ? 0 : own[i].x / total;
-    if (lane == 0) {
-      lse[static_cast<u64>(part.b) * p.h + part.first_head + warp] =
-          total == 0 ? -INFINITY : shift / LOG2_E + logf(total);
-    }
   }
   __syncthreads();
-  // Four elements a thread; the threads of the same ones share the splits.
-  constexpr u32 QUADS = HEADS * D / 4, SHARERS = BLOCK / QUADS;
   {
-    const float4* from = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;
     const float* own = factors[tid % QUADS * 4 / D];
     float4 y = {};
-    constexpr u32 AT_ONCE = 8;
     for (u32 first = tid / QUADS; first < p.splits; first += AT_ONCE * SHARERS) {
-      float4 x[AT_ONCE];
-#pragma unroll
-      for (u32 i = 0; i < AT_ONCE; i++) {
-        const u32 split = first + i * SHARERS;
-        x[i] = split < p.splits ? __ldcg(from + split * QUADS) : float4{};
-      }
+      if (first >= AT_ONCE * SHARERS) load_results(first);
 #pragma unroll
       for (u32 i = 0; i < AT_ONCE; i++) {
         const float factor = own[min(first + i * SHARERS, p.splits - 1)];
-        y.x += factor * x[i].x, y.y += factor * x[i].y, y.z += factor * x[i].z, y.w += factor * x[i].w;
+        y.x += factor * results[i].x, y.y += factor * results[i].y;
+        y.z += factor * results[i].z, y.w += factor * results[i].w;
       }
     }
     scratch[tid] = y;
@@ -1313,8 +1323,6 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
 #define SEARCH(suffix, type, name, HEADS, BY_KV)                                                           \
   extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
       const type* query,       /* [b, h, 1, head_dim] */                                                   \
-      const type* keys,        /* [b, h_kv, capacity, head_dim] */                                         \
-      const type* values,      /* [b, h_kv, capacity, head_dim] */                                         \
       const u8* codes,         /* [b, h_kv, capacity, pq_dim] */                                           \
       const u8* clusters,      /* [b, h_kv, capacity], or null */                                          \
       const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                                \
@@ -1329,7 +1337,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       Listed* listed,          /* [lists, splits, WARPS] */                                                \
       u32* tail,               /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */            \
       const Decode p) {                                                                                    \
-    search<HEADS, BY_KV>(query, keys, values, codes, clusters, centroids, coarse, lens, tables, scores, masses, stats, searches, lists, \
+    search<HEADS, BY_KV>(query, codes, clusters, centroids, coarse, lens, tables, scores, masses, stats, searches, lists, \
                          listed, tail, p);                                                                 \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
@@ -1340,7 +1348,6 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       const u8* clusters,     /* [b, h_kv, capacity], or null */                                           \
       const float* scores,    /* [b, h_kv, bundles, room, HEADS] */                                        \
       const float* masses,    /* [b, h_kv, room] */                                                        \
-      const Stats* stats,     /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                  \
       const u32* lens,        /* [b] */                                                                    \
       Search* searches,       /* [lists] */                                                                \
       const u32* lists,       /* [lists, room] */                                                          \
@@ -1352,10 +1359,9 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       float2* partial_stats,  /* [b, h_kv, bundles, splits, HEADS] */                                      \
       u32* arrived,           /* [b, h_kv, bundles] */                                                     \
       type* out,              /* [b, h, head_dim] */                                                       \
-      float* lse,             /* [b, h] */                                                                 \
       const Decode p) {                                                                                    \
-    attend<HEADS, BY_KV, D>(query, keys, values, clusters, scores, masses, stats, lens, searches, lists, listed, sums, counts, \
-                            tail, partials, partial_stats, arrived, out, lse, p);                          \
+    attend<HEADS, BY_KV, D>(query, keys, values, clusters, scores, masses, lens, searches, lists, listed, sums, counts, \
+                            tail, partials, partial_stats, arrived, out, p);                          \
   }
 
 #define BY_TYPE(suffix, type)                                                         \

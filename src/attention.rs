@@ -7,7 +7,7 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::cache::{Index, PqKvCache};
 use crate::config::{PqConfig, Selection};
-use crate::ops::{self, Attended, Coarse, Geometry, Selected};
+use crate::ops::{self, Coarse, Geometry, Selected};
 
 /// Causal self-attention over a [`PqKvCache`].
 ///
@@ -131,7 +131,7 @@ impl PqAttention {
         keys: &Tensor,
         values: &Tensor,
         cache: &mut PqKvCache,
-        decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Attended>,
+        decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Tensor>,
     ) -> Result<Tensor> {
         self.check(query, keys, cache)?;
         let before = cache.checkpoint();
@@ -139,7 +139,7 @@ impl PqAttention {
         let query = &query.detach();
         cache.append(&keys.detach(), &values.detach())?;
         let out = match query.dims()[2] {
-            1 => decode(self, query, cache).map(|attended| attended.out),
+            1 => decode(self, query, cache),
             _ => cache.observe(query).and_then(|()| self.prefill(query, cache)),
         };
         if out.is_err() {
@@ -175,7 +175,7 @@ impl PqAttention {
     }
 
     /// One query a head over the whole cache.
-    fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
+    fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if cache.is_capturing()? {
             cache.index_last_block()?;
@@ -184,11 +184,11 @@ impl PqAttention {
         if let Some(sequences) = cache.on_gpu()? {
             return ops::decode(query, &sequences, None, self.scale, &self.workspace);
         }
-        ops::dense_attend(query, &cache.keys()?, &cache.values()?, self.scale)
+        Ok(ops::dense_attend(query, &cache.keys()?, &cache.values()?, self.scale)?.out)
     }
 
     /// One query a head over the keys that matter to it.
-    fn sparse_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Attended> {
+    fn sparse_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
         if self.config.is_dense(cache.len()) {
             return self.dense_decode(query, cache);
         }
@@ -214,10 +214,11 @@ impl PqAttention {
             _ => None,
         };
         let (keys, values) = (cache.keys()?, cache.values()?);
-        match tail {
-            None => ops::sparse_attend(query, &keys, &values, &selected, self.scale),
-            Some(tail) => ops::sparse_attend_with_tail(query, &keys, &values, &selected, &tail, self.scale),
-        }
+        let attended = match tail {
+            None => ops::sparse_attend(query, &keys, &values, &selected, self.scale)?,
+            Some(tail) => ops::sparse_attend_with_tail(query, &keys, &values, &selected, &tail, self.scale)?,
+        };
+        Ok(attended.out)
     }
 
     /// Lists what to attend to of `n` keys by the scores of the candidates.

@@ -7,23 +7,21 @@ use crate::cache::Index;
 use crate::cuda::{self, Step};
 use crate::ops::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 
-/// Returns the output and its LSE.
-pub(super) fn run(op: &Decode, [query, keys, values]: [&CudaStorage; 3]) -> Result<(CudaStorage, CudaStorage)> {
+pub(super) fn run(op: &Decode, [query, keys, values]: [&CudaStorage; 3]) -> Result<CudaStorage> {
     let (dtype, device) = cuda::kind(query);
     let plan = &op.plan;
     let lens = Some(op.lens.storage());
     let [b, h, _, head_dim] = plan.attend.query.dims;
     let mut out = cuda::output(device, (b, h, 1, head_dim), dtype)?;
-    let mut lse = cuda::output(device, (b, h), DType::F32)?;
     if let (Some(index), Some(fused)) = (op.index, Fused::new(plan, query)?) {
         op.workspace.with(device, |buffers| {
-            let done = fused.run(op.lens.storage(), [query, keys, values], index, buffers, [&mut out, &mut lse]);
+            let done = fused.run(op.lens.storage(), [query, keys, values], index, buffers, &mut out);
             if done.is_err() {
                 buffers.forget_counts();
             }
             done
         })?;
-        return Ok((out, lse));
+        return Ok(out);
     }
     let attend = sparse_attend::Kernels::new(&plan.attend, query)?;
     op.workspace.with(device, |buffers| {
@@ -40,9 +38,10 @@ pub(super) fn run(op: &Decode, [query, keys, values]: [&CudaStorage; 3]) -> Resu
         };
         let partials = buffers.partials.of(device, attend.partials_len(), DType::F32)?;
         let stats = buffers.attend_stats.of(device, attend.stats_len(), DType::F32)?;
-        attend.run(plan.step, lens, [query, keys, values], lists, tail, [partials, stats, &mut out, &mut lse])
+        let lse = buffers.lse.of(device, b * h, DType::F32)?;
+        attend.run(plan.step, lens, [query, keys, values], lists, tail, [partials, stats, &mut out, lse])
     })?;
-    Ok((out, lse))
+    Ok(out)
 }
 
 /// Scores the candidates and leaves the lists of what to attend to in `buffers`, and the attention to all others.

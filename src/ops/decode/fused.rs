@@ -53,7 +53,7 @@ const ROW_BYTES: usize = 128;
 const MAX_HEADS: usize = 4;
 
 /// Shared memory that a block has beside what the launch asks for, at most.
-const STATIC_BYTES: usize = 6 << 10;
+const STATIC_BYTES: usize = 7 << 10;
 
 const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
@@ -62,10 +62,11 @@ const MAX_GROUP: usize = 64;
 /// The most blocks of a grid's second dimension.
 const MAX_LISTS: usize = 65_535;
 
-/// Bins of a row's histogram and of a query head's, and words of a `Search`: bins, ranks of two words, and some numbers.
+/// Bins of a row's histogram and of a query head's, and words of a `Search`: bins, ranks of two words, shifts and
+/// some numbers.
 const ROW_BINS: usize = 4096;
 const HEAD_BINS: usize = 2048;
-const SEARCH_WORDS: usize = 4096 + 2 * 256 + 8;
+const SEARCH_WORDS: usize = 4096 + 2 * 256 + MAX_GROUP + 8;
 
 /// A step's launches.
 pub(super) struct Fused {
@@ -165,14 +166,14 @@ impl Fused {
         }))
     }
 
-    /// Writes the output and its LSE.
+    /// Writes the output.
     pub(super) fn run(
         &self,
         lens: &CudaStorage,
         [query, keys, values]: [&CudaStorage; 3],
         index: &Index,
         buffers: &mut Buffers,
-        [out, lse]: [&mut CudaStorage; 2],
+        out: &mut CudaStorage,
     ) -> Result<()> {
         let (_, device) = cuda::kind(query);
         let Self { rows, lists, bundles, heads, splits, params, .. } = self;
@@ -200,8 +201,7 @@ impl Fused {
         let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, lists * self.list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, all_heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch = self.search.launch().input(query)?.input(keys)?.input(values)?.input(codes)?;
-        let launch = launch.input_or_null(clusters)?.input(centroids)?;
+        let launch = self.search.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
         let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(scores)?;
         let launch = launch.output_or_null(masses.as_deref_mut())?.output(stats)?.output(searches)?;
         let launch = launch.output(lists)?.output(listed)?.output(tail)?.value(params);
@@ -215,11 +215,11 @@ impl Fused {
         let partial_stats = buffers.attend_stats.of(device, 2 * all_heads * splits, DType::F32)?;
         let arrived = buffers.arrived.zeroed(device, all_bundles, DType::U32)?;
         let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input_or_null(clusters)?;
-        let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(stats)?.input(lens)?;
+        let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(lens)?;
         let launch = launch.output(searches)?.input(lists)?;
         let launch = launch.input(listed)?.input_or_null(sums)?.input_or_null(counts)?.input(tail)?;
         let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?;
-        let launch = launch.output(out)?.output(lse)?.value(params);
+        let launch = launch.output(out)?.value(params);
         launch.run([*splits, all_bundles, 1], if self.padded_dim > 128 { 256 } else { 512 }, 0)
     }
 }

@@ -13,8 +13,7 @@ use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shap
 
 use super::arg::{with_unit_rows, View};
 use super::indices_and_weights::{Geometry, Lists};
-use super::side_output::SideOutput;
-use super::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk, Attended};
+use super::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 use crate::cache::Index;
 use crate::config::{PqConfig, Selection};
 use crate::cuda::{Lens, Step};
@@ -43,18 +42,11 @@ pub(crate) fn decode(
     index: Option<(&Index, &PqConfig)>,
     scale: f32,
     workspace: &Workspace,
-) -> Result<Attended> {
+) -> Result<Tensor> {
     let query = with_unit_rows(query)?;
     let plan = Plan::new(&query, sequences, index, scale)?;
-    let op = Decode {
-        plan,
-        lens: sequences.lens,
-        index: index.map(|(index, _)| index),
-        workspace,
-        lse: SideOutput::default(),
-    };
-    let out = query.apply_op3_no_bwd(&sequences.keys, &sequences.values, &op)?;
-    Ok(Attended { out, lse: op.lse.take(OP)? })
+    let op = Decode { plan, lens: sequences.lens, index: index.map(|(index, _)| index), workspace };
+    query.apply_op3_no_bwd(&sequences.keys, &sequences.values, &op)
 }
 
 /// A checked call of [`decode`]: the plans of its ops, for as many keys as there is room for.
@@ -129,7 +121,6 @@ struct Decode<'a> {
     lens: &'a Lens,
     index: Option<&'a Index>,
     workspace: &'a Workspace,
-    lse: SideOutput,
 }
 
 impl CustomOp3 for Decode<'_> {
@@ -158,9 +149,7 @@ impl CustomOp3 for Decode<'_> {
         values: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let [b, h, ..] = self.plan.attend.query.dims;
-        let (out, lse) = cuda::run(self, [query, keys, values])?;
-        self.lse.put_cuda(lse, (b, h));
+        let out = cuda::run(self, [query, keys, values])?;
         Ok((out, self.plan.attend.query.dims.as_slice().into()))
     }
 }

@@ -52,35 +52,36 @@ impl Workspace {
             all.insert(key, OfThread { thread: THIS_THREAD.with(Arc::downgrade), ..Default::default() });
         }
         let own = all.entry(key).or_default();
-        own.is_captured |= is_capturing;
+        if is_capturing {
+            own.is_captured = true;
+            own.buffers.all().into_iter().for_each(|buffer| buffer.is_captured = buffer.storage.is_some());
+        }
         launch(&mut own.buffers)
     }
 }
 
-#[derive(Default)]
-pub(super) struct Buffers {
-    pub(super) tables: Buffer,
-    pub(super) scores: Buffer,
-    pub(super) mass_stats: Buffer,
-    pub(super) mass: Buffer,
-    pub(super) histograms: Buffer,
-    pub(super) heavy: Buffer,
-    pub(super) indices: Buffer,
-    pub(super) list_lens: Buffer,
-    pub(super) weights: Buffer,
-    pub(super) tail_masses: Buffer,
-    pub(super) tail_shifts: Buffer,
-    pub(super) tail_out: Buffer,
-    pub(super) tail_lse: Buffer,
-    pub(super) partials: Buffer,
-    pub(super) attend_stats: Buffer,
-    /// Of [`Fused`](super::fused::Fused), as is the next: counts that a step leaves at zero for the next.
-    pub(super) searches: Buffer,
-    pub(super) arrived: Buffer,
+macro_rules! buffers {
+    ($($name:ident)*) => {
+        #[derive(Default)]
+        pub(super) struct Buffers {
+            $(pub(super) $name: Buffer,)*
+        }
+
+        impl Buffers {
+            fn all(&mut self) -> impl IntoIterator<Item = &mut Buffer> {
+                [$(&mut self.$name),*]
+            }
+        }
+    };
+}
+
+buffers! {
+    tables scores mass_stats mass histograms heavy indices list_lens weights tail_masses tail_shifts tail_out tail_lse
+    partials attend_stats lse searches arrived
 }
 
 impl Buffers {
-    /// After a step that failed on its way.
+    /// After a step that failed on its way: what counts in `searches` and `arrived` is to be zero between steps.
     pub(super) fn forget_counts(&mut self) {
         for buffer in [&mut self.searches, &mut self.arrived] {
             buffer.replace(None);
@@ -92,7 +93,7 @@ impl Buffers {
 #[derive(Default)]
 pub(super) struct Buffer {
     storage: Option<(CudaStorage, usize)>,
-    /// Whether the storage is part of a captured graph.
+    /// Whether captured graphs may use the storage.
     is_captured: bool,
     /// Storages that grew too small, but that captured graphs still use.
     retired: Vec<CudaStorage>,
@@ -115,14 +116,12 @@ impl Buffer {
         count: usize,
         allocate: impl FnOnce() -> Result<CudaStorage>,
     ) -> Result<&mut CudaStorage> {
-        let is_capturing = cuda::is_capturing(device)?;
         if self.storage.as_ref().is_none_or(|(_, len)| *len < count) {
-            if is_capturing {
+            if cuda::is_capturing(device)? {
                 bail!("{OP}: expected a step of these sizes before the one that is captured, which cannot allocate");
             }
             self.replace(Some((allocate()?, count)));
         }
-        self.is_captured |= is_capturing;
         match &mut self.storage {
             Some((storage, _)) => Ok(storage),
             None => bail!("{OP}: a buffer was not allocated"),
