@@ -8,7 +8,8 @@
 //! are the same weights and keys; `attention-...` is the attention of all layers alone, `rest` the model without any (but
 //! with its keys appended), `candle-transformers` Candle's own Llama on the same weights, without flash attention, behind
 //! a prompt of as many random tokens. In the same run replays are compared with eager steps to the bit, and the two models
-//! with each other. `bytes` is the least that a step must read.
+//! with each other. `prefill` is a prompt of up to 32k tokens and what its indexes add. `bytes` is the least that a step must
+//! read.
 
 mod model;
 mod peer;
@@ -209,6 +210,47 @@ impl Run<'_> {
         self.modes(&format!("attention-{name}"), bytes, &mut caches, &alone)
     }
 
+    /// Runs a prompt of `n` tokens, in chunks, and says what indexing it adds.
+    fn prefill(&self, model: &Model) -> Result<()> {
+        const CHUNK: usize = 2048;
+        if self.n > PEER_LIMIT {
+            return Ok(());
+        }
+        let shape = &model.shape;
+        let attn = PqAttention::new(PqConfig::default(), shape.scale())?;
+        let cache = |_| attn.new_cache([1, shape.kv_heads, shape.head_dim], self.n, shape.dtype, self.device);
+        let mut caches = (0..shape.layers).map(cache).collect::<Result<Vec<_>>>()?;
+        let n = self.n as u32;
+        let tokens =
+            Tensor::from_iter((0..n).map(|i| i.wrapping_mul(2_654_435_761) % shape.vocab as u32), self.device)?;
+        let positions = Tensor::arange(0, n, self.device)?;
+        self.device.synchronize()?;
+        let start = Instant::now();
+        for first in (0..self.n).step_by(CHUNK) {
+            let chunk = |of: &Tensor| of.narrow(0, first, CHUNK.min(self.n - first));
+            model.forward(&chunk(&tokens)?, &chunk(&positions)?, &mut caches, &Attend::Sparse(&attn))?;
+        }
+        self.device.synchronize()?;
+        let prefill_s = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        caches.iter_mut().try_for_each(PqKvCache::build_index)?;
+        self.device.synchronize()?;
+        let index_s = start.elapsed().as_secs_f64();
+        match self.json {
+            true => println!(
+                "{}",
+                json!({ "case": self.case, "what": "prefill", "mode": "eager", "us_p50": (prefill_s * 1e6).round(),
+                    "index_us": (index_s * 1e6).round(), "launches": 0 })
+            ),
+            false => println!(
+                "{:12} prefill {prefill_s:.2} s, its indexes {index_s:.2} s more: {:.1}%",
+                self.case,
+                100.0 * index_s / prefill_s
+            ),
+        }
+        Ok(())
+    }
+
     fn peer(&self, model: &Model, peer: &Peer) -> Result<()> {
         if self.n > PEER_LIMIT {
             eprintln!(
@@ -294,6 +336,7 @@ fn main() -> Result<()> {
         if let Some(peer) = &peer {
             run.peer(&model, peer)?;
         }
+        run.prefill(&model)?;
         let shape = &model.shape;
         let random =
             || Tensor::randn(0f32, 1.0, (1, shape.kv_heads, *n, shape.head_dim), device)?.to_dtype(shape.dtype);

@@ -88,20 +88,21 @@ impl Model {
         Ok(Self { embeddings, layers, norm: norm()?, head, cos, sin, shape })
     }
 
-    /// Logits `[1, vocab]` after `token`, `[1]`, at `position`, `[1]`; both on the device.
+    /// Logits `[1, vocab]` after `tokens`, `[s]`, at `positions`, `[s]`; both on the device.
     pub fn forward(
         &self,
-        token: &Tensor,
-        position: &Tensor,
+        tokens: &Tensor,
+        positions: &Tensor,
         caches: &mut [PqKvCache],
         attend: &Attend,
     ) -> Result<Tensor> {
         let Shape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (cos, sin) = (self.cos.index_select(position, 0)?, self.sin.index_select(position, 0)?);
-        let mut x = self.embeddings.embedding(token)?;
+        let (cos, sin) = (self.cos.index_select(positions, 0)?, self.sin.index_select(positions, 0)?);
+        let mut x = self.embeddings.embedding(tokens)?;
+        let s = tokens.dim(0)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
             let qkv = layer.qkv.forward(&rms_norm(&x, &layer.input_norm, EPS as f32)?)?;
-            let qkv = qkv.reshape((1, heads + 2 * kv_heads, 1, head_dim))?;
+            let qkv = qkv.reshape((1, s, heads + 2 * kv_heads, head_dim))?.transpose(1, 2)?;
             // One rotation for queries and keys.
             let qk = candle_nn::rotary_emb::rope(&qkv.narrow(1, 0, heads + kv_heads)?.contiguous()?, &cos, &sin)?;
             let (q, k) = (qk.narrow(1, 0, heads)?, qk.narrow(1, heads, kv_heads)?);
@@ -114,11 +115,12 @@ impl Model {
                     q
                 }
             };
-            x = (&x + layer.output.forward(&out.reshape((1, self.shape.hidden()))?)?)?;
+            x = (&x + layer.output.forward(&out.transpose(1, 2)?.reshape((s, self.shape.hidden()))?)?)?;
             let gate_up = layer.gate_up.forward(&rms_norm(&x, &layer.mlp_norm, EPS as f32)?)?;
             x = (&x + layer.down.forward(&swiglu(&gate_up)?)?)?;
         }
-        self.head.forward(&rms_norm(&x, &self.norm, EPS as f32)?)?.to_dtype(DType::F32)
+        let last = x.narrow(0, s - 1, 1)?;
+        self.head.forward(&rms_norm(&last, &self.norm, EPS as f32)?)?.to_dtype(DType::F32)
     }
 
     /// Bytes that a step reads, but for the caches and all embeddings but one.
