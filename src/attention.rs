@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
+use tracing::trace_span;
 
 use crate::cache::{Index, PqKvCache};
 use crate::config::{PqConfig, Selection};
@@ -133,6 +134,7 @@ impl PqAttention {
         cache: &mut PqKvCache,
         decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        let _span = trace_span!("pq-attn").entered();
         self.check(query, keys, cache)?;
         let before = cache.checkpoint();
         // Inference only: the ops in place and the cache are invisible to Candle's backward pass.
@@ -176,6 +178,7 @@ impl PqAttention {
 
     /// One query a head over the whole cache.
     fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
+        let _span = trace_span!("pq-attn-dense").entered();
         #[cfg(feature = "cuda")]
         if cache.is_capturing()? {
             cache.index_last_block()?;
@@ -193,6 +196,7 @@ impl PqAttention {
             return self.dense_decode(query, cache);
         }
         let index = cache.index()?;
+        let _span = trace_span!("pq-attn-sparse").entered();
         #[cfg(feature = "cuda")]
         if let Some(sequences) = cache.on_gpu()? {
             return ops::decode(query, &sequences, Some((&index, &self.config)), self.scale, &self.workspace);
@@ -243,6 +247,7 @@ impl PqAttention {
     /// so that the scores of a few queries are all that is held at a time, and K and V are read once for all query heads of
     /// the group.
     fn prefill(&self, query: &Tensor, cache: &PqKvCache) -> Result<Tensor> {
+        let _span = trace_span!("pq-attn-prefill").entered();
         if let Some(Prefill(attend)) = &self.prefill {
             let out = attend(query, &cache.keys()?, &cache.values()?, self.scale)?;
             if (out.dims(), out.dtype()) != (query.dims(), query.dtype()) {

@@ -7,6 +7,7 @@ pub use file::{load_caches, save_caches, SavedCaches};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{bail, DType, Device, Result, Tensor};
+use tracing::trace_span;
 
 use crate::codebook::Codebook;
 use crate::config::{PqConfig, Tail};
@@ -350,6 +351,7 @@ impl PqKvCache {
 
     fn train_if_due(&mut self) -> Result<()> {
         if self.is_training_due() {
+            let _span = trace_span!("pq-attn-train").entered();
             self.forbid_capture("training", "call build_index")?;
             let start = self.config.init_offset();
             let trainable = self.len - start;
@@ -401,6 +403,7 @@ impl PqKvCache {
         let end = self.blocks_end(self.len);
         let Some(trained) = &mut self.trained else { return Ok(()) };
         if self.encoded < end {
+            let _span = trace_span!("pq-attn-encode").entered();
             let codes = (&self.codes, self.coarse_codes.as_ref());
             trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
             self.encoded = end;

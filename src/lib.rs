@@ -34,8 +34,12 @@
 //! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
 //! - [`save_caches`], [`load_caches`]: a document that was read, kept on disk
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
+//! - [`KvCache`]: with the calls of `candle_nn::kv_cache::KvCache`, for code whose attention is yet to change
 //! - [`porting`]: the change that puts it into three models of candle-transformers
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
+//!
+//! Spans of [`tracing`] at the level TRACE show where time goes: `pq-attn`, a call of [`PqAttention`], and within it
+//! `pq-attn-prefill`, `-train`, `-encode`, `-sparse` and `-dense`.
 //!
 //! Names are those of the field: `b` sequences, `h` query heads in groups over `h_kv` KV heads, `n` keys so far,
 //! `head_dim`, `pq_dim` subspaces of `pq_len = head_dim / pq_dim` elements, `2^pq_bits` centroids in each.
@@ -51,6 +55,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod graph;
+mod kv_cache;
 pub mod ops;
 #[cfg(doc)]
 #[doc = include_str!("../docs/porting.md")]
@@ -62,3 +67,4 @@ pub use cache::{load_caches, save_caches, Memory, PqKvCache, SavedCaches};
 pub use codebook::Codebook;
 pub use config::{Heavy, Metric, PqConfig, Selection, Tail};
 pub use graph::DecodeGraph;
+pub use kv_cache::KvCache;
