@@ -14,7 +14,6 @@ use crate::common::model::Model;
 use crate::common::sampling::Sampler;
 use crate::common::source::Checkpoint;
 use crate::common::tokenizer::Codec;
-use crate::common::weights::Weights;
 
 /// A model that has read a document.
 pub struct Session {
@@ -65,7 +64,7 @@ impl Session {
             "the document has {} tokens, the model's context {context}: shorten the document",
             tokens.len()
         );
-        let weights = Weights::new(checkpoint, &config, args.dtype, &args.device)?;
+        let weights = args.load(checkpoint, &config, &args.device)?;
         let capacity = (tokens.len() + answer + ROOM_FOR_A_QUESTION).min(context);
         let mut model = Model::new(&config, weights, &pq(config.head_dim)?, capacity)?;
         prefill(&mut model, &tokens)?;
@@ -96,7 +95,7 @@ impl Session {
         for cache in &mut caches {
             cache.reserve((answer + ROOM_FOR_A_QUESTION).min(config.context.saturating_sub(about.tokens)))?;
         }
-        let weights = Weights::new(checkpoint, &config, args.dtype, &args.device)?;
+        let weights = args.load(checkpoint, &config, &args.device)?;
         let model = Model::with_caches(&config, weights, caches).with_context(|| file.display().to_string())?;
         Ok(Self { model, codec, about, context: config.context })
     }

@@ -9,6 +9,10 @@ use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::Parser;
 
+use super::config::ModelConfig;
+use super::source::Checkpoint;
+use super::weights::Weights;
+
 /// Which model, and where and how it runs.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
@@ -18,9 +22,33 @@ pub struct ModelArgs {
     /// Where to run
     #[arg(long, default_value = "cpu", value_parser = device)]
     pub device: Device,
-    /// The type of weights, keys and values
+    /// The type of keys and values, and of weights that are not quantised
     #[arg(long, default_value = "f32", value_parser = dtype())]
     pub dtype: DType,
+    /// What becomes of weights that a GGUF file has quantised: left so they take a fraction of the memory, widened to --dtype
+    /// they round less, and a small model is faster [default: quantized if the file is larger than 1 GB]
+    #[arg(long, value_enum)]
+    pub weights: Option<WeightsKept>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum WeightsKept {
+    Quantized,
+    Widened,
+}
+
+impl ModelArgs {
+    /// The weights of a checkpoint, as is asked for, on a device.
+    pub fn load(&self, checkpoint: Checkpoint, config: &ModelConfig, device: &Device) -> Result<Weights> {
+        const LARGE: u64 = 1_000_000_000;
+        let is_large = std::fs::metadata(checkpoint.path()).is_ok_and(|file| file.len() > LARGE);
+        let default = if is_large { WeightsKept::Quantized } else { WeightsKept::Widened };
+        let weights = Weights::new(checkpoint, config, self.dtype, device)?;
+        Ok(match self.weights.unwrap_or(default) {
+            WeightsKept::Quantized => weights.quantized(),
+            WeightsKept::Widened => weights,
+        })
+    }
 }
 
 /// What sparse attention keeps and selects.

@@ -3,16 +3,16 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::ops::swiglu;
-use candle_nn::{Embedding, RmsNorm};
+use candle_nn::RmsNorm;
 
 use super::config::ModelConfig;
-use super::linear::Linear;
+use super::linear::{Linear, Matrix};
 use super::rotary::{Rotary, Rotations};
 use super::weights::{Precision, Weights};
 
 /// The weights; caches and attention are the caller's.
 pub struct Decoder {
-    embedding: Embedding,
+    embedding: Matrix,
     layers: Vec<Layer>,
     norm: RmsNorm,
     head: Linear,
@@ -26,16 +26,16 @@ impl Decoder {
     pub fn new(config: &ModelConfig, mut weights: Weights) -> Result<Self> {
         let (precision, device) = (weights.precision(), weights.device().clone());
         let weights = &mut weights;
-        let embeddings = weights.tensor("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
+        let embeddings = weights.matrix("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
         let head = match config.tied_embeddings {
             true => embeddings.clone(),
-            false => weights.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size])?,
+            false => weights.matrix("lm_head.weight", &[config.vocab_size, config.hidden_size])?,
         };
         Ok(Self {
             layers: (0..config.layers).map(|index| Layer::new(config, weights, index)).collect::<Result<_>>()?,
-            embedding: Embedding::new(embeddings, config.hidden_size),
+            embedding: embeddings,
             norm: norm(config, weights, "model.norm", config.hidden_size)?,
-            head: Linear::new(head, None),
+            head: Linear::new(vec![head], None)?,
             rotary: Rotary::new(config, precision.compute, &device)?,
             precision,
             device,
@@ -73,7 +73,7 @@ impl Decoder {
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let tokens = tokens.unsqueeze(0)?;
-        let mut x = self.embedding.forward(&tokens)?.to_dtype(self.precision.compute)?;
+        let mut x = self.embedding.embed(&tokens)?.to_dtype(self.precision.compute)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let [q, k, v] = layer.project(&x, rotations, self.precision.stored)?;
             x = layer.finish(&x, &attend(index, &q, &k, &v)?)?;
@@ -169,17 +169,17 @@ fn norm(config: &ModelConfig, weights: &mut Weights, name: &str, size: usize) ->
     Ok(RmsNorm::new(weight, config.rms_norm_eps))
 }
 
-/// One layer for projections of the same input: few large products are faster than many small ones.
+/// One layer for projections of the same input.
 fn linear(weights: &mut Weights, parts: &[(String, usize)], inputs: usize, bias: bool) -> Result<Linear> {
-    let mut stack = |kind: &str, inputs: &[usize]| -> Result<Tensor> {
-        let tensors = parts
-            .iter()
-            .map(|(name, outputs)| weights.tensor(&format!("{name}.{kind}"), &[&[*outputs], inputs].concat()));
-        let tensors = tensors.collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&tensors, 0)?)
+    let matrices = parts.iter().map(|(name, outputs)| weights.matrix(&format!("{name}.weight"), &[*outputs, inputs]));
+    let matrices = matrices.collect::<Result<Vec<_>>>()?;
+    let bias = match bias {
+        false => None,
+        true => {
+            let biases = parts.iter().map(|(name, outputs)| weights.tensor(&format!("{name}.bias"), &[*outputs]));
+            let bias = Tensor::cat(&biases.collect::<Result<Vec<_>>>()?, 0)?;
+            Some(bias.to_dtype(weights.precision().compute)?)
+        }
     };
-    let weight = stack("weight", &[inputs])?;
-    let bias = bias.then(|| stack("bias", &[])).transpose()?;
-    let bias = bias.map(|bias| bias.to_dtype(weights.precision().compute)).transpose()?;
-    Ok(Linear::new(weight, bias))
+    Ok(Linear::new(matrices, bias)?)
 }

@@ -1,35 +1,86 @@
 //! Linear layers that decode at the speed of memory.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor, WithDType};
+use std::sync::Arc;
+
+use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Module, Result, Shape, Tensor, WithDType, D};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
+/// A matrix of weights, `[outputs, inputs]`.
+#[derive(Debug, Clone)]
+pub enum Matrix {
+    Plain(Tensor),
+    /// As a GGUF file has it, in a few bits a number.
+    Quantized(Arc<QTensor>),
+}
+
+impl Matrix {
+    /// The rows of a vocabulary's `tokens`, in the type that they are stored in, or else in f32.
+    pub fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain(rows) => {
+                let dims = [tokens.dims(), &rows.dims()[1..]].concat();
+                rows.embedding(&tokens.flatten_all()?)?.reshape(dims)
+            }
+            Self::Quantized(rows) => rows.embedding(tokens),
+        }
+    }
+
+    /// `x · selfᵀ`, in the type of `x`.
+    ///
+    /// A single row, as in every decode step, reads the weights as they are and on all cores, as fast as memory gives
+    /// them: Candle's matrix product takes one core for it. Several rows widen them first, for which they pay little.
+    fn times(&self, x: &Tensor) -> Result<Tensor> {
+        // Up to here a quantised product is faster than widening the matrix for it.
+        const FEW: usize = 8;
+        let rows = x.elem_count() / x.dim(D::Minus1)?.max(1);
+        let is_cpu = x.device().is_cpu();
+        let product = |weight: Tensor| candle_nn::Linear::new(weight, None).forward(x);
+        match self {
+            Self::Plain(weight) if rows == 1 && is_cpu => x.apply_op2_no_bwd(weight, &OneRow),
+            Self::Plain(weight) => product(weight.to_dtype(x.dtype())?),
+            Self::Quantized(weight) if rows > FEW && is_cpu => product(weight.dequantize(x.device())?),
+            Self::Quantized(weight) => {
+                let x32 = x.to_dtype(DType::F32)?.contiguous()?;
+                QMatMul::from_arc(weight.clone())?.forward(&x32)?.to_dtype(x.dtype())
+            }
+        }
+    }
+}
+
 /// [`candle_nn::Linear`] for weights that are stored in fewer bits than the layers compute in.
-///
-/// A single row, as in every decode step, reads them as they are and on all cores, as fast as memory gives them: Candle's
-/// matrix product takes one core for it. Several rows widen the weights first, for which they pay little.
 pub struct Linear {
-    weight: Tensor, // [outputs, inputs]
+    /// One below the other.
+    parts: Vec<Matrix>,
     bias: Option<Tensor>,
 }
 
 impl Linear {
-    /// `bias` is in the computing type.
-    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+    /// One layer for projections of the same input: few large products are faster than many small ones. `bias` is in the
+    /// computing type.
+    pub fn new(parts: Vec<Matrix>, bias: Option<Tensor>) -> Result<Self> {
+        let plain = parts.iter().map(|part| match part {
+            Matrix::Plain(weight) => Some(weight),
+            Matrix::Quantized(_) => None,
+        });
+        let parts = match plain.collect::<Option<Vec<_>>>() {
+            Some(weights) => vec![Matrix::Plain(Tensor::cat(&weights, 0)?)],
+            None => parts,
+        };
+        Ok(Self { parts, bias })
     }
 }
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let one_row = x.elem_count() == self.weight.dim(1)?;
-        if !one_row || !x.device().is_cpu() {
-            let weight = self.weight.to_dtype(x.dtype())?;
-            return candle_nn::Linear::new(weight, self.bias.clone()).forward(x);
-        }
-        let y = x.apply_op2_no_bwd(&self.weight, &OneRow)?;
+        let parts = self.parts.iter().map(|part| part.times(x)).collect::<Result<Vec<_>>>()?;
+        let y = match <[Tensor; 1]>::try_from(parts) {
+            Ok([y]) => y,
+            Err(parts) => Tensor::cat(&parts, D::Minus1)?,
+        };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
@@ -134,7 +185,8 @@ impl Element for f16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Device};
+    use candle_core::quantized::GgmlDType;
+    use candle_core::Device;
 
     #[test]
     fn one_row_equals_the_row_of_a_product() -> Result<()> {
@@ -143,7 +195,7 @@ mod tests {
                 let weight = Tensor::randn(0f32, 1., (outputs, inputs), &Device::Cpu)?.to_dtype(dtype)?;
                 let bias = Tensor::randn(0f32, 1., outputs, &Device::Cpu)?;
                 let x = Tensor::randn(0f32, 1., (1, 2, inputs), &Device::Cpu)?;
-                let linear = Linear::new(weight, Some(bias));
+                let linear = Linear::new(vec![Matrix::Plain(weight)], Some(bias))?;
                 let both = linear.forward(&x)?;
                 for row in 0..2 {
                     let one = linear.forward(&x.narrow(1, row, 1)?)?;
@@ -153,6 +205,33 @@ mod tests {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Parts of different types, as files of mixed bits have them, against the matrix that they stand for.
+    #[test]
+    fn quantized_parts_equal_what_they_stand_for() -> Result<()> {
+        let parts = [(GgmlDType::Q8_0, 24), (GgmlDType::Q4_1, 40), (GgmlDType::F32, 8)].map(|(dtype, outputs)| {
+            let weight = Tensor::randn(0f32, 1., (outputs, 64), &Device::Cpu)?;
+            Ok(QTensor::quantize(&weight, dtype)?)
+        });
+        let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
+        let plain = parts.iter().map(|part| part.dequantize(&Device::Cpu)).collect::<Result<Vec<_>>>()?;
+        let weight = Tensor::cat(&plain, 0)?;
+        let linear = Linear::new(parts.into_iter().map(|part| Matrix::Quantized(part.into())).collect(), None)?;
+        for rows in [1, 3, 50] {
+            let x = Tensor::randn(0f32, 1., (1, rows, 64), &Device::Cpu)?;
+            let (got, want) = (linear.forward(&x)?, x.broadcast_matmul(&weight.t()?)?);
+            assert_eq!(got.dims(), want.dims());
+            let norm = |x: Tensor| x.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>();
+            let error = norm((got - &want)?)? / norm(want)?;
+            // Few rows are rounded to 8 bits.
+            assert!(error < if rows > 8 { 1e-6 } else { 2e-2 }, "{rows} rows: off by {error}");
+        }
+        let rows = Matrix::Quantized(QTensor::quantize(&weight, GgmlDType::Q8_0)?.into());
+        let tokens = Tensor::new(&[[3u32, 71, 3]], &Device::Cpu)?;
+        let off = (rows.embed(&tokens)? - Matrix::Plain(weight).embed(&tokens)?)?.abs()?.max_all()?;
+        assert!(off.to_scalar::<f32>()? < 0.03);
         Ok(())
     }
 }

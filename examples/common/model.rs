@@ -150,6 +150,7 @@ mod tests {
     use crate::common::config::RopeScaling;
     use crate::common::source::Checkpoint;
     use crate::common::testing::*;
+    use candle_core::quantized::GgmlDType;
     use candle_core::Device;
 
     const TOKENS: [u32; 12] = [7, 3, 250, 7, 91, 18, 18, 4, 77, 130, 5, 60];
@@ -271,6 +272,34 @@ mod tests {
         write_gguf(&file, "llama", &config, &tensors, &gguf_metadata("llama", &config, "smollm"))?;
         let got = Checkpoint::open(file.to_str().unwrap())?.config()?;
         assert_eq!(got.rope_scaling, RopeScaling::Divisors(vec![4.; config.head_dim / 2]));
+        Ok(())
+    }
+
+    #[test]
+    fn quantized_weights_stay_so() -> Result<()> {
+        let config = ModelConfig { hidden_size: 64, intermediate_size: 96, ..tiny_config() };
+        for (architecture, dtype) in
+            [("llama", GgmlDType::Q8_0), ("qwen2", GgmlDType::Q8_0), ("llama", GgmlDType::Q4_1)]
+        {
+            let config = ModelConfig { qkv_bias: architecture == "qwen2", ..config.clone() };
+            let directory = tempfile::tempdir()?;
+            let file = directory.path().join("tiny.gguf");
+            let metadata = gguf_metadata(architecture, &config, "smollm");
+            write_gguf_of(dtype, &file, architecture, &config, &tiny_tensors(&config)?, &metadata)?;
+            let load = |quantized: bool| {
+                let mut checkpoint = Checkpoint::open(file.to_str().unwrap())?;
+                let config = checkpoint.config()?;
+                let weights = Weights::new(checkpoint, &config, DType::F32, &Device::Cpu)?;
+                let weights = if quantized { weights.quantized() } else { weights };
+                logits(Model::new(&config, weights, &PqConfig { pq_dim: 4, ..PqConfig::default() }, 16)?)
+            };
+            let (got, want) = (load(true)?, load(false)?);
+            let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let off: Vec<f32> = got.iter().zip(&want).map(|(got, want)| got - want).collect();
+            let error = norm(&off) / norm(&want);
+            // Rows of activations are rounded to 8 bits; mixed-up weights would be off by about 1.
+            assert!(error > 0. && error < 0.05, "{architecture} {dtype:?}: off by {error}");
+        }
         Ok(())
     }
 

@@ -171,6 +171,18 @@ pub fn write_gguf(
     tensors: &Tensors,
     metadata: &[(String, Value)],
 ) -> Result<()> {
+    write_gguf_of(GgmlDType::F32, path, architecture, config, tensors, metadata)
+}
+
+/// As [`write_gguf`], with its matrices in another type.
+pub fn write_gguf_of(
+    dtype: GgmlDType,
+    path: &Path,
+    architecture: &str,
+    config: &ModelConfig,
+    tensors: &Tensors,
+    metadata: &[(String, Value)],
+) -> Result<()> {
     let renamed = tensors.iter().map(|(name, tensor)| {
         let projection = name.contains("q_proj") || name.contains("k_proj");
         let tensor = match projection && architecture == "llama" {
@@ -180,7 +192,8 @@ pub fn write_gguf(
                 .reshape(tensor.shape())?,
             false => tensor.clone(),
         };
-        Ok((gguf_name(name), QTensor::quantize(&tensor, GgmlDType::F32)?))
+        let dtype = if tensor.rank() == 2 { dtype } else { GgmlDType::F32 };
+        Ok((gguf_name(name), QTensor::quantize(&tensor, dtype)?))
     });
     let renamed = renamed.collect::<Result<Vec<_>>>()?;
     let renamed: Vec<_> = renamed.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();

@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 
 use anyhow::{ensure, Context, Result};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 
 use crate::common::config::ModelConfig;
+use crate::common::linear::Matrix;
 use crate::common::source::{weight_files, Checkpoint, Gguf};
 
 /// The types of a model's numbers.
@@ -28,6 +30,7 @@ pub struct Weights {
     store: Store,
     precision: Precision,
     device: Device,
+    quantized: bool,
 }
 
 enum Store {
@@ -49,7 +52,12 @@ impl Weights {
                 Store::Safetensors(tensors)
             }
         };
-        Ok(Self { store, precision: Precision::new(dtype, device), device: device.clone() })
+        Ok(Self { store, precision: Precision::new(dtype, device), device: device.clone(), quantized: false })
+    }
+
+    /// Leaves matrices quantised that are: a fraction of the memory. Products with few rows then round these to 8 bits.
+    pub fn quantized(self) -> Self {
+        Self { quantized: true, ..self }
     }
 
     pub fn precision(&self) -> Precision {
@@ -66,6 +74,18 @@ impl Weights {
         ensure!(tensor.dims() == shape, "the model's tensor {name} has shape {:?}, expected {shape:?}", tensor.dims());
         Ok(tensor.to_dtype(self.precision.stored)?)
     }
+
+    /// As [`tensor`](Self::tensor), but a matrix that is quantised may stay so.
+    pub fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Matrix> {
+        if self.quantized {
+            if let Some(quantized) = self.store.take_quantized(name, &self.device)? {
+                let dims = quantized.shape().dims();
+                ensure!(dims == shape, "the model's tensor {name} has shape {dims:?}, expected {shape:?}");
+                return Ok(Matrix::Quantized(quantized.into()));
+            }
+        }
+        Ok(Matrix::Plain(self.tensor(name, shape)?))
+    }
 }
 
 impl Store {
@@ -73,6 +93,21 @@ impl Store {
         let architecture = gguf.content.metadata.get("general.architecture").and_then(|name| name.to_string().ok());
         let interleaved = architecture.is_some_and(|name| name == "llama");
         Self::Gguf { gguf, interleaved_head_dim: interleaved.then_some(config.head_dim) }
+    }
+
+    /// None where the tensor is not quantised, or not there.
+    fn take_quantized(&mut self, name: &str, device: &Device) -> Result<Option<QTensor>> {
+        let Self::Gguf { gguf, interleaved_head_dim } = self else { return Ok(None) };
+        let Some(gguf_name) = gguf_name(name) else { return Ok(None) };
+        let dtype = gguf.content.tensor_infos.get(&gguf_name).map(|info| info.ggml_dtype);
+        if matches!(dtype, None | Some(GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16)) {
+            return Ok(None);
+        }
+        let tensor = gguf.content.tensor(&mut gguf.file, &gguf_name, device)?;
+        match interleaved_head_dim {
+            Some(head_dim) if is_interleaved(name) => deinterleave_quantized(&tensor, *head_dim).map(Some),
+            _ => Ok(Some(tensor)),
+        }
     }
 
     fn take(&mut self, name: &str, device: &Device) -> Result<Tensor> {
@@ -84,14 +119,16 @@ impl Store {
                 ensure!(gguf.content.tensor_infos.contains_key(&gguf_name), "{} ({gguf_name})", missing());
                 let tensor = gguf.content.tensor(&mut gguf.file, &gguf_name, device)?.dequantize(device)?;
                 match interleaved_head_dim {
-                    Some(head_dim) if name.contains(".q_proj.") || name.contains(".k_proj.") => {
-                        deinterleave(&tensor, *head_dim)
-                    }
+                    Some(head_dim) if is_interleaved(name) => deinterleave(&tensor, *head_dim),
                     _ => Ok(tensor),
                 }
             }
         }
     }
+}
+
+fn is_interleaved(name: &str) -> bool {
+    name.contains(".q_proj.") || name.contains(".k_proj.")
 }
 
 /// Undoes what GGUF does to the projections to queries and keys of the architecture `llama`: there the two elements
@@ -100,6 +137,24 @@ fn deinterleave(projection: &Tensor, head_dim: usize) -> Result<Tensor> {
     let rows = projection.dim(0)?;
     let pairs = projection.reshape((rows / head_dim, head_dim / 2, 2, ()))?;
     Ok(pairs.transpose(1, 2)?.reshape(projection.shape())?)
+}
+
+/// As [`deinterleave`]: a row is whole blocks of quantised numbers, so that rows move as bytes.
+fn deinterleave_quantized(projection: &QTensor, head_dim: usize) -> Result<QTensor> {
+    let bytes = projection.data()?;
+    let rows = projection.shape().dims2()?.0;
+    let row = bytes.len() / rows;
+    let half = head_dim / 2;
+    let moved: Vec<u8> = (0..rows)
+        .flat_map(|to| {
+            let (head, at) = (to / head_dim, to % head_dim);
+            let from = head * head_dim + at % half * 2 + at / half;
+            &bytes[from * row..(from + 1) * row]
+        })
+        .copied()
+        .collect();
+    let storage = QStorage::from_data(moved.into(), &projection.device(), projection.dtype())?;
+    Ok(QTensor::new(storage, projection.shape())?)
 }
 
 /// Names in a Hugging Face checkpoint and in GGUF, less the layer before and `.weight` or `.bias` after.
@@ -151,6 +206,13 @@ mod tests {
         // Two heads of four elements: 0 and 1 rotate together, as do 2 and 3.
         let bias = Tensor::new(&[0f32, 1., 2., 3., 10., 11., 12., 13.], &Device::Cpu)?;
         assert_eq!(deinterleave(&bias, 4)?.to_vec1::<f32>()?, [0., 2., 1., 3., 10., 12., 11., 13.]);
+        let projection = Tensor::randn(0f32, 1., (16, 64), &Device::Cpu)?;
+        for dtype in [GgmlDType::Q4_0, GgmlDType::Q8_0] {
+            let quantized = QTensor::quantize(&projection, dtype)?;
+            let got = deinterleave_quantized(&quantized, 8)?.dequantize(&Device::Cpu)?;
+            let want = deinterleave(&quantized.dequantize(&Device::Cpu)?, 8)?;
+            assert_eq!(got.to_vec2::<f32>()?, want.to_vec2::<f32>()?);
+        }
         Ok(())
     }
 }

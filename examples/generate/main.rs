@@ -19,7 +19,6 @@ use common::model::Model;
 use common::sampling::Sampler;
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
-use common::weights::Weights;
 use generate::{answer, compare, Check};
 use report::Report;
 
@@ -48,7 +47,7 @@ fn report(args: &Args) -> Result<Report> {
     let prompt = codec.encode(&args.prompt()?)?;
     let limit = room(prompt.len(), args.sample_len, config.context)?;
     let model_on = |checkpoint, device| {
-        Model::new(&config, Weights::new(checkpoint, &config, args.model.dtype, device)?, &pq, prompt.len() + limit)
+        Model::new(&config, args.model.load(checkpoint, &config, device)?, &pq, prompt.len() + limit)
     };
     let mut model = model_on(checkpoint, &args.model.device)?;
     if args.graph {

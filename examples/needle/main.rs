@@ -23,7 +23,6 @@ use common::decoding::bar;
 use common::model::Model;
 use common::source::Checkpoint;
 use common::tokenizer::Codec;
-use common::weights::Weights;
 use haystack::{Haystack, Hidden, Needle};
 use report::{Cell, Report};
 use search::{work, Search};
@@ -58,7 +57,7 @@ fn search(args: &Args) -> Result<Report> {
     let places = places(args, &codec, &Haystack::new(&text.content), config.context)?;
     let prompts = || places.iter().flat_map(|place| &place.hidden.prompts);
     let capacity = prompts().map(Vec::len).max().unwrap_or(0) + args.sample_len;
-    let weights = Weights::new(checkpoint, &config, args.model.dtype, &args.model.device)?;
+    let weights = args.model.load(checkpoint, &config, &args.model.device)?;
     let model = Model::new(&config, weights, &pq, capacity)?;
     let mut search = Search { model, codec: &codec, limit: args.sample_len, read: Vec::new() };
 
