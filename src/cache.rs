@@ -32,6 +32,21 @@ use crate::{cuda::Lens, ops};
 ///
 /// What [`keys`](Self::keys), [`values`](Self::values) and [`codes`](Self::codes) return are views: valid until the
 /// positions they show are truncated and written again or, for codes, the codebook is trained again.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_pq_attn::{PqConfig, PqKvCache};
+///
+/// let mut cache = PqKvCache::new(PqConfig::default(), [1, 2, 64], 1024, DType::F32, &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 700, 64), &Device::Cpu)?;
+/// cache.append(&kv, &kv)?;
+/// cache.build_index()?; // or in the next sparse step
+/// assert_eq!(cache.keys()?.dims(), [1, 2, 700, 64]);
+/// assert!(cache.codes()?.dim(2)? >= 700 - 4 - 64); // all that have left the window
+/// cache.truncate(650)?;
+/// assert_eq!(cache.len(), 650);
+/// # candle_core::Result::Ok(())
+/// ```
 #[derive(Debug)]
 pub struct PqKvCache {
     config: PqConfig,

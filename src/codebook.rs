@@ -18,6 +18,19 @@ use crate::ops::{self, KmeansOptions};
 ///
 /// With weights all of this is in keys whose elements have been multiplied by them: what is near there is near in what
 /// queries look at. Scores are those of the centroids divided by the weights, so that queries stay as they are.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::{Codebook, PqConfig};
+///
+/// let config = PqConfig { coarse: 16, pq_bits: 4, ..PqConfig::default() };
+/// let keys = Tensor::randn(0f32, 1., (1, 2, 600, 64), &Device::Cpu)?;
+/// let codebook = Codebook::train(&keys, &config)?;
+/// let (codes, clusters) = codebook.encode(&keys)?;
+/// assert_eq!(codes.dims(), [1, 2, 600, 8]);
+/// assert_eq!(clusters.map(|clusters| clusters.dims().to_vec()), Some(vec![1, 2, 600]));
+/// # candle_core::Result::Ok(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Codebook {
     centroids: Tensor,

@@ -68,6 +68,21 @@ struct Trained {
 ///
 /// # Errors
 /// What reading tensors back and writing the file give, or a capture of a CUDA graph that is under way.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_pq_attn::{load_caches, save_caches, PqConfig, PqKvCache};
+///
+/// let mut cache = PqKvCache::new(PqConfig::default(), [1, 2, 64], 0, DType::F32, &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 700, 64), &Device::Cpu)?;
+/// cache.append(&kv, &kv)?;
+/// let path = std::env::temp_dir().join(format!("caches-of-an-example-{}", std::process::id()));
+/// save_caches(&path, [&cache], "a document")?;
+/// let saved = load_caches(&path, 1024, &Device::Cpu)?; // with room to go on
+/// assert_eq!((saved.about.as_str(), saved.caches[0].len()), ("a document", 700));
+/// # std::fs::remove_file(&path)?;
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn save_caches<'a>(
     path: impl AsRef<Path>,
     caches: impl IntoIterator<Item = &'a PqKvCache>,

@@ -24,6 +24,18 @@ const OP: &str = "causal_softmax";
 /// # Errors
 /// Another rank, dtype or layout, `queries` that do not divide the rows, a `first` query position whose last query is
 /// beyond `n`, or a `scale` that is not finite.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::causal_softmax;
+///
+/// // Two queries at positions 1 and 2 of three keys.
+/// let scores = Tensor::zeros((1, 1, 2, 3), candle_core::DType::F32, &Device::Cpu)?;
+/// causal_softmax(&scores, 1, 2, 1.0)?;
+/// let third = 1.0 / 3.0;
+/// assert_eq!(scores.flatten_to(2)?.to_vec2::<f32>()?, [[0.5, 0.5, 0.0], [third, third, third]]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn causal_softmax(scores: &Tensor, first: usize, queries: usize, scale: f32) -> Result<()> {
     let plan = Plan::new(scores, first, queries, scale)?;
     scores.inplace_op1(&CausalSoftmax { plan })

@@ -100,6 +100,18 @@ impl ClusterSums {
 /// # Numerics
 /// f32, one value after the other in ascending position: the same bits however the keys are cut into calls. Sums beyond
 /// the largest f32, 3.4e38, are infinite, and so are the means: a million keys may have values of 1e32.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::{cluster_sums, ClusterSums};
+///
+/// let values = Tensor::new(&[[[[1f32, 2.], [3., 4.], [5., 6.]]]], &Device::Cpu)?;
+/// let codes = Tensor::new(&[[[1u8, 0, 1]]], &Device::Cpu)?;
+/// let after = cluster_sums(&values, &codes, &ClusterSums::empty([1, 1, 2, 2], &Device::Cpu)?)?;
+/// assert_eq!(after.sums.flatten_to(2)?.to_vec2::<f32>()?, [[3., 4.], [6., 8.]]);
+/// assert_eq!(after.counts.flatten_all()?.to_vec1::<u32>()?, [1, 2]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn cluster_sums(values: &Tensor, codes: &Tensor, before: &ClusterSums) -> Result<ClusterSums> {
     let (values, codes, before) = (with_unit_rows(values)?, with_unit_rows(codes)?, before.contiguous()?);
     #[cfg(feature = "cuda")]

@@ -40,6 +40,17 @@ const OP: &str = "encode";
 /// Distances are sums of squared differences in f32, in the order of the coordinates and without fused multiply-add.
 /// Ties go to the lower index. A sub-vector that is no finite
 /// distance from any centroid, such as one that holds NaN, gets code 0.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::encode;
+///
+/// // Two subspaces of one element, two centroids in each.
+/// let centroids = Tensor::new(&[0f32, 1., 10., 20.], &Device::Cpu)?.reshape((1, 1, 2, 2, 1))?;
+/// let keys = Tensor::new(&[[[[0.2f32, 19.], [0.9, 11.]]]], &Device::Cpu)?;
+/// assert_eq!(encode(&keys, &centroids, None)?.flatten_to(2)?.to_vec2::<u8>()?, [[0, 1], [1, 0]]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn encode(keys: &Tensor, centroids: &Tensor, phi: Option<&Tensor>) -> Result<Tensor> {
     let (keys, centroids) = (with_unit_rows(keys)?, with_unit_rows(centroids)?);
     let plan = Plan::new(&keys, &centroids, phi)?;

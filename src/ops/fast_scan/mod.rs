@@ -70,6 +70,19 @@ impl CustomOp1 for Pack {
 /// # Errors
 /// Shapes or dtypes other than these, a code that is no centroid's index, more than `u32::MAX` keys, or tensors that
 /// are not on a CPU.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_pq_attn::ops::{fast_scan, pack_codes, score, topk};
+///
+/// let random = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &Device::Cpu);
+/// let (query, centroids) = (random(&[1, 2, 1, 64])?, random(&[1, 1, 16, 16, 4])?);
+/// let codes = Tensor::rand(0f32, 16., (1, 1, 1000, 16), &Device::Cpu)?.to_dtype(DType::U8)?;
+/// let positions = fast_scan(&query, &pack_codes(&codes)?, 1000, &centroids, 10)?;
+/// let slowly = topk(&score(&query, &codes, &centroids)?, 10)?;
+/// assert_eq!(positions.to_vec3::<u32>()?, slowly.to_vec3::<u32>()?);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn fast_scan(query: &Tensor, packed: &Tensor, n: usize, centroids: &Tensor, k: usize) -> Result<Tensor> {
     let (query, centroids) = (with_unit_rows(query)?, with_unit_rows(centroids)?);
     let plan = Plan::new(&query, packed, n, &centroids, k)?;

@@ -27,6 +27,16 @@ const OP: &str = "group_mass";
 ///
 /// # Numerics
 /// f32; keys whose share underflows have mass 0 and tie.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::group_mass;
+///
+/// // Two query heads of one KV head: one is sure of the second key, the other of none.
+/// let scores = Tensor::new(&[[[-100f32, 100.], [0., 0.]]], &Device::Cpu)?;
+/// assert_eq!(group_mass(&scores, 1, 1.0)?.flatten_all()?.to_vec1::<f32>()?, [0.5, 1.5]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn group_mass(scores: &Tensor, h_kv: usize, scale: f32) -> Result<Tensor> {
     let scores = with_unit_rows(scores)?;
     let plan = Plan::new(&scores, h_kv, scale)?;

@@ -68,6 +68,20 @@ pub struct Geometry {
 ///
 /// # Errors
 /// Another rank or dtype, a position at or beyond `n`, positions that do not ascend, or `n` above `u32::MAX`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::{indices_and_weights, Geometry, PADDING};
+///
+/// // Ten keys: 1 sink, a window of 2, and of the candidates from position 1 on those at 3 and 5 of them.
+/// let heavy = Tensor::new(&[[[3u32, 5]]], &Device::Cpu)?;
+/// let selected = indices_and_weights(&heavy, Geometry { n: 10, sink: 1, window: 2, init_offset: 1 })?;
+/// let listed = selected.indices.flatten_all()?.to_vec1::<u32>()?;
+/// let len = selected.lens.flatten_all()?.to_vec1::<u32>()?[0] as usize;
+/// assert_eq!(listed[..len], [0, 4, 6, 8, 9]);
+/// assert!(listed[len..].iter().all(|position| *position == PADDING));
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn indices_and_weights(heavy: &Tensor, geometry: Geometry) -> Result<Selected> {
     let heavy = with_unit_rows(heavy)?;
     let plan = Plan::new(&heavy, geometry)?;
@@ -145,6 +159,18 @@ impl CustomOp1 for IndicesAndWeights {
 /// # Errors
 /// Shapes or dtypes other than [`Selected`]'s, an `h` that its number of lists does not divide, or a position at or
 /// beyond `n`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::{dense_weights, indices_and_weights, Geometry};
+///
+/// let heavy = Tensor::new(&[[[1u32]]], &Device::Cpu)?;
+/// let selected = indices_and_weights(&heavy, Geometry { n: 5, sink: 1, window: 1, init_offset: 1 })?;
+/// // One list for two query heads.
+/// let weights = dense_weights(&selected, 2, 5)?.squeeze(0)?;
+/// assert_eq!(weights.flatten_all()?.to_vec1::<f32>()?, [1., 0., 1., 0., 1., 1., 0., 1., 0., 1.]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn dense_weights(selected: &Selected, h: usize, n: usize) -> Result<Tensor> {
     let (indices, weights) = (with_unit_rows(&selected.indices)?, with_unit_rows(&selected.weights)?);
     let lens = with_unit_rows(&selected.lens)?;

@@ -47,6 +47,21 @@ pub struct KmeansOptions {
 ///
 /// # Numerics
 /// Assignment as [`encode`](super::encode()), means in f64: the same bits for any number of threads.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::{encode, kmeans, KmeansOptions};
+/// use candle_pq_attn::Metric;
+///
+/// let keys = Tensor::randn(0f32, 1., (1, 2, 500, 64), &Device::Cpu)?;
+/// let (pq_dim, pq_bits, metric) = (8, 4, Metric::Euclidean);
+/// let options = KmeansOptions { pq_dim, pq_bits, iters: 5, metric, max_keys: 500, seed: 0 };
+/// let (centroids, phi) = kmeans(&keys, &options)?;
+/// assert_eq!(centroids.dims(), [1, 2, 8, 16, 8]);
+/// assert!(phi.is_none()); // of the inner-product metric
+/// assert_eq!(encode(&keys, &centroids, None)?.dims(), [1, 2, 500, 8]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn kmeans(keys: &Tensor, options: &KmeansOptions) -> Result<(Tensor, Option<Tensor>)> {
     let keys = with_unit_rows(keys)?;
     let op = Kmeans { plan: Plan::new(&keys, options)?, phi: SideOutput::default() };

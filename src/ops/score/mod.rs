@@ -32,6 +32,17 @@ const OP: &str = "score";
 ///
 /// # Numerics
 /// f32, table entries and then subspaces summed in ascending order, without fused multiply-add.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::score;
+///
+/// let centroids = Tensor::new(&[0f32, 1., 10., 20.], &Device::Cpu)?.reshape((1, 1, 2, 2, 1))?;
+/// let codes = Tensor::new(&[[[[0u8, 1], [1, 0]]]], &Device::Cpu)?; // of keys near [0, 20] and [1, 10]
+/// let query = Tensor::new(&[[[[2f32, 1.]]]], &Device::Cpu)?;
+/// assert_eq!(score(&query, &codes, &centroids)?.flatten_all()?.to_vec1::<f32>()?, [20., 12.]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tensor> {
     run(OP, query, codes, centroids, None)
 }
@@ -50,6 +61,20 @@ pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tenso
 ///
 /// # Numerics
 /// The coarse term is the first of the sum.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::residual_score;
+///
+/// let coarse = Tensor::new(&[[[[100f32, 0.], [0., 0.]]]], &Device::Cpu)?; // clusters at [100, 0] and [0, 0]
+/// let clusters = Tensor::new(&[[[0u8, 1]]], &Device::Cpu)?;
+/// let centroids = Tensor::new(&[0f32, 1., 10., 20.], &Device::Cpu)?.reshape((1, 1, 2, 2, 1))?;
+/// let codes = Tensor::new(&[[[[0u8, 1], [1, 0]]]], &Device::Cpu)?; // of keys near [100, 20] and [1, 10]
+/// let query = Tensor::new(&[[[[2f32, 1.]]]], &Device::Cpu)?;
+/// let scores = residual_score(&query, &codes, &centroids, &clusters, &coarse)?;
+/// assert_eq!(scores.flatten_all()?.to_vec1::<f32>()?, [220., 12.]);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn residual_score(
     query: &Tensor,
     codes: &Tensor,

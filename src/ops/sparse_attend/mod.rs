@@ -94,6 +94,19 @@ impl Attended {
 /// # Numerics
 /// Scores, sums and the merge of partial results are in f32, whatever the dtype; the result is rounded once. The order
 /// of summation depends on the positions alone, so reruns are equal to the bit for any number of threads.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::{indices_and_weights, sparse_attend, Geometry};
+///
+/// let query = Tensor::new(&[[[[0f32, 0.]]]], &Device::Cpu)?;
+/// let keys = Tensor::new(&[[[[1f32, 2.], [3., 4.], [50., 60.], [5., 6.]]]], &Device::Cpu)?;
+/// let heavy = Tensor::new(&[[[0u32]]], &Device::Cpu)?; // the first candidate, at position 1
+/// let selected = indices_and_weights(&heavy, Geometry { n: 4, sink: 1, window: 1, init_offset: 1 })?;
+/// let attended = sparse_attend(&query, &keys, &keys, &selected, 1.0)?;
+/// assert_eq!(attended.out.flatten_all()?.to_vec1::<f32>()?, [3., 4.]); // of all but the third
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn sparse_attend(
     query: &Tensor,
     keys: &Tensor,
@@ -114,6 +127,26 @@ pub fn sparse_attend(
 ///
 /// # Numerics
 /// Where the LSE of `tail` is negative infinity the result is that of [`sparse_attend`], to the bit.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::{self, ClusterSums, Geometry};
+///
+/// let random = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &Device::Cpu);
+/// let (query, keys, values) = (random(&[1, 2, 1, 16])?, random(&[1, 1, 40, 16])?, random(&[1, 1, 40, 16])?);
+/// // Each of 40 keys in a cluster of its own, and exact scores: nothing is lost, whatever is selected.
+/// let codes = Tensor::arange(0u8, 40, &Device::Cpu)?.reshape((1, 1, 40))?;
+/// let clusters = ops::cluster_sums(&values, &codes, &ClusterSums::empty([1, 1, 40, 16], &Device::Cpu)?)?;
+/// let scores = query.reshape((1, 1, 2, 16))?.matmul(&keys.t()?)?.reshape((1, 2, 40))?;
+/// let geometry = Geometry { n: 40, sink: 0, window: 0, init_offset: 0 };
+/// let selected = ops::indices_and_weights(&ops::topk(&scores, 3)?, geometry)?;
+/// let tail = ops::tail_attend(&scores, &codes, &clusters, &selected, 0, 0.25)?;
+/// let sparse = ops::sparse_attend_with_tail(&query, &keys, &values, &selected, &tail, 0.25)?;
+/// let dense = ops::dense_attend(&query, &keys, &values, 0.25)?;
+/// let off = (sparse.out - dense.out)?.abs()?.max_all()?.to_scalar::<f32>()?;
+/// assert!(off < 1e-5);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn sparse_attend_with_tail(
     query: &Tensor,
     keys: &Tensor,
@@ -129,6 +162,18 @@ pub fn sparse_attend_with_tail(
 ///
 /// The sequence is split over the cores, and K and V are read once for all query heads of a group: the honest baseline
 /// for a sparse decode.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::dense_attend;
+///
+/// let query = Tensor::new(&[[[[0f32, 0.]]]], &Device::Cpu)?;
+/// let keys = Tensor::new(&[[[[1f32, 2.], [3., 4.]]]], &Device::Cpu)?;
+/// let attended = dense_attend(&query, &keys, &keys, 1.0)?;
+/// assert_eq!(attended.out.flatten_all()?.to_vec1::<f32>()?, [2., 3.]); // the mean
+/// assert!((attended.lse.flatten_all()?.to_vec1::<f32>()?[0] - 2f32.ln()).abs() < 1e-6);
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn dense_attend(query: &Tensor, keys: &Tensor, values: &Tensor, scale: f32) -> Result<Attended> {
     attend("dense_attend", query, keys, values, None, None, scale)
 }

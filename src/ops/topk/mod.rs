@@ -25,6 +25,16 @@ const OP: &str = "topk";
 ///
 /// # Errors
 /// A dtype other than f32, a tensor without dimensions, or rows of more than `u32::MAX` scores.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_pq_attn::ops::topk;
+///
+/// let scores = Tensor::new(&[[0.1f32, 0.7, 0.7, 0.3]], &Device::Cpu)?;
+/// assert_eq!(topk(&scores, 2)?.to_vec2::<u32>()?, [[1, 2]]);
+/// assert_eq!(topk(&scores, 1)?.to_vec2::<u32>()?, [[1]]); // of equals the first
+/// # candle_core::Result::Ok(())
+/// ```
 pub fn topk(scores: &Tensor, k: usize) -> Result<Tensor> {
     let plan = Plan::new(scores, k)?;
     let rows = scores.reshape((plan.rows, plan.n))?; // a copy of what is not contiguous
