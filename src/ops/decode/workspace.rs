@@ -3,7 +3,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, ThreadId};
 
-use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Result};
 
@@ -45,8 +44,9 @@ impl Workspace {
         let is_capturing = cuda::is_capturing(device)?;
         if !all.contains_key(&key) && !is_capturing {
             let is_over = |of: &OfThread| of.thread.strong_count() == 0 && !of.is_captured;
-            if all.values().any(is_over) {
-                device.synchronize()?; // what those threads launched may still run
+            // What those threads launched may still run, in their own streams; while another thread captures there is no
+            // waiting for all of them.
+            if all.values().any(is_over) && device.cuda_stream().context().synchronize().is_ok() {
                 all.retain(|_, of| !is_over(of));
             }
             all.insert(key, OfThread { thread: THIS_THREAD.with(Arc::downgrade), ..Default::default() });
