@@ -5,7 +5,7 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_pq_attn::{Codebook, DecodeGraph, Heavy, KvCache, PqAttention, PqConfig, PqKvCache};
+use candle_pq_attn::{Codebook, Heavy, KvCache, PqAttention, PqConfig, PqKvCache};
 use common::Rng;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
@@ -21,7 +21,6 @@ fn caches_and_attention_go_from_thread_to_thread() {
     is_send::<PqKvCache>();
     is_send::<KvCache>();
     is_send::<Codebook>();
-    is_send::<DecodeGraph<fn(&Tensor, &Tensor, &mut [PqKvCache]) -> Result<Tensor>>>();
     is_send::<PqAttention>();
     is_sync::<PqAttention>();
 }

@@ -21,7 +21,7 @@ pub(crate) struct Workspace(Arc<Mutex<HashMap<(DeviceId, ThreadId), OfThread>>>)
 struct OfThread {
     /// Gone when the thread has ended.
     thread: Weak<()>,
-    /// Whether captured graphs use the buffers: another thread may replay them.
+    /// Whether captured graphs use the buffers: they may be there still.
     is_captured: bool,
     buffers: Buffers,
 }
