@@ -35,6 +35,8 @@
 //! - [`save_caches`], [`load_caches`]: a document that was read, kept on disk
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
 //! - [`porting`]: the change that puts it into three models of candle-transformers
+//! - [`tuning`]: what each field of the config does, in the order to touch them; memory; signs that something is wrong
+//! - [`comparison`]: what others offer, and where they are better
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
 //!
 //! Names are those of the field: `b` sequences, `h` query heads in groups over `h_kv` KV heads, `n` keys so far,
@@ -53,9 +55,15 @@ mod cuda;
 mod graph;
 pub mod ops;
 #[cfg(doc)]
+#[doc = include_str!("../docs/comparison.md")]
+pub mod comparison {}
+#[cfg(doc)]
 #[doc = include_str!("../docs/porting.md")]
 pub mod porting {}
 mod query_weights;
+#[cfg(doc)]
+#[doc = include_str!("../docs/tuning.md")]
+pub mod tuning {}
 
 pub use attention::PqAttention;
 pub use cache::{load_caches, save_caches, Memory, PqKvCache, SavedCaches};
