@@ -36,6 +36,8 @@
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
 //! - [`KvCache`]: with the calls of `candle_nn::kv_cache::KvCache`, for code whose attention is yet to change
 //! - [`porting`]: the change that puts it into three models of candle-transformers
+//! - [`tuning`]: what each field of the config does, in the order to touch them; memory; signs that something is wrong
+//! - [`comparison`]: what others offer, and where they are better
 //! - [`ops`]: the steps of a decode, each an op of its own: encode, score, top-k, indices and weights, attend
 //!
 //! Spans of [`tracing`] at the level TRACE show where time goes: `pq-attn`, a call of [`PqAttention`], and within it
@@ -58,9 +60,15 @@ mod graph;
 mod kv_cache;
 pub mod ops;
 #[cfg(doc)]
+#[doc = include_str!("../docs/comparison.md")]
+pub mod comparison {}
+#[cfg(doc)]
 #[doc = include_str!("../docs/porting.md")]
 pub mod porting {}
 mod query_weights;
+#[cfg(doc)]
+#[doc = include_str!("../docs/tuning.md")]
+pub mod tuning {}
 
 pub use attention::PqAttention;
 pub use cache::{load_caches, save_caches, Memory, PqKvCache, SavedCaches};
