@@ -10,7 +10,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde_json::json;
+use serde_json::{json, Value as Json};
 use tokenizers::models::bpe::{Vocab, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
@@ -98,14 +98,7 @@ pub fn write_directory(
     tensors: &Tensors,
     shards: usize,
 ) -> Result<()> {
-    let json = json!({
-        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
-    });
-    std::fs::write(directory.join("config.json"), json.to_string())?;
+    std::fs::write(directory.join("config.json"), config_json(model_type, config).to_string())?;
     tokenizer()?.save(directory.join("tokenizer.json"), false).map_err(anyhow::Error::msg)?;
     if shards == 1 {
         let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
@@ -121,6 +114,23 @@ pub fn write_directory(
     }
     let index = json!({ "weight_map": weight_map }).to_string();
     Ok(std::fs::write(directory.join("model.safetensors.index.json"), index)?)
+}
+
+fn config_json(model_type: &str, config: &ModelConfig) -> Json {
+    let rope_scaling = match config.rope_scaling {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": original_context as usize,
+        }),
+        _ => Json::Null,
+    };
+    json!({
+        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, "rope_scaling": rope_scaling,
+        "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
+    })
 }
 
 fn tokenizer() -> Result<Tokenizer> {
