@@ -25,6 +25,8 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// RMS norm of each head's queries and keys: Qwen3.
     pub qk_norm: bool,
+    /// One tensor for the projections to queries, keys and values, and one for gate and up: Phi-3.
+    pub fused: bool,
 }
 
 /// How the rotary embedding was stretched to a longer context.
@@ -44,13 +46,28 @@ pub enum RopeScaling {
     Divisors(Vec<f64>),
 }
 
-/// Differences within the family that only the architecture's name tells: `(qkv_bias, qk_norm)`.
-fn options(architecture: &str) -> Result<(bool, bool)> {
-    match architecture {
-        "llama" | "mistral" => Ok((false, false)),
-        "qwen2" => Ok((true, false)),
-        "qwen3" => Ok((false, true)),
-        other => bail!("architecture {other:?} is not one of llama, mistral, qwen2, qwen3: choose a model of these"),
+/// Differences that only the architecture's name tells.
+#[derive(Default)]
+struct Architecture {
+    qkv_bias: bool,
+    qk_norm: bool,
+    fused: bool,
+}
+
+impl Architecture {
+    fn named(name: &str) -> Result<Self> {
+        let llama = Self::default();
+        Ok(match name {
+            "llama" | "mistral" => llama,
+            "qwen2" => Self { qkv_bias: true, ..llama },
+            "qwen3" => Self { qk_norm: true, ..llama },
+            "phi3" => Self { fused: true, ..llama },
+            other => {
+                bail!(
+                    "architecture {other:?} is not one of llama, mistral, qwen2, qwen3, phi3: choose a model of these"
+                )
+            }
+        })
     }
 }
 
@@ -58,10 +75,12 @@ impl ModelConfig {
     /// From the text of a Hugging Face `config.json`.
     pub fn from_json(text: &str) -> Result<Self> {
         let json: HfConfig = serde_json::from_str(text)?;
-        let (qkv_bias, qk_norm) = options(&json.model_type)?;
+        let Architecture { qkv_bias, qk_norm, fused } = Architecture::named(&json.model_type)?;
         ensure!(json.hidden_act == "silu", "hidden_act {:?} is not silu", json.hidden_act);
         ensure!(!json.attention_bias && !json.mlp_bias, "attention_bias and mlp_bias are not supported");
         let rope = json.rope_parameters.or(json.rope_scaling).unwrap_or_default();
+        let rotated = rope.partial_rotary_factor.or(json.partial_rotary_factor).unwrap_or(1.);
+        ensure!(rotated == 1., "partial_rotary_factor {rotated} is not 1: only whole heads can be rotated");
         let config = Self {
             vocab_size: json.vocab_size,
             hidden_size: json.hidden_size,
@@ -77,9 +96,11 @@ impl ModelConfig {
             tied_embeddings: json.tie_word_embeddings,
             qkv_bias,
             qk_norm,
+            fused,
         };
         // Qwen states a window that it does not use.
-        let window = json.sliding_window.filter(|_| json.use_sliding_window.unwrap_or(json.model_type == "mistral"));
+        let uses_window = ["mistral", "phi3"].contains(&json.model_type.as_str());
+        let window = json.sliding_window.filter(|_| json.use_sliding_window.unwrap_or(uses_window));
         config.checked(window)
     }
 
@@ -87,8 +108,10 @@ impl ModelConfig {
     pub fn from_gguf(content: &Content, rope_divisors: Option<Vec<f64>>) -> Result<Self> {
         let architecture =
             content.metadata.get("general.architecture").context("no general.architecture")?.to_string()?;
-        let (qkv_bias, qk_norm) = options(architecture)?;
+        let Architecture { qkv_bias, qk_norm, fused } = Architecture::named(architecture)?;
         let metadata = Metadata { content, architecture };
+        let longrope = content.tensor_infos.contains_key("rope_factors_long.weight");
+        ensure!(!longrope, "rope scaling \"longrope\" is not linear");
         let (heads, hidden_size) = (metadata.required("attention.head_count")?, metadata.required("embedding_length")?);
         let embedding = content.tensor_infos.get("token_embd.weight").context("no tensor token_embd.weight")?;
         let config = Self {
@@ -109,6 +132,7 @@ impl ModelConfig {
             tied_embeddings: !content.tensor_infos.contains_key("output.weight"),
             qkv_bias,
             qk_norm,
+            fused,
         };
         let rotated = metadata.integer("rope.dimension_count")?.unwrap_or(config.head_dim);
         ensure!(rotated == config.head_dim, "only {rotated} of a head's {} elements are rotated", config.head_dim);
@@ -144,6 +168,7 @@ struct HfConfig {
     rope_theta: Option<f64>,
     rope_scaling: Option<HfRope>,
     rope_parameters: Option<HfRope>,
+    partial_rotary_factor: Option<f64>,
     max_position_embeddings: usize,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
@@ -167,6 +192,7 @@ struct HfRope {
     #[serde(alias = "type")]
     rope_type: Option<String>,
     rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
@@ -288,6 +314,7 @@ mod tests {
             tied_embeddings: true,
             qkv_bias: false,
             qk_norm: false,
+            fused: false,
         };
         assert_eq!(with(json!({}))?, expected);
         Ok(())
@@ -301,6 +328,8 @@ mod tests {
         assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 128);
         let mistral = with(json!({"model_type": "mistral", "sliding_window": null, "head_dim": null}))?;
         assert_eq!(mistral.head_dim, 64);
+        let phi3 = json!({"model_type": "phi3", "rope_scaling": null, "sliding_window": 131072});
+        assert!(with(phi3)?.fused);
         let scaled = with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))?;
         assert_eq!(scaled.rope_scaling, RopeScaling::Linear(4.));
         let newer = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
@@ -312,8 +341,11 @@ mod tests {
     #[test]
     fn what_would_be_computed_wrongly_is_refused() {
         for (changes, expected) in [
-            (json!({"model_type": "gemma"}), "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3"),
+            (json!({"model_type": "gemma"}), "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3, phi3"),
             (json!({"model_type": "mistral", "sliding_window": 4096}), "a sliding window of 4096 tokens"),
+            (json!({"model_type": "phi3", "sliding_window": 2047}), "a sliding window of 2047 tokens"),
+            (json!({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}), "rope scaling \"longrope\""),
+            (json!({"partial_rotary_factor": 0.75}), "partial_rotary_factor 0.75 is not 1"),
             (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope scaling \"yarn\""),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "lacks factor"),
             (json!({"hidden_act": "gelu"}), "hidden_act \"gelu\""),
@@ -361,7 +393,7 @@ mod tests {
     #[test]
     fn gguf_metadata_that_cannot_be_used_is_refused() {
         for (key, value, expected) in [
-            ("general.architecture", Value::String("phi3".into()), "architecture \"phi3\""),
+            ("general.architecture", Value::String("gemma".into()), "architecture \"gemma\""),
             ("llama.block_count", Value::I32(-1), "llama.block_count"),
             ("llama.block_count", Value::String("two".into()), "llama.block_count"),
             ("llama.rope.dimension_count", Value::U32(8), "only 8 of a head's 16 elements are rotated"),

@@ -1,4 +1,4 @@
-//! A decoder of the Llama family, without its attention: Llama, Mistral, Qwen2 and Qwen3 are options of [`ModelConfig`].
+//! A decoder of the Llama family, without its attention: architectures are options of [`ModelConfig`].
 
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor};
@@ -114,9 +114,17 @@ impl Layer {
         let &ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = config;
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (q_size, kv_size) = (heads * head_dim, kv_heads * head_dim);
-        let qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)];
-        let qkv = qkv.map(|(part, size)| (name(&format!("self_attn.{part}_proj")), size));
-        let gate_up = ["gate", "up"].map(|part| (name(&format!("mlp.{part}_proj")), intermediate_size));
+        let qkv = match config.fused {
+            true => vec![("qkv", q_size + 2 * kv_size)],
+            false => vec![("q", q_size), ("k", kv_size), ("v", kv_size)],
+        };
+        let gate_up = match config.fused {
+            true => vec![("gate_up", 2 * intermediate_size)],
+            false => vec![("gate", intermediate_size), ("up", intermediate_size)],
+        };
+        let named = |module: &str, parts: Vec<(&str, usize)>| -> Vec<_> {
+            parts.into_iter().map(|(part, size)| (name(&format!("{module}.{part}_proj")), size)).collect()
+        };
         let qk_norm = match config.qk_norm {
             true => Some((
                 norm(config, weights, &name("self_attn.q_norm"), head_dim)?,
@@ -126,11 +134,11 @@ impl Layer {
         };
         Ok(Self {
             input_norm: norm(config, weights, &name("input_layernorm"), hidden_size)?,
-            qkv: linear(weights, &qkv, hidden_size, config.qkv_bias)?,
+            qkv: linear(weights, &named("self_attn", qkv), hidden_size, config.qkv_bias)?,
             qk_norm,
             output: linear(weights, &[(name("self_attn.o_proj"), hidden_size)], q_size, false)?,
             mlp_norm: norm(config, weights, &name("post_attention_layernorm"), hidden_size)?,
-            gate_up: linear(weights, &gate_up, hidden_size, false)?,
+            gate_up: linear(weights, &named("mlp", gate_up), hidden_size, false)?,
             down: linear(weights, &[(name("mlp.down_proj"), hidden_size)], intermediate_size, false)?,
             heads,
             kv_heads,

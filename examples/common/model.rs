@@ -210,6 +210,11 @@ mod tests {
     }
 
     #[test]
+    fn phi3_fuses_projections() -> Result<()> {
+        check("phi3", &ModelConfig { fused: true, ..tiny_config() })
+    }
+
+    #[test]
     fn half_precision_is_near() -> Result<()> {
         let (config, directory) = (tiny_config(), tempfile::tempdir()?);
         let tensors = tiny_tensors(&config)?;

@@ -6,7 +6,7 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_pq_attn::{Heavy, PqConfig};
-use candle_transformers::models::{llama, mistral, qwen2, qwen3};
+use candle_transformers::models::{llama, mistral, phi3, qwen2, qwen3};
 use serde_json::{json, Value as Json};
 
 use crate::common::config::{ModelConfig, RopeScaling};
@@ -127,4 +127,16 @@ fn qwen3() -> Result<()> {
         let mut model = qwen3::ModelForCausalLM::new(&serde_json::from_str(fields)?, weights)?;
         Ok(Box::new(move |tokens, start| model.forward(tokens, start)))
     })
+}
+
+#[test]
+fn phi3() -> Result<()> {
+    for tied_embeddings in [false, true] {
+        let config = ModelConfig { fused: true, tied_embeddings, ..square() };
+        compare("phi3", &config, json!({ "hidden_act": "silu" }), |fields, weights| {
+            let mut model = phi3::Model::new(&serde_json::from_str(fields)?, weights)?;
+            Ok(Box::new(move |tokens, start| model.forward(tokens, start)))
+        })?;
+    }
+    Ok(())
 }

@@ -47,6 +47,7 @@ pub fn tiny_config() -> ModelConfig {
         tied_embeddings: false,
         qkv_bias: false,
         qk_norm: false,
+        fused: false,
     }
 }
 
@@ -67,7 +68,14 @@ pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
             |part: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{part}"), shape.to_vec()));
         add("input_layernorm.weight", &[hidden_size]);
         add("post_attention_layernorm.weight", &[hidden_size]);
-        for (part, size) in [("q", q_size), ("k", kv_size), ("v", kv_size)] {
+        let (qkv, gate_up): (&[_], &[_]) = match config.fused {
+            true => (&[("qkv", q_size + 2 * kv_size)], &[("gate_up", 2 * intermediate_size)]),
+            false => (
+                &[("q", q_size), ("k", kv_size), ("v", kv_size)],
+                &[("gate", intermediate_size), ("up", intermediate_size)],
+            ),
+        };
+        for &(part, size) in qkv {
             add(&format!("self_attn.{part}_proj.weight"), &[size, hidden_size]);
             if config.qkv_bias {
                 add(&format!("self_attn.{part}_proj.bias"), &[size]);
@@ -78,8 +86,9 @@ pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
             add("self_attn.k_norm.weight", &[head_dim]);
         }
         add("self_attn.o_proj.weight", &[hidden_size, q_size]);
-        add("mlp.gate_proj.weight", &[intermediate_size, hidden_size]);
-        add("mlp.up_proj.weight", &[intermediate_size, hidden_size]);
+        for &(part, size) in gate_up {
+            add(&format!("mlp.{part}_proj.weight"), &[size, hidden_size]);
+        }
         add("mlp.down_proj.weight", &[hidden_size, intermediate_size]);
     }
     let mut rng = StdRng::seed_from_u64(1);
@@ -207,6 +216,7 @@ fn gguf_name(name: &str) -> String {
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
         ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_up_proj", "ffn_up"),
         ("self_attn.", "attn_"),
         ("mlp.", "ffn_"),
         ("_proj", ""),
@@ -215,8 +225,30 @@ fn gguf_name(name: &str) -> String {
     .fold(name.to_string(), |name, (hf, gguf)| name.replace(hf, gguf))
 }
 
+/// The tensors with those that are fused cut into the ones that they stand for.
+fn unfused(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
+    let (q_size, kv_size) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let mut all = tensors.clone();
+    for (name, tensor) in tensors.iter().filter(|_| config.fused) {
+        let parts = match name {
+            _ if name.contains("qkv_proj") => vec![("qkv", "q", q_size), ("qkv", "k", kv_size), ("qkv", "v", kv_size)],
+            _ if name.contains("gate_up_proj") => {
+                vec![("gate_up", "gate", config.intermediate_size), ("gate_up", "up", config.intermediate_size)]
+            }
+            _ => vec![],
+        };
+        let mut row = 0;
+        for (fused, part, rows) in parts {
+            all.insert(name.replace(fused, part), tensor.narrow(0, row, rows)?);
+            row += rows;
+        }
+    }
+    Ok(all)
+}
+
 /// The logits after `tokens`, by the book: one position, head and number at a time.
 pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> Result<Vec<f64>> {
+    let tensors = unfused(config, tensors)?;
     let vector = |name: &str| -> Result<Vec<f64>> {
         Ok(tensors[name].flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
     };
