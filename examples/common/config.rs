@@ -27,6 +27,17 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// One tensor for the projections to queries, keys and values, and one for gate and up: Phi-3.
     pub fused: bool,
+    /// What differs between layers: one each, or none where all are [`LayerKind::Global`].
+    pub layer_kinds: Vec<LayerKind>,
+}
+
+/// How a layer attends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerKind {
+    /// To all keys, by rotary embedding.
+    Global,
+    /// To all keys, wherever they are: SmolLM3.
+    NoRope,
 }
 
 /// How the rotary embedding was stretched to a longer context.
@@ -46,12 +57,17 @@ pub enum RopeScaling {
     Divisors(Vec<f64>),
 }
 
+const ARCHITECTURES: &str = "llama, mistral, qwen2, qwen3, phi3, smollm3";
+
 /// Differences that only the architecture's name tells.
 #[derive(Default)]
 struct Architecture {
     qkv_bias: bool,
     qk_norm: bool,
     fused: bool,
+    tied_embeddings: bool,
+    /// Of so many layers each last one is without rotary embedding.
+    no_rope_interval: Option<usize>,
 }
 
 impl Architecture {
@@ -62,12 +78,24 @@ impl Architecture {
             "qwen2" => Self { qkv_bias: true, ..llama },
             "qwen3" => Self { qk_norm: true, ..llama },
             "phi3" => Self { fused: true, ..llama },
-            other => {
-                bail!(
-                    "architecture {other:?} is not one of llama, mistral, qwen2, qwen3, phi3: choose a model of these"
-                )
-            }
+            "smollm3" => Self { tied_embeddings: true, no_rope_interval: Some(4), ..llama },
+            other => bail!("architecture {other:?} is not one of {ARCHITECTURES}: choose a model of these"),
         })
+    }
+
+    /// By the architecture's interval, or by another where the model states one.
+    fn layer_kinds(&self, interval: Option<usize>, layers: usize) -> Vec<LayerKind> {
+        match self.no_rope_interval {
+            Some(usual) => (1..=layers).map(|layer| no_rope(layer.is_multiple_of(interval.unwrap_or(usual)))).collect(),
+            None => Vec::new(),
+        }
+    }
+}
+
+fn no_rope(is_so: bool) -> LayerKind {
+    match is_so {
+        true => LayerKind::NoRope,
+        false => LayerKind::Global,
     }
 }
 
@@ -75,7 +103,7 @@ impl ModelConfig {
     /// From the text of a Hugging Face `config.json`.
     pub fn from_json(text: &str) -> Result<Self> {
         let json: HfConfig = serde_json::from_str(text)?;
-        let Architecture { qkv_bias, qk_norm, fused } = Architecture::named(&json.model_type)?;
+        let architecture = Architecture::named(&json.model_type)?;
         ensure!(json.hidden_act == "silu", "hidden_act {:?} is not silu", json.hidden_act);
         ensure!(!json.attention_bias && !json.mlp_bias, "attention_bias and mlp_bias are not supported");
         let rope = json.rope_parameters.or(json.rope_scaling).unwrap_or_default();
@@ -93,10 +121,14 @@ impl ModelConfig {
             rope_theta: rope.rope_theta.or(json.rope_theta).unwrap_or(10_000.),
             rope_scaling: rope.scaling()?,
             context: json.max_position_embeddings,
-            tied_embeddings: json.tie_word_embeddings,
-            qkv_bias,
-            qk_norm,
-            fused,
+            tied_embeddings: json.tie_word_embeddings.unwrap_or(architecture.tied_embeddings),
+            qkv_bias: architecture.qkv_bias,
+            qk_norm: architecture.qk_norm,
+            fused: architecture.fused,
+            layer_kinds: match json.no_rope_layers.filter(|_| architecture.no_rope_interval.is_some()) {
+                Some(rotated) => rotated.iter().map(|&rotated| no_rope(rotated == 0)).collect(),
+                None => architecture.layer_kinds(json.no_rope_layer_interval, json.num_hidden_layers),
+            },
         };
         // Qwen states a window that it does not use.
         let uses_window = ["mistral", "phi3"].contains(&json.model_type.as_str());
@@ -108,8 +140,8 @@ impl ModelConfig {
     pub fn from_gguf(content: &Content, rope_divisors: Option<Vec<f64>>) -> Result<Self> {
         let architecture =
             content.metadata.get("general.architecture").context("no general.architecture")?.to_string()?;
-        let Architecture { qkv_bias, qk_norm, fused } = Architecture::named(architecture)?;
         let metadata = Metadata { content, architecture };
+        let architecture = Architecture::named(architecture)?;
         let longrope = content.tensor_infos.contains_key("rope_factors_long.weight");
         ensure!(!longrope, "rope scaling \"longrope\" is not linear");
         let (heads, hidden_size) = (metadata.required("attention.head_count")?, metadata.required("embedding_length")?);
@@ -130,13 +162,19 @@ impl ModelConfig {
             },
             context: metadata.required("context_length")?,
             tied_embeddings: !content.tensor_infos.contains_key("output.weight"),
-            qkv_bias,
-            qk_norm,
-            fused,
+            qkv_bias: architecture.qkv_bias,
+            qk_norm: architecture.qk_norm,
+            fused: architecture.fused,
+            layer_kinds: architecture.layer_kinds(None, metadata.required("block_count")?),
         };
         let rotated = metadata.integer("rope.dimension_count")?.unwrap_or(config.head_dim);
         ensure!(rotated == config.head_dim, "only {rotated} of a head's {} elements are rotated", config.head_dim);
         config.checked(metadata.integer("attention.sliding_window")?)
+    }
+
+    /// How that layer attends.
+    pub fn layer_kind(&self, layer: usize) -> LayerKind {
+        self.layer_kinds.get(layer).copied().unwrap_or(LayerKind::Global)
     }
 
     /// Refuses what the model would compute wrongly.
@@ -147,6 +185,8 @@ impl ModelConfig {
         if let Some(window) = sliding_window.filter(|window| *window < context) {
             bail!("it attends to a sliding window of {window} tokens, which is not supported: choose another model");
         }
+        let kinds = self.layer_kinds.len();
+        ensure!([0, self.layers].contains(&kinds), "no_rope_layers tells of {kinds} layers, expected {}", self.layers);
         if let RopeScaling::Divisors(divisors) = &self.rope_scaling {
             ensure!(divisors.len() == head_dim / 2, "{} rope divisors, expected {}", divisors.len(), head_dim / 2);
         }
@@ -172,8 +212,10 @@ struct HfConfig {
     max_position_embeddings: usize,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
+    /// 1 for each layer that has rotary embedding, whatever the name says.
+    no_rope_layers: Option<Vec<usize>>,
+    no_rope_layer_interval: Option<usize>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
@@ -315,6 +357,7 @@ mod tests {
             qkv_bias: false,
             qk_norm: false,
             fused: false,
+            layer_kinds: Vec::new(),
         };
         assert_eq!(with(json!({}))?, expected);
         Ok(())
@@ -330,6 +373,10 @@ mod tests {
         assert_eq!(mistral.head_dim, 64);
         let phi3 = json!({"model_type": "phi3", "rope_scaling": null, "sliding_window": 131072});
         assert!(with(phi3)?.fused);
+        let smollm3 = json!({"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": null});
+        let (smollm3, all) = (with(smollm3)?, LayerKind::Global);
+        assert_eq!(smollm3.layer_kinds, [all, all, all, LayerKind::NoRope, all]);
+        assert!(smollm3.tied_embeddings);
         let scaled = with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))?;
         assert_eq!(scaled.rope_scaling, RopeScaling::Linear(4.));
         let newer = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
@@ -341,10 +388,14 @@ mod tests {
     #[test]
     fn what_would_be_computed_wrongly_is_refused() {
         for (changes, expected) in [
-            (json!({"model_type": "gemma"}), "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3, phi3"),
+            (
+                json!({"model_type": "gemma"}),
+                "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3, phi3, smollm3",
+            ),
             (json!({"model_type": "mistral", "sliding_window": 4096}), "a sliding window of 4096 tokens"),
             (json!({"model_type": "phi3", "sliding_window": 2047}), "a sliding window of 2047 tokens"),
             (json!({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}), "rope scaling \"longrope\""),
+            (json!({"model_type": "smollm3", "no_rope_layers": [1, 1]}), "tells of 2 layers, expected 16"),
             (json!({"partial_rotary_factor": 0.75}), "partial_rotary_factor 0.75 is not 1"),
             (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope scaling \"yarn\""),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "lacks factor"),

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::ops::swiglu;
 use candle_nn::{Embedding, RmsNorm};
 
-use super::config::ModelConfig;
+use super::config::{LayerKind, ModelConfig};
 use super::linear::Linear;
 use super::rotary::{Rotary, Rotations};
 use super::weights::{Precision, Weights};
@@ -105,6 +105,7 @@ struct Layer {
     mlp_norm: RmsNorm,
     gate_up: Linear,
     down: Linear,
+    kind: LayerKind,
     heads: usize,
     kv_heads: usize,
 }
@@ -140,6 +141,7 @@ impl Layer {
             mlp_norm: norm(config, weights, &name("post_attention_layernorm"), hidden_size)?,
             gate_up: linear(weights, &named("mlp", gate_up), hidden_size, false)?,
             down: linear(weights, &[(name("mlp.down_proj"), hidden_size)], intermediate_size, false)?,
+            kind: config.layer_kind(index),
             heads,
             kv_heads,
         })
@@ -157,9 +159,10 @@ impl Layer {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
         }
-        let q = rotations.apply(&q)?.to_dtype(stored)?;
-        let k = rotations.apply(&k)?.to_dtype(stored)?;
-        Ok([q, k, v.to_dtype(stored)?])
+        if self.kind != LayerKind::NoRope {
+            (q, k) = (rotations.apply(&q)?, rotations.apply(&k)?);
+        }
+        Ok([q.to_dtype(stored)?, k.to_dtype(stored)?, v.to_dtype(stored)?])
     }
 
     /// What the layer makes of `x`, now that attention has given `out`, `[b, h, s, head_dim]`.

@@ -147,7 +147,7 @@ fn attend(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::config::RopeScaling;
+    use crate::common::config::{LayerKind, RopeScaling};
     use crate::common::source::Checkpoint;
     use crate::common::testing::*;
     use candle_core::Device;
@@ -212,6 +212,12 @@ mod tests {
     #[test]
     fn phi3_fuses_projections() -> Result<()> {
         check("phi3", &ModelConfig { fused: true, ..tiny_config() })
+    }
+
+    #[test]
+    fn smollm3_rotates_in_most_layers_only() -> Result<()> {
+        let layer_kinds = [[LayerKind::Global; 3].as_slice(), &[LayerKind::NoRope]].concat();
+        check("smollm3", &ModelConfig { layers: 4, layer_kinds, tied_embeddings: true, ..tiny_config() })
     }
 
     #[test]

@@ -6,10 +6,11 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_pq_attn::{Heavy, PqConfig};
+use candle_transformers::models::smol::smollm3;
 use candle_transformers::models::{llama, mistral, phi3, qwen2, qwen3};
 use serde_json::{json, Value as Json};
 
-use crate::common::config::{ModelConfig, RopeScaling};
+use crate::common::config::{LayerKind, ModelConfig, RopeScaling};
 use crate::common::model::Model;
 use crate::common::source::{read, Checkpoint};
 use crate::common::testing::{tiny_config, tiny_tensors, write_directory};
@@ -135,6 +136,20 @@ fn phi3() -> Result<()> {
         let config = ModelConfig { fused: true, tied_embeddings, ..square() };
         compare("phi3", &config, json!({ "hidden_act": "silu" }), |fields, weights| {
             let mut model = phi3::Model::new(&serde_json::from_str(fields)?, weights)?;
+            Ok(Box::new(move |tokens, start| model.forward(tokens, start)))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn smollm3() -> Result<()> {
+    use LayerKind::{Global, NoRope};
+    for tied_embeddings in [false, true] {
+        let layer_kinds = vec![NoRope, Global, Global];
+        let config = ModelConfig { layers: 3, layer_kinds, tied_embeddings, ..square() };
+        compare("smollm3", &config, json!({ "hidden_act": "silu" }), |fields, weights| {
+            let mut model = smollm3::ModelForCausalLM::new(&serde_json::from_str(fields)?, weights)?;
             Ok(Box::new(move |tokens, start| model.forward(tokens, start)))
         })?;
     }

@@ -15,7 +15,8 @@ use tokenizers::models::bpe::{Vocab, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::common::config::{ModelConfig, RopeScaling};
+use crate::common::config::{LayerKind, ModelConfig, RopeScaling};
+use crate::common::weights::INTERLEAVED;
 
 /// Named as Hugging Face does.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -48,6 +49,7 @@ pub fn tiny_config() -> ModelConfig {
         qkv_bias: false,
         qk_norm: false,
         fused: false,
+        layer_kinds: Vec::new(),
     }
 }
 
@@ -133,12 +135,14 @@ fn config_json(model_type: &str, config: &ModelConfig) -> Json {
         }),
         _ => Json::Null,
     };
+    let rotated = |layer| usize::from(config.layer_kind(layer) != LayerKind::NoRope);
     json!({
         "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, "rope_scaling": rope_scaling,
         "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
+        "no_rope_layers": (0..config.layers).map(rotated).collect::<Vec<_>>(),
     })
 }
 
@@ -182,7 +186,7 @@ pub fn gguf_metadata(architecture: &str, config: &ModelConfig, pre: &str) -> Vec
     ]
 }
 
-/// Writes a GGUF file of f32 tensors, those of the architecture `llama` interleaved as is the custom there.
+/// Writes a GGUF file of f32 tensors, those of some architectures interleaved as is the custom there.
 pub fn write_gguf(
     path: &Path,
     architecture: &str,
@@ -192,7 +196,7 @@ pub fn write_gguf(
 ) -> Result<()> {
     let renamed = tensors.iter().map(|(name, tensor)| {
         let projection = name.contains("q_proj") || name.contains("k_proj");
-        let tensor = match projection && architecture == "llama" {
+        let tensor = match projection && INTERLEAVED.contains(&architecture) {
             true => tensor
                 .reshape((tensor.dim(0)? / config.head_dim, 2, config.head_dim / 2, ()))?
                 .transpose(1, 2)?
@@ -288,7 +292,9 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
                     if config.qk_norm {
                         head.copy_from_slice(&norm(&name(&format!("self_attn.{part}_norm")), head)?);
                     }
-                    rotate(head, position);
+                    if config.layer_kind(layer) != LayerKind::NoRope {
+                        rotate(head, position);
+                    }
                 }
                 Ok(all)
             };

@@ -71,7 +71,7 @@ impl Weights {
 impl Store {
     fn gguf(gguf: Gguf, config: &ModelConfig) -> Self {
         let architecture = gguf.content.metadata.get("general.architecture").and_then(|name| name.to_string().ok());
-        let interleaved = architecture.is_some_and(|name| name == "llama");
+        let interleaved = architecture.is_some_and(|name| INTERLEAVED.contains(&name.as_str()));
         Self::Gguf { gguf, interleaved_head_dim: interleaved.then_some(config.head_dim) }
     }
 
@@ -94,7 +94,10 @@ impl Store {
     }
 }
 
-/// Undoes what GGUF does to the projections to queries and keys of the architecture `llama`: there the two elements
+/// Architectures whose projections to queries and keys GGUF interleaves.
+pub const INTERLEAVED: [&str; 2] = ["llama", "smollm3"];
+
+/// Undoes what GGUF does to these: there the two elements
 /// that a rotation mixes lie side by side, where Hugging Face has them half a head apart.
 fn deinterleave(projection: &Tensor, head_dim: usize) -> Result<Tensor> {
     let rows = projection.dim(0)?;
