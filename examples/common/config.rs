@@ -25,6 +25,19 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// RMS norm of each head's queries and keys: Qwen3.
     pub qk_norm: bool,
+    /// One tensor for the projections to queries, keys and values, and one for gate and up: Phi-3.
+    pub fused: bool,
+    /// What differs between layers: one each, or none where all are [`LayerKind::Global`].
+    pub layer_kinds: Vec<LayerKind>,
+}
+
+/// How a layer attends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerKind {
+    /// To all keys, by rotary embedding.
+    Global,
+    /// To all keys, wherever they are: SmolLM3.
+    NoRope,
 }
 
 /// How the rotary embedding was stretched to a longer context.
@@ -44,13 +57,45 @@ pub enum RopeScaling {
     Divisors(Vec<f64>),
 }
 
-/// Differences within the family that only the architecture's name tells: `(qkv_bias, qk_norm)`.
-fn options(architecture: &str) -> Result<(bool, bool)> {
-    match architecture {
-        "llama" | "mistral" => Ok((false, false)),
-        "qwen2" => Ok((true, false)),
-        "qwen3" => Ok((false, true)),
-        other => bail!("architecture {other:?} is not one of llama, mistral, qwen2, qwen3: choose a model of these"),
+const ARCHITECTURES: &str = "llama, mistral, qwen2, qwen3, phi3, smollm3";
+
+/// Differences that only the architecture's name tells.
+#[derive(Default)]
+struct Architecture {
+    qkv_bias: bool,
+    qk_norm: bool,
+    fused: bool,
+    tied_embeddings: bool,
+    /// Of so many layers each last one is without rotary embedding.
+    no_rope_interval: Option<usize>,
+}
+
+impl Architecture {
+    fn named(name: &str) -> Result<Self> {
+        let llama = Self::default();
+        Ok(match name {
+            "llama" | "mistral" => llama,
+            "qwen2" => Self { qkv_bias: true, ..llama },
+            "qwen3" => Self { qk_norm: true, ..llama },
+            "phi3" => Self { fused: true, ..llama },
+            "smollm3" => Self { tied_embeddings: true, no_rope_interval: Some(4), ..llama },
+            other => bail!("architecture {other:?} is not one of {ARCHITECTURES}: choose a model of these"),
+        })
+    }
+
+    /// By the architecture's interval, or by another where the model states one.
+    fn layer_kinds(&self, interval: Option<usize>, layers: usize) -> Vec<LayerKind> {
+        match self.no_rope_interval {
+            Some(usual) => (1..=layers).map(|layer| no_rope(layer.is_multiple_of(interval.unwrap_or(usual)))).collect(),
+            None => Vec::new(),
+        }
+    }
+}
+
+fn no_rope(is_so: bool) -> LayerKind {
+    match is_so {
+        true => LayerKind::NoRope,
+        false => LayerKind::Global,
     }
 }
 
@@ -58,10 +103,12 @@ impl ModelConfig {
     /// From the text of a Hugging Face `config.json`.
     pub fn from_json(text: &str) -> Result<Self> {
         let json: HfConfig = serde_json::from_str(text)?;
-        let (qkv_bias, qk_norm) = options(&json.model_type)?;
+        let architecture = Architecture::named(&json.model_type)?;
         ensure!(json.hidden_act == "silu", "hidden_act {:?} is not silu", json.hidden_act);
         ensure!(!json.attention_bias && !json.mlp_bias, "attention_bias and mlp_bias are not supported");
         let rope = json.rope_parameters.or(json.rope_scaling).unwrap_or_default();
+        let rotated = rope.partial_rotary_factor.or(json.partial_rotary_factor).unwrap_or(1.);
+        ensure!(rotated == 1., "partial_rotary_factor {rotated} is not 1: only whole heads can be rotated");
         let config = Self {
             vocab_size: json.vocab_size,
             hidden_size: json.hidden_size,
@@ -74,12 +121,18 @@ impl ModelConfig {
             rope_theta: rope.rope_theta.or(json.rope_theta).unwrap_or(10_000.),
             rope_scaling: rope.scaling()?,
             context: json.max_position_embeddings,
-            tied_embeddings: json.tie_word_embeddings,
-            qkv_bias,
-            qk_norm,
+            tied_embeddings: json.tie_word_embeddings.unwrap_or(architecture.tied_embeddings),
+            qkv_bias: architecture.qkv_bias,
+            qk_norm: architecture.qk_norm,
+            fused: architecture.fused,
+            layer_kinds: match json.no_rope_layers.filter(|_| architecture.no_rope_interval.is_some()) {
+                Some(rotated) => rotated.iter().map(|&rotated| no_rope(rotated == 0)).collect(),
+                None => architecture.layer_kinds(json.no_rope_layer_interval, json.num_hidden_layers),
+            },
         };
         // Qwen states a window that it does not use.
-        let window = json.sliding_window.filter(|_| json.use_sliding_window.unwrap_or(json.model_type == "mistral"));
+        let uses_window = ["mistral", "phi3"].contains(&json.model_type.as_str());
+        let window = json.sliding_window.filter(|_| json.use_sliding_window.unwrap_or(uses_window));
         config.checked(window)
     }
 
@@ -87,8 +140,10 @@ impl ModelConfig {
     pub fn from_gguf(content: &Content, rope_divisors: Option<Vec<f64>>) -> Result<Self> {
         let architecture =
             content.metadata.get("general.architecture").context("no general.architecture")?.to_string()?;
-        let (qkv_bias, qk_norm) = options(architecture)?;
         let metadata = Metadata { content, architecture };
+        let architecture = Architecture::named(architecture)?;
+        let longrope = content.tensor_infos.contains_key("rope_factors_long.weight");
+        ensure!(!longrope, "rope scaling \"longrope\" is not linear");
         let (heads, hidden_size) = (metadata.required("attention.head_count")?, metadata.required("embedding_length")?);
         let embedding = content.tensor_infos.get("token_embd.weight").context("no tensor token_embd.weight")?;
         let config = Self {
@@ -107,12 +162,19 @@ impl ModelConfig {
             },
             context: metadata.required("context_length")?,
             tied_embeddings: !content.tensor_infos.contains_key("output.weight"),
-            qkv_bias,
-            qk_norm,
+            qkv_bias: architecture.qkv_bias,
+            qk_norm: architecture.qk_norm,
+            fused: architecture.fused,
+            layer_kinds: architecture.layer_kinds(None, metadata.required("block_count")?),
         };
         let rotated = metadata.integer("rope.dimension_count")?.unwrap_or(config.head_dim);
         ensure!(rotated == config.head_dim, "only {rotated} of a head's {} elements are rotated", config.head_dim);
         config.checked(metadata.integer("attention.sliding_window")?)
+    }
+
+    /// How that layer attends.
+    pub fn layer_kind(&self, layer: usize) -> LayerKind {
+        self.layer_kinds.get(layer).copied().unwrap_or(LayerKind::Global)
     }
 
     /// Refuses what the model would compute wrongly.
@@ -123,6 +185,8 @@ impl ModelConfig {
         if let Some(window) = sliding_window.filter(|window| *window < context) {
             bail!("it attends to a sliding window of {window} tokens, which is not supported: choose another model");
         }
+        let kinds = self.layer_kinds.len();
+        ensure!([0, self.layers].contains(&kinds), "no_rope_layers tells of {kinds} layers, expected {}", self.layers);
         if let RopeScaling::Divisors(divisors) = &self.rope_scaling {
             ensure!(divisors.len() == head_dim / 2, "{} rope divisors, expected {}", divisors.len(), head_dim / 2);
         }
@@ -144,11 +208,14 @@ struct HfConfig {
     rope_theta: Option<f64>,
     rope_scaling: Option<HfRope>,
     rope_parameters: Option<HfRope>,
+    partial_rotary_factor: Option<f64>,
     max_position_embeddings: usize,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
+    /// 1 for each layer that has rotary embedding, whatever the name says.
+    no_rope_layers: Option<Vec<usize>>,
+    no_rope_layer_interval: Option<usize>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
@@ -167,6 +234,7 @@ struct HfRope {
     #[serde(alias = "type")]
     rope_type: Option<String>,
     rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
@@ -288,6 +356,8 @@ mod tests {
             tied_embeddings: true,
             qkv_bias: false,
             qk_norm: false,
+            fused: false,
+            layer_kinds: Vec::new(),
         };
         assert_eq!(with(json!({}))?, expected);
         Ok(())
@@ -301,6 +371,12 @@ mod tests {
         assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 128);
         let mistral = with(json!({"model_type": "mistral", "sliding_window": null, "head_dim": null}))?;
         assert_eq!(mistral.head_dim, 64);
+        let phi3 = json!({"model_type": "phi3", "rope_scaling": null, "sliding_window": 131072});
+        assert!(with(phi3)?.fused);
+        let smollm3 = json!({"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": null});
+        let (smollm3, all) = (with(smollm3)?, LayerKind::Global);
+        assert_eq!(smollm3.layer_kinds, [all, all, all, LayerKind::NoRope, all]);
+        assert!(smollm3.tied_embeddings);
         let scaled = with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))?;
         assert_eq!(scaled.rope_scaling, RopeScaling::Linear(4.));
         let newer = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
@@ -312,8 +388,15 @@ mod tests {
     #[test]
     fn what_would_be_computed_wrongly_is_refused() {
         for (changes, expected) in [
-            (json!({"model_type": "gemma"}), "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3"),
+            (
+                json!({"model_type": "gemma"}),
+                "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3, phi3, smollm3",
+            ),
             (json!({"model_type": "mistral", "sliding_window": 4096}), "a sliding window of 4096 tokens"),
+            (json!({"model_type": "phi3", "sliding_window": 2047}), "a sliding window of 2047 tokens"),
+            (json!({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}), "rope scaling \"longrope\""),
+            (json!({"model_type": "smollm3", "no_rope_layers": [1, 1]}), "tells of 2 layers, expected 16"),
+            (json!({"partial_rotary_factor": 0.75}), "partial_rotary_factor 0.75 is not 1"),
             (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope scaling \"yarn\""),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "lacks factor"),
             (json!({"hidden_act": "gelu"}), "hidden_act \"gelu\""),
@@ -361,7 +444,7 @@ mod tests {
     #[test]
     fn gguf_metadata_that_cannot_be_used_is_refused() {
         for (key, value, expected) in [
-            ("general.architecture", Value::String("phi3".into()), "architecture \"phi3\""),
+            ("general.architecture", Value::String("gemma".into()), "architecture \"gemma\""),
             ("llama.block_count", Value::I32(-1), "llama.block_count"),
             ("llama.block_count", Value::String("two".into()), "llama.block_count"),
             ("llama.rope.dimension_count", Value::U32(8), "only 8 of a head's 16 elements are rotated"),

@@ -1,11 +1,11 @@
-//! A decoder of the Llama family, without its attention: Llama, Mistral, Qwen2 and Qwen3 are options of [`ModelConfig`].
+//! A decoder of the Llama family, without its attention: architectures are options of [`ModelConfig`].
 
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::ops::swiglu;
 use candle_nn::RmsNorm;
 
-use super::config::ModelConfig;
+use super::config::{LayerKind, ModelConfig};
 use super::linear::{Linear, Matrix};
 use super::rotary::{Rotary, Rotations};
 use super::weights::{Precision, Weights};
@@ -105,6 +105,7 @@ struct Layer {
     mlp_norm: RmsNorm,
     gate_up: Linear,
     down: Linear,
+    kind: LayerKind,
     heads: usize,
     kv_heads: usize,
 }
@@ -114,9 +115,17 @@ impl Layer {
         let &ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = config;
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (q_size, kv_size) = (heads * head_dim, kv_heads * head_dim);
-        let qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)];
-        let qkv = qkv.map(|(part, size)| (name(&format!("self_attn.{part}_proj")), size));
-        let gate_up = ["gate", "up"].map(|part| (name(&format!("mlp.{part}_proj")), intermediate_size));
+        let qkv = match config.fused {
+            true => vec![("qkv", q_size + 2 * kv_size)],
+            false => vec![("q", q_size), ("k", kv_size), ("v", kv_size)],
+        };
+        let gate_up = match config.fused {
+            true => vec![("gate_up", 2 * intermediate_size)],
+            false => vec![("gate", intermediate_size), ("up", intermediate_size)],
+        };
+        let named = |module: &str, parts: Vec<(&str, usize)>| -> Vec<_> {
+            parts.into_iter().map(|(part, size)| (name(&format!("{module}.{part}_proj")), size)).collect()
+        };
         let qk_norm = match config.qk_norm {
             true => Some((
                 norm(config, weights, &name("self_attn.q_norm"), head_dim)?,
@@ -126,12 +135,13 @@ impl Layer {
         };
         Ok(Self {
             input_norm: norm(config, weights, &name("input_layernorm"), hidden_size)?,
-            qkv: linear(weights, &qkv, hidden_size, config.qkv_bias)?,
+            qkv: linear(weights, &named("self_attn", qkv), hidden_size, config.qkv_bias)?,
             qk_norm,
             output: linear(weights, &[(name("self_attn.o_proj"), hidden_size)], q_size, false)?,
             mlp_norm: norm(config, weights, &name("post_attention_layernorm"), hidden_size)?,
-            gate_up: linear(weights, &gate_up, hidden_size, false)?,
+            gate_up: linear(weights, &named("mlp", gate_up), hidden_size, false)?,
             down: linear(weights, &[(name("mlp.down_proj"), hidden_size)], intermediate_size, false)?,
+            kind: config.layer_kind(index),
             heads,
             kv_heads,
         })
@@ -149,9 +159,10 @@ impl Layer {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
         }
-        let q = rotations.apply(&q)?.to_dtype(stored)?;
-        let k = rotations.apply(&k)?.to_dtype(stored)?;
-        Ok([q, k, v.to_dtype(stored)?])
+        if self.kind != LayerKind::NoRope {
+            (q, k) = (rotations.apply(&q)?, rotations.apply(&k)?);
+        }
+        Ok([q.to_dtype(stored)?, k.to_dtype(stored)?, v.to_dtype(stored)?])
     }
 
     /// What the layer makes of `x`, now that attention has given `out`, `[b, h, s, head_dim]`.

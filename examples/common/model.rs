@@ -147,7 +147,7 @@ fn attend(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::config::RopeScaling;
+    use crate::common::config::{LayerKind, RopeScaling};
     use crate::common::source::Checkpoint;
     use crate::common::testing::*;
     use candle_core::quantized::GgmlDType;
@@ -208,6 +208,17 @@ mod tests {
     #[test]
     fn qwen3_normalises_queries_and_keys() -> Result<()> {
         check("qwen3", &ModelConfig { qk_norm: true, kv_heads: 1, ..tiny_config() })
+    }
+
+    #[test]
+    fn phi3_fuses_projections() -> Result<()> {
+        check("phi3", &ModelConfig { fused: true, ..tiny_config() })
+    }
+
+    #[test]
+    fn smollm3_rotates_in_most_layers_only() -> Result<()> {
+        let layer_kinds = [[LayerKind::Global; 3].as_slice(), &[LayerKind::NoRope]].concat();
+        check("smollm3", &ModelConfig { layers: 4, layer_kinds, tied_embeddings: true, ..tiny_config() })
     }
 
     #[test]

@@ -10,12 +10,13 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde_json::json;
+use serde_json::{json, Value as Json};
 use tokenizers::models::bpe::{Vocab, BPE};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::common::config::{ModelConfig, RopeScaling};
+use crate::common::config::{LayerKind, ModelConfig, RopeScaling};
+use crate::common::weights::INTERLEAVED;
 
 /// Named as Hugging Face does.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -47,6 +48,8 @@ pub fn tiny_config() -> ModelConfig {
         tied_embeddings: false,
         qkv_bias: false,
         qk_norm: false,
+        fused: false,
+        layer_kinds: Vec::new(),
     }
 }
 
@@ -67,7 +70,14 @@ pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
             |part: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{part}"), shape.to_vec()));
         add("input_layernorm.weight", &[hidden_size]);
         add("post_attention_layernorm.weight", &[hidden_size]);
-        for (part, size) in [("q", q_size), ("k", kv_size), ("v", kv_size)] {
+        let (qkv, gate_up): (&[_], &[_]) = match config.fused {
+            true => (&[("qkv", q_size + 2 * kv_size)], &[("gate_up", 2 * intermediate_size)]),
+            false => (
+                &[("q", q_size), ("k", kv_size), ("v", kv_size)],
+                &[("gate", intermediate_size), ("up", intermediate_size)],
+            ),
+        };
+        for &(part, size) in qkv {
             add(&format!("self_attn.{part}_proj.weight"), &[size, hidden_size]);
             if config.qkv_bias {
                 add(&format!("self_attn.{part}_proj.bias"), &[size]);
@@ -78,8 +88,9 @@ pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
             add("self_attn.k_norm.weight", &[head_dim]);
         }
         add("self_attn.o_proj.weight", &[hidden_size, q_size]);
-        add("mlp.gate_proj.weight", &[intermediate_size, hidden_size]);
-        add("mlp.up_proj.weight", &[intermediate_size, hidden_size]);
+        for &(part, size) in gate_up {
+            add(&format!("mlp.{part}_proj.weight"), &[size, hidden_size]);
+        }
         add("mlp.down_proj.weight", &[hidden_size, intermediate_size]);
     }
     let mut rng = StdRng::seed_from_u64(1);
@@ -98,14 +109,7 @@ pub fn write_directory(
     tensors: &Tensors,
     shards: usize,
 ) -> Result<()> {
-    let json = json!({
-        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
-    });
-    std::fs::write(directory.join("config.json"), json.to_string())?;
+    std::fs::write(directory.join("config.json"), config_json(model_type, config).to_string())?;
     tokenizer()?.save(directory.join("tokenizer.json"), false).map_err(anyhow::Error::msg)?;
     if shards == 1 {
         let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
@@ -121,6 +125,25 @@ pub fn write_directory(
     }
     let index = json!({ "weight_map": weight_map }).to_string();
     Ok(std::fs::write(directory.join("model.safetensors.index.json"), index)?)
+}
+
+fn config_json(model_type: &str, config: &ModelConfig) -> Json {
+    let rope_scaling = match config.rope_scaling {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": original_context as usize,
+        }),
+        _ => Json::Null,
+    };
+    let rotated = |layer| usize::from(config.layer_kind(layer) != LayerKind::NoRope);
+    json!({
+        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, "rope_scaling": rope_scaling,
+        "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
+        "no_rope_layers": (0..config.layers).map(rotated).collect::<Vec<_>>(),
+    })
 }
 
 fn tokenizer() -> Result<Tokenizer> {
@@ -163,7 +186,7 @@ pub fn gguf_metadata(architecture: &str, config: &ModelConfig, pre: &str) -> Vec
     ]
 }
 
-/// Writes a GGUF file of f32 tensors, those of the architecture `llama` interleaved as is the custom there.
+/// Writes a GGUF file of f32 tensors, those of some architectures interleaved as is the custom there.
 pub fn write_gguf(
     path: &Path,
     architecture: &str,
@@ -185,7 +208,7 @@ pub fn write_gguf_of(
 ) -> Result<()> {
     let renamed = tensors.iter().map(|(name, tensor)| {
         let projection = name.contains("q_proj") || name.contains("k_proj");
-        let tensor = match projection && architecture == "llama" {
+        let tensor = match projection && INTERLEAVED.contains(&architecture) {
             true => tensor
                 .reshape((tensor.dim(0)? / config.head_dim, 2, config.head_dim / 2, ()))?
                 .transpose(1, 2)?
@@ -210,6 +233,7 @@ fn gguf_name(name: &str) -> String {
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
         ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_up_proj", "ffn_up"),
         ("self_attn.", "attn_"),
         ("mlp.", "ffn_"),
         ("_proj", ""),
@@ -218,8 +242,30 @@ fn gguf_name(name: &str) -> String {
     .fold(name.to_string(), |name, (hf, gguf)| name.replace(hf, gguf))
 }
 
+/// The tensors with those that are fused cut into the ones that they stand for.
+fn unfused(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
+    let (q_size, kv_size) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let mut all = tensors.clone();
+    for (name, tensor) in tensors.iter().filter(|_| config.fused) {
+        let parts = match name {
+            _ if name.contains("qkv_proj") => vec![("qkv", "q", q_size), ("qkv", "k", kv_size), ("qkv", "v", kv_size)],
+            _ if name.contains("gate_up_proj") => {
+                vec![("gate_up", "gate", config.intermediate_size), ("gate_up", "up", config.intermediate_size)]
+            }
+            _ => vec![],
+        };
+        let mut row = 0;
+        for (fused, part, rows) in parts {
+            all.insert(name.replace(fused, part), tensor.narrow(0, row, rows)?);
+            row += rows;
+        }
+    }
+    Ok(all)
+}
+
 /// The logits after `tokens`, by the book: one position, head and number at a time.
 pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> Result<Vec<f64>> {
+    let tensors = unfused(config, tensors)?;
     let vector = |name: &str| -> Result<Vec<f64>> {
         Ok(tensors[name].flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
     };
@@ -259,7 +305,9 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
                     if config.qk_norm {
                         head.copy_from_slice(&norm(&name(&format!("self_attn.{part}_norm")), head)?);
                     }
-                    rotate(head, position);
+                    if config.layer_kind(layer) != LayerKind::NoRope {
+                        rotate(head, position);
+                    }
                 }
                 Ok(all)
             };

@@ -91,7 +91,7 @@ impl Weights {
 impl Store {
     fn gguf(gguf: Gguf, config: &ModelConfig) -> Self {
         let architecture = gguf.content.metadata.get("general.architecture").and_then(|name| name.to_string().ok());
-        let interleaved = architecture.is_some_and(|name| name == "llama");
+        let interleaved = architecture.is_some_and(|name| INTERLEAVED.contains(&name.as_str()));
         Self::Gguf { gguf, interleaved_head_dim: interleaved.then_some(config.head_dim) }
     }
 
@@ -131,7 +131,10 @@ fn is_interleaved(name: &str) -> bool {
     name.contains(".q_proj.") || name.contains(".k_proj.")
 }
 
-/// Undoes what GGUF does to the projections to queries and keys of the architecture `llama`: there the two elements
+/// Architectures whose projections to queries and keys GGUF interleaves.
+pub const INTERLEAVED: [&str; 2] = ["llama", "smollm3"];
+
+/// Undoes what GGUF does to these: there the two elements
 /// that a rotation mixes lie side by side, where Hugging Face has them half a head apart.
 fn deinterleave(projection: &Tensor, head_dim: usize) -> Result<Tensor> {
     let rows = projection.dim(0)?;
@@ -158,7 +161,7 @@ fn deinterleave_quantized(projection: &QTensor, head_dim: usize) -> Result<QTens
 }
 
 /// Names in a Hugging Face checkpoint and in GGUF, less the layer before and `.weight` or `.bias` after.
-const NAMES: [(&str, &str); 14] = [
+const NAMES: [(&str, &str); 16] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
@@ -166,12 +169,14 @@ const NAMES: [(&str, &str); 14] = [
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
+    ("self_attn.qkv_proj", "attn_qkv"),
     ("self_attn.o_proj", "attn_output"),
     ("self_attn.q_norm", "attn_q_norm"),
     ("self_attn.k_norm", "attn_k_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
+    ("mlp.gate_up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
 ];
 

@@ -6,6 +6,9 @@ mod cli;
 #[path = "../common/mod.rs"]
 mod common;
 mod generate;
+#[cfg(test)]
+#[path = "../common/parity.rs"]
+mod parity;
 mod report;
 
 use std::process::ExitCode;
