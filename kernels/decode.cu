@@ -359,7 +359,7 @@ struct Scores {
 // Lanes that share an entry of a cluster, which is as long as a key.
 constexpr u32 ENTRY_LANES = 8;
 
-// The products of each head's query, `queries` from element `first` on, with every LANES-th four elements of a centroid.
+// The products of each head's query, `queries`, with every LANES-th four elements of a centroid.
 template <int HEADS, u32 LANES>
 __device__ inline Entry<HEADS> product_of(const float* centroid, const float* queries, u32 lane, u32 len, u32 head_dim) {
   Entry<HEADS> entry = {};
@@ -978,7 +978,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   // This block's clusters.
   const u32 share = (p.n_clusters + p.splits - 1) / p.splits, first_cluster = min(blockIdx.x * share, p.n_clusters);
   const u32 n_own = min(share, p.n_clusters - first_cluster);
-  const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `select`, and the first of them
+  const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `search`
   const u64 tail_first = (static_cast<u64>(part.b) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
   if (p.has_tail) {
     // Eight lanes a cluster, of which each adds up some splits.

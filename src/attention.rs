@@ -12,7 +12,8 @@ use crate::ops::{self, Coarse, Geometry, Selected};
 
 /// Causal self-attention over a [`PqKvCache`].
 ///
-/// One serves all layers of a model; each layer has a cache of its own.
+/// One serves all layers of a model; each layer has a cache of its own. On a GPU it keeps buffers, for each thread that
+/// decodes with it: let long-lived threads do so.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

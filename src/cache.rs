@@ -452,6 +452,7 @@ impl PqKvCache {
     /// captured.
     #[cfg(feature = "cuda")]
     pub(crate) fn index_last_block(&mut self) -> Result<()> {
+        let _span = trace_span!("pq-attn-encode").entered();
         let (block, end) = (self.block(), self.blocks_end(self.len));
         let earlier = self.blocks_end(self.len.saturating_sub(1));
         let (Some(trained), Some(lens)) = (&mut self.trained, &mut self.lens) else { return Ok(()) };

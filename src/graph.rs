@@ -61,7 +61,7 @@ const OP: &str = "DecodeGraph";
 ///   tensors wait for each other's events, which cannot be captured, unless `CudaDevice::disable_event_tracking` was called.
 /// - A GPU and a driver with memory pools: intermediate results are allocated and freed within the graph. Without pools
 ///   Candle allocates by a call that no capture allows.
-/// - One thread: the stream of `Device::new_cuda` is the calling thread's own. Other threads must not work with the same
+/// - One thread: the stream of `Device::new_cuda` is the calling thread's own, and so are the buffers of the attention. Other threads must not work with the same
 ///   stream during a capture.
 pub struct DecodeGraph<F> {
     forward: F,

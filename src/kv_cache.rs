@@ -95,15 +95,12 @@ impl KvCache {
 
     fn with<T>(&mut self, k: &Tensor, run: impl FnOnce(&PqAttention, &mut PqKvCache) -> Result<T>) -> Result<T> {
         let (b, h_kv, _, head_dim) = k.dims4()?;
-        let cache = match &mut self.cache {
-            Some(cache) => cache,
-            none => none.insert(self.attn.new_cache([b, h_kv, head_dim], self.max_seq_len, k.dtype(), k.device())?),
-        };
-        let out = run(&self.attn, cache);
-        if cache.is_empty() {
-            // Nothing of its shape has come in.
-            self.cache = None;
+        if let Some(cache) = &mut self.cache {
+            return run(&self.attn, cache);
         }
-        out
+        let mut cache = self.attn.new_cache([b, h_kv, head_dim], self.max_seq_len, k.dtype(), k.device())?;
+        let out = run(&self.attn, &mut cache)?;
+        self.cache = Some(cache);
+        Ok(out)
     }
 }

@@ -146,6 +146,7 @@ fn deinterleave(projection: &Tensor, head_dim: usize) -> Result<Tensor> {
 fn deinterleave_quantized(projection: &QTensor, head_dim: usize) -> Result<QTensor> {
     let bytes = projection.data()?;
     let rows = projection.shape().dims2()?.0;
+    ensure!(rows > 0 && rows % head_dim == 0, "a projection to heads of {head_dim} elements has {rows} rows");
     let row = bytes.len() / rows;
     let half = head_dim / 2;
     let moved: Vec<u8> = (0..rows)

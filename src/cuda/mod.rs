@@ -6,7 +6,7 @@
 //! 2. Shapes and strides stay inside the tensors: the op's `Plan` was made from their layouts.
 //! 3. Memory outlives the launch: storages are borrowed until it is in the stream, and freed in stream order.
 //!
-//! Kernels are asynchronous; nothing here waits for the device or copies from it.
+//! Kernels are asynchronous; only a capture's beginning waits for the device, and nothing copies from it.
 #![allow(unsafe_code)]
 
 mod graph;

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 
 use candle_core::cuda_backend::DeviceId;
@@ -9,25 +9,23 @@ use candle_core::{bail, CudaDevice, CudaStorage, DType, Result};
 use super::OP;
 use crate::cuda;
 
-/// What the launches of a step leave to each other, for each device and thread: all layers of a model share it, which keeps
-/// it in the second-level cache.
+/// What the launches of a step leave to each other, for each stream: all layers of a model share it, which keeps it in the
+/// second-level cache.
 ///
-/// A thread's launches on a device are in one stream, so that the steps of several caches follow each other; those of
-/// other threads are not in their order (Candle's devices have a stream a thread), and so have buffers of their own.
+/// A stream's launches follow each other, and so do the steps of several caches. Most of Candle's devices have a stream a
+/// thread: each thread that decodes has buffers of its own, which stay as long as the attention. They could be freed with
+/// the thread only behind its last launch, and to wait for that would break what another thread captures.
 #[derive(Clone, Default)]
-pub(crate) struct Workspace(Arc<Mutex<HashMap<(DeviceId, ThreadId), OfThread>>>);
+pub(crate) struct Workspace(Arc<Mutex<HashMap<Stream, Buffers>>>);
 
-#[derive(Default)]
-struct OfThread {
-    /// Gone when the thread has ended.
-    thread: Weak<()>,
-    /// Whether captured graphs use the buffers: they may be there still.
-    is_captured: bool,
-    buffers: Buffers,
-}
+/// A device, and a thread where that says which stream.
+type Stream = (DeviceId, Option<ThreadId>);
 
-thread_local! {
-    static THIS_THREAD: Arc<()> = Arc::default();
+fn stream_of(device: &CudaDevice) -> Stream {
+    // CU_STREAM_PER_THREAD, a number in the place of a pointer.
+    const PER_THREAD: usize = 2;
+    let is_per_thread = device.cuda_stream().cu_stream().addr() == PER_THREAD;
+    (device.id(), is_per_thread.then(|| thread::current().id()))
 }
 
 impl fmt::Debug for Workspace {
@@ -37,26 +35,14 @@ impl fmt::Debug for Workspace {
 }
 
 impl Workspace {
-    /// Calls `launch` with this thread's buffers of a device.
+    /// Calls `launch` with the buffers of this thread's stream on a device.
     pub(super) fn with<T>(&self, device: &CudaDevice, launch: impl FnOnce(&mut Buffers) -> Result<T>) -> Result<T> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (device.id(), thread::current().id());
-        let is_capturing = cuda::is_capturing(device)?;
-        if !all.contains_key(&key) && !is_capturing {
-            let is_over = |of: &OfThread| of.thread.strong_count() == 0 && !of.is_captured;
-            // What those threads launched may still run, in their own streams; while another thread captures there is no
-            // waiting for all of them.
-            if all.values().any(is_over) && device.cuda_stream().context().synchronize().is_ok() {
-                all.retain(|_, of| !is_over(of));
-            }
-            all.insert(key, OfThread { thread: THIS_THREAD.with(Arc::downgrade), ..Default::default() });
+        let buffers = all.entry(stream_of(device)).or_default();
+        if cuda::is_capturing(device)? {
+            buffers.all().into_iter().for_each(|buffer| buffer.is_captured = buffer.storage.is_some());
         }
-        let own = all.entry(key).or_default();
-        if is_capturing {
-            own.is_captured = true;
-            own.buffers.all().into_iter().for_each(|buffer| buffer.is_captured = buffer.storage.is_some());
-        }
-        launch(&mut own.buffers)
+        launch(buffers)
     }
 }
 

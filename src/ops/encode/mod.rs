@@ -67,7 +67,7 @@ pub(crate) fn encode_into(codes: &Tensor, keys: &Tensor, centroids: &Tensor, opt
 
 /// What [`encode_into`] may be given beyond keys and centroids.
 #[cfg(feature = "cuda")]
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(crate) struct EncodeOptions<'a> {
     /// As in [`encode`].
     pub(crate) phi: Option<&'a Tensor>,
