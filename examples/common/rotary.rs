@@ -19,6 +19,16 @@ impl Rotary {
         Ok(Self { cos: table(cos)?, sin: table(sin)? })
     }
 
+    /// The same for layers with a sliding window, where theirs differ.
+    pub fn local(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Option<Self>> {
+        let config = config.local_rope_theta.map(|rope_theta| ModelConfig {
+            rope_theta,
+            rope_scaling: RopeScaling::None,
+            ..config.clone()
+        });
+        config.map(|config| Self::new(&config, dtype, device)).transpose()
+    }
+
     /// The rotations of `tokens` positions from `start` on.
     pub fn range(&self, start: usize, tokens: usize) -> Result<Rotations> {
         Ok(Rotations { cos: self.cos.narrow(0, start, tokens)?, sin: self.sin.narrow(0, start, tokens)? })

@@ -55,7 +55,7 @@ fn report(args: &Args) -> Result<Report> {
     };
     let mut model = model_on(checkpoint, &args.model.device)?;
     if args.graph {
-        model = model.with_graphs();
+        model = model.with_graphs()?;
     }
 
     let (logits, prefill_time) = prefill(&mut model, &prompt)?;
