@@ -51,6 +51,9 @@ pub struct IndexArgs {
     /// Who selects: each query head, or all of a key-value head together
     #[arg(long, default_value = "query-head", value_parser = selection())]
     selection: Selection,
+    /// First layers that attend to all keys in every step
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub dense_layers: usize,
 }
 
 impl IndexArgs {

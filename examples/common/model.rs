@@ -62,6 +62,14 @@ impl Model {
         Ok(Self { decoder, attention, caches, graphs: None })
     }
 
+    /// Has the first `layers` layers attend to all keys in every step.
+    pub fn with_dense_layers(mut self, layers: usize) -> Result<Self> {
+        let all = self.attention.kinds.len();
+        ensure!(layers <= all, "--dense-layers: expected at most {all}, the model's layers; got {layers}");
+        self.attention.dense_layers = layers;
+        Ok(self)
+    }
+
     /// Writes what it has read to a file, for [`with_caches`](Self::with_caches).
     pub fn save(&self, path: &Path, about: &str) -> Result<()> {
         Ok(save_caches(path, &self.caches, about)?)
@@ -108,12 +116,11 @@ impl Model {
         self.caches.first().map_or(0, PqKvCache::len)
     }
 
-    /// Keys that the last step attended to, in a layer without a sliding window.
-    pub fn attended(&self, dense: bool) -> usize {
-        match dense {
-            true => self.len(),
-            false => self.attention.pq.config().attended(self.len()),
-        }
+    /// Keys that the last step attended to, on the mean over the layers.
+    pub fn attended(&self, dense: bool) -> f64 {
+        let layers = self.caches.len();
+        let sum: usize = (0..layers).map(|layer| self.attention.attended(layer, self.len(), dense)).sum();
+        sum as f64 / layers as f64
     }
 
     /// Forgets all tokens but the first `len`.
@@ -123,9 +130,9 @@ impl Model {
 
     /// Trains codebooks on the keys so far and encodes them, which the first sparse step would do otherwise.
     pub fn build_index(&mut self) -> Result<()> {
-        let indexed = self.caches.iter_mut().zip(&self.attention.kinds);
-        let mut indexed = indexed.filter(|(_, kind)| !matches!(kind, LayerKind::Sliding(_)));
-        Ok(indexed.try_for_each(|(cache, _)| cache.build_index())?)
+        let attention = &self.attention;
+        let mut indexed = self.caches.iter_mut().enumerate().filter(|(layer, _)| attention.is_sparse(*layer));
+        Ok(indexed.try_for_each(|(_, cache)| cache.build_index())?)
     }
 
     pub fn memory(&self) -> Memory {
@@ -142,24 +149,39 @@ struct Attention {
     pq: PqAttention,
     scale: f32,
     kinds: Vec<LayerKind>,
+    /// The first so many layers attend to all keys.
+    dense_layers: usize,
 }
 
 impl Attention {
     fn new(config: &ModelConfig, pq: PqConfig) -> Result<Self> {
         let scale = config.attention_scale();
         let kinds = (0..config.layers).map(|layer| config.layer_kind(layer)).collect();
-        Ok(Self { pq: PqAttention::new(pq, scale)?, scale, kinds })
+        Ok(Self { pq: PqAttention::new(pq, scale)?, scale, kinds, dense_layers: 0 })
     }
 
     fn has_windows(&self) -> bool {
         self.kinds.iter().any(|kind| matches!(kind, LayerKind::Sliding(_)))
     }
 
+    fn is_sparse(&self, layer: usize) -> bool {
+        layer >= self.dense_layers && !matches!(self.kinds[layer], LayerKind::Sliding(_))
+    }
+
+    /// Keys of `n` that a step attends to.
+    fn attended(&self, layer: usize, n: usize, dense: bool) -> usize {
+        match self.kinds[layer] {
+            LayerKind::Sliding(window) => n.min(window),
+            _ if dense || !self.is_sparse(layer) => n,
+            _ => self.pq.config().attended(n),
+        }
+    }
+
     fn attend(&self, layer: usize, qkv: [&Tensor; 3], cache: &mut PqKvCache, dense: bool) -> Result<Tensor> {
         let [q, k, v] = qkv;
         Ok(match self.kinds[layer] {
             LayerKind::Sliding(window) => sliding::attend(q, k, v, cache, window, self.scale)?,
-            _ if dense => self.pq.forward_dense(q, k, v, cache)?,
+            _ if dense || !self.is_sparse(layer) => self.pq.forward_dense(q, k, v, cache)?,
             _ => self.pq.forward(q, k, v, cache)?,
         })
     }
@@ -311,6 +333,19 @@ mod tests {
             model.forward(&TOKENS[5..11], false)?;
             assert_eq!(model.forward(&TOKENS[11..], false)?, expected, "{architecture}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn attended_keys_are_a_mean_over_layers() -> Result<()> {
+        let (config, directory) = (gemma3(), tempfile::tempdir()?);
+        write_directory(directory.path(), "gemma3_text", &config, &tiny_tensors(&config)?, 1)?;
+        let mut model = load(directory.path(), DType::F32)?;
+        model.forward(&TOKENS, true)?;
+        // Windows of 3, and all 12.
+        assert_eq!((model.attended(true), model.attended(false)), (6., 6.));
+        let error = model.with_dense_layers(4).err().unwrap().to_string();
+        assert_eq!(error, "--dense-layers: expected at most 3, the model's layers; got 4");
         Ok(())
     }
 
