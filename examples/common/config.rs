@@ -28,8 +28,8 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// One tensor for the projections to queries, keys and values, and one for gate and up: Phi-3.
     pub fused: bool,
-    /// Norms behind attention and MLP too, norms' weights less 1, GELU for SiLU, and embeddings that are scaled by the root
-    /// of their size: Gemma 3.
+    /// Norms behind attention and MLP too, norms' weights less 1, GELU for SiLU, and embeddings that are scaled by the
+    /// root of their size: Gemma 3.
     pub gemma: bool,
     /// What scores are divided by the root of, where it is not the head dimension.
     pub query_pre_attn_scalar: Option<f64>,
@@ -65,6 +65,11 @@ pub enum RopeScaling {
     },
     /// Each frequency divided by its own number, as GGUF files spell out the above.
     Divisors(Vec<f64>),
+    /// The same, and rotated elements multiplied with a number: Phi-3.
+    LongRope {
+        divisors: Vec<f64>,
+        attention_factor: f64,
+    },
 }
 
 const ARCHITECTURES: &str = "llama, mistral, qwen2, qwen3, phi3, smollm3, gemma3";
@@ -160,7 +165,7 @@ impl ModelConfig {
             head_dim: json.head_dim.unwrap_or(json.hidden_size / json.num_attention_heads.max(1)),
             rms_norm_eps: json.rms_norm_eps,
             rope_theta: rope.rope_theta.or(json.rope_theta).unwrap_or(10_000.),
-            rope_scaling: rope.scaling()?,
+            rope_scaling: rope.scaling(json.max_position_embeddings as f64, json.original_max_position_embeddings)?,
             context: json.max_position_embeddings,
             tied_embeddings: json.tie_word_embeddings.unwrap_or(architecture.tied_embeddings),
             qkv_bias: architecture.qkv_bias,
@@ -237,7 +242,7 @@ impl ModelConfig {
         }
         let kinds = self.layer_kinds.len();
         ensure!([0, self.layers].contains(&kinds), "kinds of {kinds} layers are listed, expected {}", self.layers);
-        if let RopeScaling::Divisors(divisors) = &self.rope_scaling {
+        if let RopeScaling::Divisors(divisors) | RopeScaling::LongRope { divisors, .. } = &self.rope_scaling {
             ensure!(divisors.len() == head_dim / 2, "{} rope divisors, expected {}", divisors.len(), head_dim / 2);
         }
         Ok(self)
@@ -260,6 +265,7 @@ struct HfConfig {
     rope_parameters: Option<HfRope>,
     partial_rotary_factor: Option<f64>,
     max_position_embeddings: usize,
+    original_max_position_embeddings: Option<f64>,
     #[serde(flatten)]
     pattern: LayerPattern,
     use_sliding_window: Option<bool>,
@@ -320,13 +326,17 @@ struct HfRope {
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
+    short_factor: Option<Vec<f64>>,
+    long_factor: Option<Vec<f64>>,
+    attention_factor: Option<f64>,
     /// Where global layers and those with a sliding window have their own.
     full_attention: Option<Box<HfRope>>,
     sliding_attention: Option<Box<HfRope>>,
 }
 
 impl HfRope {
-    fn scaling(&self) -> Result<RopeScaling> {
+    /// For a model of that context, and of `original` before it was stretched if that is not stated here.
+    fn scaling(self, context: f64, original: Option<f64>) -> Result<RopeScaling> {
         let number = |value: Option<f64>, name| value.with_context(|| format!("rope scaling lacks {name}"));
         match self.rope_type.as_deref() {
             None | Some("default") => Ok(RopeScaling::None),
@@ -337,7 +347,19 @@ impl HfRope {
                 high_freq_factor: number(self.high_freq_factor, "high_freq_factor")?,
                 original_context: number(self.original_max_position_embeddings, "original_max_position_embeddings")?,
             }),
-            Some(other) => bail!("rope scaling {other:?} is not one of linear, llama3"),
+            Some("longrope" | "su") => {
+                let original = self.original_max_position_embeddings.or(original);
+                let original = number(original, "original_max_position_embeddings")?;
+                // The original goes from the short to the long ones when a sequence outgrows the first context; keys
+                // that are cached would have to be rotated anew.
+                let divisors = if context > original { self.long_factor } else { self.short_factor };
+                let usual = (1. + (context / original).max(1.).ln() / original.ln()).sqrt();
+                Ok(RopeScaling::LongRope {
+                    divisors: divisors.context("rope scaling lacks short_factor or long_factor")?,
+                    attention_factor: self.attention_factor.unwrap_or(usual),
+                })
+            }
+            Some(other) => bail!("rope scaling {other:?} is not one of linear, llama3, longrope"),
         }
     }
 }
@@ -467,6 +489,26 @@ mod tests {
     }
 
     #[test]
+    fn longrope_divides_by_what_suits_the_context() -> Result<()> {
+        let longrope = json!({"type": "longrope", "short_factor": vec![1.0; 32], "long_factor": vec![9.0; 32]});
+        let read = |context: usize| -> Result<(Vec<f64>, f64)> {
+            let original = json!({
+                "rope_scaling": longrope, "original_max_position_embeddings": 4096, "max_position_embeddings": context
+            });
+            match with(original)?.rope_scaling {
+                RopeScaling::LongRope { divisors, attention_factor } => Ok((divisors, attention_factor)),
+                other => bail!("{other:?}"),
+            }
+        };
+        assert_eq!(read(4096)?, (vec![1.; 32], 1.));
+        // Stretched 2^5 times from 2^12.
+        let (divisors, attention_factor) = read(131_072)?;
+        assert_eq!(divisors, [9.; 32]);
+        assert!((attention_factor - (1f64 + 5. / 12.).sqrt()).abs() < 1e-12);
+        Ok(())
+    }
+
+    #[test]
     fn gemma3_files_leave_out_what_is_usual() -> Result<()> {
         let text = json!({
             "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 7, "sliding_window": 1024,
@@ -514,7 +556,11 @@ mod tests {
             ),
             (json!({"model_type": "mistral", "sliding_window": 4096}), "a sliding window of 4096 tokens"),
             (json!({"model_type": "phi3", "sliding_window": 2047}), "a sliding window of 2047 tokens"),
-            (json!({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}), "rope scaling \"longrope\""),
+            (json!({"rope_scaling": {"type": "longrope"}}), "lacks original_max_position_embeddings"),
+            (
+                json!({"rope_scaling": {"type": "su", "long_factor": [1.0]}, "original_max_position_embeddings": 4096}),
+                "1 rope divisors, expected 32",
+            ),
             (json!({"model_type": "smollm3", "no_rope_layers": [1, 1]}), "kinds of 2 layers are listed, expected 16"),
             (json!({"model_type": "gemma3_text", "layer_types": ["chunked_attention"]}), "\"chunked_attention\""),
             (json!({"model_type": "gemma3_text", "hidden_activation": "silu"}), "\"silu\" is not gelu_pytorch_tanh"),

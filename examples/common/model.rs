@@ -262,7 +262,11 @@ mod tests {
 
     #[test]
     fn phi3_fuses_projections() -> Result<()> {
-        check("phi3", &ModelConfig { fused: true, ..tiny_config() })
+        let config = ModelConfig { fused: true, ..tiny_config() };
+        check("phi3", &config)?;
+        let divisors = (1..=config.head_dim / 2).map(|i| 0.7 * i as f64).collect();
+        let rope_scaling = RopeScaling::LongRope { divisors, attention_factor: 1.2 };
+        check_directory("phi3", &ModelConfig { rope_scaling, ..config })
     }
 
     #[test]

@@ -136,13 +136,17 @@ pub fn write_directory(
 }
 
 fn config_json(model_type: &str, config: &ModelConfig) -> Json {
-    let rope_scaling = match config.rope_scaling {
+    let rope_scaling = match &config.rope_scaling {
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": original_context as usize,
+            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": *original_context as usize,
         }),
         RopeScaling::Linear(factor) => json!({ "rope_type": "linear", "factor": factor }),
-        _ => Json::Null,
+        RopeScaling::LongRope { divisors, attention_factor } => json!({
+            "type": "longrope", "short_factor": [], "long_factor": divisors, "attention_factor": attention_factor,
+            "original_max_position_embeddings": config.context / 2,
+        }),
+        RopeScaling::None | RopeScaling::Divisors(_) => Json::Null,
     };
     let rotated = |layer| usize::from(config.layer_kind(layer) != LayerKind::NoRope);
     let mut json = json!({
@@ -305,9 +309,14 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
             (_, _, RopeScaling::Linear(factor)) => (config.rope_theta, *factor),
             _ => (config.rope_theta, 1.),
         };
+        let (divisors, factor) = match &config.rope_scaling {
+            RopeScaling::LongRope { divisors, attention_factor } => (divisors.as_slice(), *attention_factor),
+            _ => (&[][..], 1.),
+        };
         for i in 0..d / 2 {
+            let stretch = divisors.get(i).unwrap_or(&stretch);
             let angle = position as f64 / stretch * theta.powf(-2. * i as f64 / d as f64);
-            let (a, b) = (head[i], head[i + d / 2]);
+            let (a, b) = (factor * head[i], factor * head[i + d / 2]);
             head[i] = a * angle.cos() - b * angle.sin();
             head[i + d / 2] = b * angle.cos() + a * angle.sin();
         }
