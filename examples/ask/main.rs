@@ -48,7 +48,7 @@ fn run(args: &Args) -> Result<()> {
 fn open(args: &Args) -> Result<Session> {
     match &args.load {
         Some(file) => Session::load(&args.model, file, args.sample_len),
-        None => Session::read(&args.model, |head_dim| args.index.config(head_dim), &args.document()?, args.sample_len),
+        None => Session::read(&args.model, &args.index, &args.document()?, args.sample_len),
     }
 }
 

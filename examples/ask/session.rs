@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use candle_pq_attn::{load_caches, PqConfig, SavedCaches};
+use candle_pq_attn::{load_caches, SavedCaches};
 use serde::{Deserialize, Serialize};
 
-use crate::common::cli::ModelArgs;
+use crate::common::cli::{IndexArgs, ModelArgs};
 use crate::common::config::ModelConfig;
 use crate::common::decoding::{build_index, decode, prefill, Request, Steps};
 use crate::common::model::Model;
@@ -29,6 +29,8 @@ struct About {
     model: String,
     /// Of the document, and what the model expects before it.
     tokens: usize,
+    /// First layers that attend to all keys.
+    dense_layers: usize,
 }
 
 /// An answer, and what it cost.
@@ -50,12 +52,7 @@ fn open(args: &ModelArgs) -> Result<(Checkpoint, ModelConfig, Codec)> {
 
 impl Session {
     /// Reads the document, with room for a question and an answer of `answer` tokens.
-    pub fn read(
-        args: &ModelArgs,
-        pq: impl Fn(usize) -> Result<PqConfig>,
-        document: &str,
-        answer: usize,
-    ) -> Result<Self> {
+    pub fn read(args: &ModelArgs, index: &IndexArgs, document: &str, answer: usize) -> Result<Self> {
         let (checkpoint, config, codec) = open(args)?;
         let tokens = codec.encode_opening(&format!("{document}\n\n"))?;
         let context = config.context;
@@ -66,10 +63,13 @@ impl Session {
         );
         let weights = args.load(checkpoint, &config, &args.device)?;
         let capacity = (tokens.len() + answer + ROOM_FOR_A_QUESTION).min(context);
-        let mut model = Model::new(&config, weights, &pq(config.head_dim)?, capacity)?;
+        let dense_layers = index.dense_layers;
+        let model = Model::new(&config, weights, &index.config(config.head_dim)?, capacity)?;
+        let mut model = model.with_dense_layers(dense_layers)?;
         prefill(&mut model, &tokens)?;
         build_index(&mut model)?;
-        Ok(Self { model, codec, about: About { model: args.model.clone(), tokens: tokens.len() }, context })
+        let about = About { model: args.model.clone(), tokens: tokens.len(), dense_layers };
+        Ok(Self { model, codec, about, context })
     }
 
     /// Goes on from a file.
@@ -96,7 +96,9 @@ impl Session {
             cache.reserve((answer + ROOM_FOR_A_QUESTION).min(config.context.saturating_sub(about.tokens)))?;
         }
         let weights = args.load(checkpoint, &config, &args.device)?;
-        let model = Model::with_caches(&config, weights, caches).with_context(|| file.display().to_string())?;
+        let model = Model::with_caches(&config, weights, caches)
+            .and_then(|model| model.with_dense_layers(about.dense_layers))
+            .with_context(|| file.display().to_string())?;
         Ok(Self { model, codec, about, context: config.context })
     }
 

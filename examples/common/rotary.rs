@@ -14,9 +14,24 @@ impl Rotary {
     pub fn new(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self> {
         let frequencies = frequencies(config);
         let angles = (0..config.context).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
-        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.sin() as f32, angle.cos() as f32)).unzip();
+        let factor = match config.rope_scaling {
+            RopeScaling::LongRope { attention_factor, .. } => attention_factor,
+            _ => 1.,
+        };
+        let rotation = |angle: f64| ((factor * angle.sin()) as f32, (factor * angle.cos()) as f32);
+        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(rotation).unzip();
         let table = |values| Tensor::from_vec(values, (config.context, frequencies.len()), device)?.to_dtype(dtype);
         Ok(Self { cos: table(cos)?, sin: table(sin)? })
+    }
+
+    /// The same for layers with a sliding window, where theirs differ.
+    pub fn local(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Option<Self>> {
+        let config = config.local_rope_theta.map(|rope_theta| ModelConfig {
+            rope_theta,
+            rope_scaling: RopeScaling::None,
+            ..config.clone()
+        });
+        config.map(|config| Self::new(&config, dtype, device)).transpose()
     }
 
     /// The rotations of `tokens` positions from `start` on.
@@ -50,7 +65,9 @@ fn frequencies(config: &ModelConfig) -> Vec<f64> {
     match &config.rope_scaling {
         RopeScaling::None => plain.collect(),
         RopeScaling::Linear(factor) => plain.map(|f| f / factor).collect(),
-        RopeScaling::Divisors(divisors) => plain.zip(divisors).map(|(f, divisor)| f / divisor).collect(),
+        RopeScaling::Divisors(divisors) | RopeScaling::LongRope { divisors, .. } => {
+            plain.zip(divisors).map(|(f, divisor)| f / divisor).collect()
+        }
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => plain
             .map(|f| {
                 // Slow frequencies are stretched, fast ones kept, those between interpolated: by how often a frequency

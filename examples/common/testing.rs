@@ -1,6 +1,7 @@
 //! Models small enough to be written by a test, and an independent f64 forward pass to hold them against.
 
 use std::collections::{BTreeMap, HashMap};
+use std::f64::consts::PI;
 use std::fs::File;
 use std::path::Path;
 
@@ -49,6 +50,9 @@ pub fn tiny_config() -> ModelConfig {
         qkv_bias: false,
         qk_norm: false,
         fused: false,
+        gemma: false,
+        query_pre_attn_scalar: None,
+        local_rope_theta: None,
         layer_kinds: Vec::new(),
     }
 }
@@ -70,6 +74,10 @@ pub fn tiny_tensors(config: &ModelConfig) -> Result<Tensors> {
             |part: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{part}"), shape.to_vec()));
         add("input_layernorm.weight", &[hidden_size]);
         add("post_attention_layernorm.weight", &[hidden_size]);
+        if config.gemma {
+            add("pre_feedforward_layernorm.weight", &[hidden_size]);
+            add("post_feedforward_layernorm.weight", &[hidden_size]);
+        }
         let (qkv, gate_up): (&[_], &[_]) = match config.fused {
             true => (&[("qkv", q_size + 2 * kv_size)], &[("gate_up", 2 * intermediate_size)]),
             false => (
@@ -128,22 +136,44 @@ pub fn write_directory(
 }
 
 fn config_json(model_type: &str, config: &ModelConfig) -> Json {
-    let rope_scaling = match config.rope_scaling {
+    let rope_scaling = match &config.rope_scaling {
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": original_context as usize,
+            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": *original_context as usize,
         }),
-        _ => Json::Null,
+        RopeScaling::Linear(factor) => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::LongRope { divisors, attention_factor } => json!({
+            "type": "longrope", "short_factor": [], "long_factor": divisors, "attention_factor": attention_factor,
+            "original_max_position_embeddings": config.context / 2,
+        }),
+        RopeScaling::None | RopeScaling::Divisors(_) => Json::Null,
     };
     let rotated = |layer| usize::from(config.layer_kind(layer) != LayerKind::NoRope);
-    json!({
+    let mut json = json!({
         "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, "rope_scaling": rope_scaling,
         "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
         "no_rope_layers": (0..config.layers).map(rotated).collect::<Vec<_>>(),
-    })
+    });
+    if config.gemma {
+        let windows: Vec<_> = (0..config.layers).map(|layer| window(config.layer_kind(layer))).collect();
+        let layer_type = |window: &Option<usize>| if window.is_some() { "sliding_attention" } else { "full_attention" };
+        json["layer_types"] = windows.iter().map(layer_type).collect();
+        json["sliding_window"] = windows.iter().flatten().next().copied().into();
+        json["query_pre_attn_scalar"] = config.query_pre_attn_scalar.map(|scalar| scalar as usize).into();
+        json["rope_local_base_freq"] = config.local_rope_theta.into();
+        json["hidden_activation"] = "gelu_pytorch_tanh".into();
+    }
+    json
+}
+
+fn window(kind: LayerKind) -> Option<usize> {
+    match kind {
+        LayerKind::Sliding(window) => Some(window),
+        LayerKind::Global | LayerKind::NoRope => None,
+    }
 }
 
 fn tokenizer() -> Result<Tokenizer> {
@@ -280,13 +310,26 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
     let norm = |name: &str, x: &[f64]| -> Result<Vec<f64>> {
         let mean_square = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
         let scale = 1. / (mean_square + config.rms_norm_eps).sqrt();
-        Ok(x.iter().zip(vector(&format!("{name}.weight"))?).map(|(x, weight)| x * scale * weight).collect())
+        let missing = if config.gemma { 1. } else { 0. };
+        let weights = vector(&format!("{name}.weight"))?;
+        Ok(x.iter().zip(weights).map(|(x, weight)| x * scale * (weight + missing)).collect())
     };
     let d = config.head_dim;
-    let rotate = |head: &mut [f64], position: usize| {
+    let rotate = |head: &mut [f64], position: usize, kind: LayerKind| {
+        let (theta, stretch) = match (kind, config.local_rope_theta, &config.rope_scaling) {
+            (LayerKind::NoRope, ..) => return,
+            (LayerKind::Sliding(_), Some(theta), _) => (theta, 1.),
+            (_, _, RopeScaling::Linear(factor)) => (config.rope_theta, *factor),
+            _ => (config.rope_theta, 1.),
+        };
+        let (divisors, factor) = match &config.rope_scaling {
+            RopeScaling::LongRope { divisors, attention_factor } => (divisors.as_slice(), *attention_factor),
+            _ => (&[][..], 1.),
+        };
         for i in 0..d / 2 {
-            let angle = position as f64 * config.rope_theta.powf(-2. * i as f64 / d as f64);
-            let (a, b) = (head[i], head[i + d / 2]);
+            let stretch = divisors.get(i).unwrap_or(&stretch);
+            let angle = position as f64 / stretch * theta.powf(-2. * i as f64 / d as f64);
+            let (a, b) = (factor * head[i], factor * head[i + d / 2]);
             head[i] = a * angle.cos() - b * angle.sin();
             head[i + d / 2] = b * angle.cos() + a * angle.sin();
         }
@@ -294,6 +337,10 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
     let embeddings = vector("model.embed_tokens.weight")?;
     let mut xs: Vec<Vec<f64>> =
         tokens.iter().map(|&t| embeddings.chunks(config.hidden_size).nth(t as usize).unwrap().to_vec()).collect();
+    if config.gemma {
+        xs.iter_mut().flatten().for_each(|x| *x *= (config.hidden_size as f64).sqrt());
+    }
+    let score_scale = 1. / config.query_pre_attn_scalar.unwrap_or(d as f64).sqrt();
     for layer in 0..config.layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let (mut qs, mut ks, mut vs) = (Vec::new(), Vec::new(), Vec::new());
@@ -305,9 +352,7 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
                     if config.qk_norm {
                         head.copy_from_slice(&norm(&name(&format!("self_attn.{part}_norm")), head)?);
                     }
-                    if config.layer_kind(layer) != LayerKind::NoRope {
-                        rotate(head, position);
-                    }
+                    rotate(head, position, config.layer_kind(layer));
                 }
                 Ok(all)
             };
@@ -316,20 +361,36 @@ pub fn naive_logits(config: &ModelConfig, tensors: &Tensors, tokens: &[u32]) -> 
             vs.push(project("v", false)?);
         }
         for (position, x) in xs.iter_mut().enumerate() {
+            let first = window(config.layer_kind(layer)).map_or(0, |window| (position + 1).saturating_sub(window));
             let mut attended = Vec::new();
             for head in 0..config.heads {
                 let kv = head / (config.heads / config.kv_heads) * d;
                 let q = &qs[position][head * d..][..d];
-                let score = |k: &Vec<f64>| q.iter().zip(&k[kv..]).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
-                let exps: Vec<f64> = ks[..=position].iter().map(|k| score(k).exp()).collect();
+                let score = |k: &Vec<f64>| q.iter().zip(&k[kv..]).map(|(q, k)| q * k).sum::<f64>() * score_scale;
+                let exps: Vec<f64> = ks[first..=position].iter().map(|k| score(k).exp()).collect();
                 let sum: f64 = exps.iter().sum();
-                attended.extend((0..d).map(|i| exps.iter().zip(&vs).map(|(e, v)| e * v[kv + i]).sum::<f64>() / sum));
+                attended.extend(
+                    (0..d).map(|i| exps.iter().zip(&vs[first..]).map(|(e, v)| e * v[kv + i]).sum::<f64>() / sum),
+                );
             }
-            x.iter_mut().zip(linear(&name("self_attn.o_proj"), &attended)?).for_each(|(x, y)| *x += y);
-            let normed = norm(&name("post_attention_layernorm"), x)?;
-            let gate = linear(&name("mlp.gate_proj"), &normed)?.into_iter().map(|g| g / (1. + (-g).exp()));
+            let mut out = linear(&name("self_attn.o_proj"), &attended)?;
+            if config.gemma {
+                out = norm(&name("post_attention_layernorm"), &out)?;
+            }
+            x.iter_mut().zip(out).for_each(|(x, y)| *x += y);
+            let before_mlp = if config.gemma { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+            let normed = norm(&name(before_mlp), x)?;
+            let activate = |g: f64| match config.gemma {
+                true => g / 2. * (1. + ((2. / PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh()),
+                false => g / (1. + (-g).exp()),
+            };
+            let gate = linear(&name("mlp.gate_proj"), &normed)?.into_iter().map(activate);
             let gated: Vec<f64> = gate.zip(linear(&name("mlp.up_proj"), &normed)?).map(|(g, u)| g * u).collect();
-            x.iter_mut().zip(linear(&name("mlp.down_proj"), &gated)?).for_each(|(x, y)| *x += y);
+            let mut out = linear(&name("mlp.down_proj"), &gated)?;
+            if config.gemma {
+                out = norm(&name("post_feedforward_layernorm"), &out)?;
+            }
+            x.iter_mut().zip(out).for_each(|(x, y)| *x += y);
         }
     }
     let last = norm("model.norm", &xs[xs.len() - 1])?;

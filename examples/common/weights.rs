@@ -47,7 +47,8 @@ impl Weights {
                 let mut tensors = HashMap::new();
                 for file in weight_files(&directory)? {
                     let shard = candle_core::safetensors::load(&file, device);
-                    tensors.extend(shard.with_context(|| format!("cannot read {}", file.display()))?);
+                    let shard = shard.with_context(|| format!("cannot read {}", file.display()))?;
+                    tensors.extend(shard.into_iter().map(|(name, tensor)| (text_model_name(name), tensor)));
                 }
                 Store::Safetensors(tensors)
             }
@@ -131,6 +132,15 @@ fn is_interleaved(name: &str) -> bool {
     name.contains(".q_proj.") || name.contains(".k_proj.")
 }
 
+/// The name that a tensor has where the language model is not one part of several.
+fn text_model_name(name: String) -> String {
+    match (name.strip_prefix("language_model."), name.strip_prefix("model.language_model.")) {
+        (Some(rest), _) => rest.to_string(),
+        (_, Some(rest)) => format!("model.{rest}"),
+        _ => name,
+    }
+}
+
 /// Architectures whose projections to queries and keys GGUF interleaves.
 pub const INTERLEAVED: [&str; 2] = ["llama", "smollm3"];
 
@@ -205,6 +215,13 @@ mod tests {
             assert_eq!(gguf_name(hf).as_deref(), Some(gguf));
         }
         assert_eq!(gguf_name("model.layers.0.mystery.weight"), None);
+    }
+
+    #[test]
+    fn a_language_model_is_found_among_others() {
+        for name in ["model.norm.weight", "language_model.model.norm.weight", "model.language_model.norm.weight"] {
+            assert_eq!(text_model_name(name.to_string()), "model.norm.weight");
+        }
     }
 
     #[test]

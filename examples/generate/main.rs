@@ -50,11 +50,12 @@ fn report(args: &Args) -> Result<Report> {
     let prompt = codec.encode(&args.prompt()?)?;
     let limit = room(prompt.len(), args.sample_len, config.context)?;
     let model_on = |checkpoint, device| {
-        Model::new(&config, args.model.load(checkpoint, &config, device)?, &pq, prompt.len() + limit)
+        let weights = args.model.load(checkpoint, &config, device)?;
+        Model::new(&config, weights, &pq, prompt.len() + limit)?.with_dense_layers(args.index.dense_layers)
     };
     let mut model = model_on(checkpoint, &args.model.device)?;
     if args.graph {
-        model = model.with_graphs();
+        model = model.with_graphs()?;
     }
 
     let (logits, prefill_time) = prefill(&mut model, &prompt)?;
@@ -131,6 +132,19 @@ mod tests {
         let dense = tiny(&["--prompt", &prompt(), "--attention", "dense", "--sample-len", "5"])?;
         assert_eq!((dense.attended_fraction, dense.index_bytes), (1., 0));
         assert_eq!(dense.kv_bytes, 2 * 2 * 2 * 16 * 4 * 100);
+        Ok(())
+    }
+
+    #[test]
+    fn first_layers_can_be_dense() -> Result<()> {
+        let args = ["--prompt", &prompt(), "--heavy", "8", "--sample-len", "5", "--dense-layers"];
+        let sparse = tiny(&[&args[..], &["0"]].concat())?;
+        // One layer of two has no index, and attends to all.
+        let half = tiny(&[&args[..], &["1"]].concat())?;
+        assert!((half.attended_fraction - (1. + sparse.attended_fraction) / 2.).abs() < 1e-9);
+        assert!(half.index_bytes < sparse.index_bytes);
+        let dense = tiny(&[&args[..], &["2"]].concat())?;
+        assert_eq!(dense.attended_fraction, 1.);
         Ok(())
     }
 

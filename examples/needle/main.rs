@@ -58,7 +58,7 @@ fn search(args: &Args) -> Result<Report> {
     let prompts = || places.iter().flat_map(|place| &place.hidden.prompts);
     let capacity = prompts().map(Vec::len).max().unwrap_or(0) + args.sample_len;
     let weights = args.model.load(checkpoint, &config, &args.model.device)?;
-    let model = Model::new(&config, weights, &pq, capacity)?;
+    let model = Model::new(&config, weights, &pq, capacity)?.with_dense_layers(args.index.dense_layers)?;
     let mut search = Search { model, codec: &codec, limit: args.sample_len, read: Vec::new() };
 
     let bar = bar(work(prompts(), args.sample_len), "{msg} {wide_bar} {percent}%, {eta} left")?;
@@ -78,6 +78,7 @@ fn search(args: &Args) -> Result<Report> {
         sample_len: args.sample_len,
         seed: args.seed,
         index: pq,
+        dense_layers: args.index.dense_layers,
         version: env!("CARGO_PKG_VERSION"),
         cells,
     })

@@ -18,6 +18,7 @@ pub struct Report {
     pub sample_len: usize,
     pub seed: u64,
     pub index: PqConfig,
+    pub dense_layers: usize,
     pub version: &'static str,
     /// By length, then by depth.
     pub cells: Vec<Cell>,

@@ -221,6 +221,7 @@ fn report(cells: &[(f64, bool, bool)]) -> Report {
         sample_len: 9,
         seed: 0,
         index: PqConfig::default(),
+        dense_layers: 0,
         version: "0",
         cells: cells.iter().map(cell).collect(),
     }
