@@ -147,6 +147,10 @@ impl ModelConfig {
         };
         let act = act.as_deref().unwrap_or(usual);
         ensure!(act == usual, "hidden_act {act:?} is not {usual}");
+        ensure!(
+            !json.use_bidirectional_attention,
+            "use_bidirectional_attention: it embeds texts and continues none, choose another model"
+        );
         let softcapped = json.attn_logit_softcapping.or(json.final_logit_softcapping).is_some();
         ensure!(!softcapped, "attn_logit_softcapping and final_logit_softcapping are not supported");
         ensure!(!json.attention_bias && !json.mlp_bias, "attention_bias and mlp_bias are not supported");
@@ -277,6 +281,8 @@ struct HfConfig {
     hidden_act: Option<String>,
     hidden_activation: Option<String>,
     query_pre_attn_scalar: Option<f64>,
+    #[serde(default)]
+    use_bidirectional_attention: bool,
     attn_logit_softcapping: Option<f64>,
     final_logit_softcapping: Option<f64>,
     rope_local_base_freq: Option<f64>,
@@ -565,6 +571,7 @@ mod tests {
             (json!({"model_type": "gemma3_text", "layer_types": ["chunked_attention"]}), "\"chunked_attention\""),
             (json!({"model_type": "gemma3_text", "hidden_activation": "silu"}), "\"silu\" is not gelu_pytorch_tanh"),
             (json!({"final_logit_softcapping": 30.0}), "final_logit_softcapping"),
+            (json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
             (json!({"partial_rotary_factor": 0.75}), "partial_rotary_factor 0.75 is not 1"),
             (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope scaling \"yarn\""),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "lacks factor"),
