@@ -324,8 +324,10 @@ fn with_gemma_defaults(mut json: Json) -> Json {
 /// `rope_scaling`, or `rope_parameters` in newer files.
 #[derive(Deserialize, Default)]
 struct HfRope {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// Its name in older files; some have both.
+    #[serde(rename = "type")]
+    old_rope_type: Option<String>,
     rope_theta: Option<f64>,
     partial_rotary_factor: Option<f64>,
     factor: Option<f64>,
@@ -344,7 +346,7 @@ impl HfRope {
     /// For a model of that context, and of `original` before it was stretched if that is not stated here.
     fn scaling(self, context: f64, original: Option<f64>) -> Result<RopeScaling> {
         let number = |value: Option<f64>, name| value.with_context(|| format!("rope scaling lacks {name}"));
-        match self.rope_type.as_deref() {
+        match self.rope_type.as_deref().or(self.old_rope_type.as_deref()) {
             None | Some("default") => Ok(RopeScaling::None),
             Some("linear") => Ok(RopeScaling::Linear(number(self.factor, "factor")?)),
             Some("llama3") => Ok(RopeScaling::Llama3 {
@@ -547,6 +549,8 @@ mod tests {
     fn rope_parameters_have_two_forms() -> Result<()> {
         let scaled = with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))?;
         assert_eq!(scaled.rope_scaling, RopeScaling::Linear(4.));
+        let both = with(json!({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}}))?;
+        assert_eq!(both.rope_scaling, RopeScaling::Linear(4.));
         let newer = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
         let newer = with(newer)?;
         assert_eq!((newer.rope_theta, newer.rope_scaling), (1e6, RopeScaling::None));

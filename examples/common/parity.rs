@@ -1,6 +1,7 @@
 //! Tiny models of random weights beside the same models of candle-transformers.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
@@ -177,4 +178,32 @@ fn gemma3() -> Result<()> {
             steps.try_fold(None, |_, logits| logits.map(Some))?.ok_or_else(|| candle_core::Error::msg("no tokens"))
         }))
     })
+}
+
+/// Logits of Hugging Face's models, where candle-transformers has none to compare with: scripts/parity-vectors.py.
+#[test]
+fn hugging_face() -> Result<()> {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/common/vectors");
+    for name in ["gemma3", "phi3-longrope"] {
+        let directory = vectors.join(name);
+        let expected = candle_core::safetensors::load(directory.join("vectors.safetensors"), &Device::Cpu)?;
+        let tokens = expected["tokens"].to_vec1::<u32>()?;
+        let expected = expected["logits"].to_vec2::<f32>()?;
+        let largest = expected.iter().flatten().fold(0f32, |largest, logit| largest.max(logit.abs()));
+        for prompt in [1, 25, 50] {
+            let mut checkpoint = Checkpoint::Directory(directory.clone());
+            let config = checkpoint.config()?;
+            let weights = Weights::new(checkpoint, &config, DType::F32, &Device::Cpu)?;
+            let mut model = Model::new(&config, weights, &PqConfig { pq_dim: 4, ..PqConfig::default() }, tokens.len())?;
+            let calls = std::iter::once(0..prompt).chain((prompt..tokens.len()).map(|i| i..i + 1));
+            for call in calls {
+                let logits = model.forward(&tokens[call.clone()], true)?;
+                let expected = &expected[call.end - 1];
+                ensure!(logits.len() == expected.len(), "{name}: {} logits", logits.len());
+                let off = logits.iter().zip(expected).map(|(l, e)| (l - e).abs()).fold(0f32, f32::max);
+                assert!(off < 2e-5 * largest, "{name}, prompt of {prompt}, {call:?}: off by {off} of {largest}");
+            }
+        }
+    }
+    Ok(())
 }
