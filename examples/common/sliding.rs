@@ -22,14 +22,18 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut PqKvCache, window:
         let (first, end) = ((query + 1).saturating_sub(window), query + queries);
         let seen = |all: Tensor| all.narrow(2, first, end - first)?.to_dtype(DType::F32)?.contiguous();
         let (keys, values) = (seen(cache.keys()?)?, seen(cache.values()?)?);
-        let hidden = (query..end).flat_map(|query| {
-            (first..end).map(move |key| if key > query || key + window <= query { f32::NEG_INFINITY } else { 0. })
-        });
-        let mask = Tensor::from_iter(hidden, q.device())?.reshape((queries, end - first))?;
         let q = q.narrow(2, start, queries)?.to_dtype(DType::F32)?;
         let q = q.reshape((1, kv_heads, heads / kv_heads * queries, head_dim))?;
         let scores = (q.matmul(&keys.t()?)? * f64::from(scale))?;
-        let scores = scores.reshape((1, heads, queries, end - first))?.broadcast_add(&mask)?;
+        let mut scores = scores.reshape((1, heads, queries, end - first))?;
+        if queries > 1 {
+            // One query sees all of these keys.
+            let hidden = (query..end).flat_map(|query| {
+                (first..end).map(move |key| if key > query || key + window <= query { f32::NEG_INFINITY } else { 0. })
+            });
+            let mask = Tensor::from_iter(hidden, q.device())?.reshape((queries, end - first))?;
+            scores = scores.broadcast_add(&mask)?;
+        }
         let weights = softmax_last_dim(&scores)?.reshape((1, kv_heads, (), end - first))?;
         weights.matmul(&values)?.reshape((1, heads, queries, head_dim))
     });
