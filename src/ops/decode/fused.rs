@@ -47,6 +47,7 @@ const CHUNK: usize = 128;
 
 /// Subspaces of a row of the tables, and its bytes.
 const SUBSPACES: usize = 8;
+const MAX_SUBSPACES: usize = 64;
 const ROW_BYTES: usize = 128;
 
 /// The most heads of a bundle: one 16-byte look-up.
@@ -81,6 +82,10 @@ pub(super) struct Fused {
     heads: usize,
     splits: usize,
     entries: usize,
+    /// Of the tables: the subspaces, and one for all clusters.
+    columns: usize,
+    /// Words of scores that there is no room for in shared memory.
+    kept_words: usize,
     room: usize,
     /// Keys of a list that the blocks have room for together.
     list_room: usize,
@@ -159,6 +164,8 @@ impl Fused {
             heads,
             splits,
             entries: pq_dim * n_centroids + n_clusters,
+            columns: pq_dim + usize::from(n_clusters > 0),
+            kept_words: if shared.holds_all { 0 } else { rows * bundles * room * heads.div_ceil(2) },
             room,
             list_room,
             padded_dim,
@@ -190,7 +197,9 @@ impl Fused {
             (codes?, centroids?, clusters?, coarse?, sums?, counts?);
 
         let tables = buffers.tables.of(device, all_heads * self.entries, DType::F32)?;
-        let scores = buffers.scores.of(device, all_heads * self.room, DType::F32)?;
+        let bounds = buffers.bounds.zeroed(device, all_bundles * self.columns * 2 * heads, DType::U32)?;
+        let scores = buffers.kept_scores.of(device, self.kept_words.max(1), DType::U32)?;
+        let open_scores = buffers.open_scores.of(device, all_heads * self.room, DType::F32)?;
         let stats = buffers.mass_stats.of(device, 2 * all_heads * MAX_SPLITS, DType::F32)?;
         let searches = buffers.searches.zeroed(device, lists * SEARCH_WORDS, DType::U32)?;
 
@@ -202,7 +211,8 @@ impl Fused {
         let lists = buffers.indices.of(device, lists * self.list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, all_heads * splits * MAX_CLUSTERS, DType::U32)?;
         let launch = self.search.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
-        let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(scores)?;
+        let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(bounds)?;
+        let launch = launch.output(scores)?.output(open_scores)?;
         let launch = launch.output_or_null(masses.as_deref_mut())?.output(stats)?.output(searches)?;
         let launch = launch.output(lists)?.output(listed)?.output(tail)?.value(params);
         let grid = [*splits, if self.by_kv { *rows } else { all_bundles }, 1];
@@ -215,10 +225,11 @@ impl Fused {
         let partial_stats = buffers.attend_stats.of(device, 2 * all_heads * splits, DType::F32)?;
         let arrived = buffers.arrived.zeroed(device, all_bundles, DType::U32)?;
         let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input_or_null(clusters)?;
-        let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(lens)?;
+        let launch = launch.input(open_scores)?.input_or_null(masses.as_deref())?.input(lens)?;
         let launch = launch.output(searches)?.input(lists)?;
         let launch = launch.input(listed)?.input_or_null(sums)?.input_or_null(counts)?.input(tail)?;
-        let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?;
+        let launch = launch.output(partials)?.output(partial_stats)?.output(bounds)?;
+        let launch = launch.output(arrived)?;
         let launch = launch.output(out)?.value(params);
         launch.run([*splits, all_bundles, 1], if self.padded_dim > 128 { 256 } else { 512 }, 0)
     }
@@ -227,8 +238,9 @@ impl Fused {
 /// The shared memory of a block that searches.
 struct Shared {
     histogram_at: usize,
-    /// Chunks of scores.
+    /// Chunks of keys whose scores it has room for, and by KV head their masses.
     chunks: usize,
+    holds_all: bool,
     bytes: usize,
 }
 
@@ -274,11 +286,14 @@ impl Shape {
 
     /// What a block that searches `keys` has in shared memory.
     fn shared(&self, keys: usize, bundles: usize, gpu: &Gpu) -> Shared {
-        let (histogram_at, chunk_bytes) = (self.histogram_at(), CHUNK * self.heads() * size_of::<f32>());
+        // Scores of 16 bits, two to a word.
+        let words = self.heads().div_ceil(2) * if self.by_kv { bundles } else { 1 };
+        let chunk_bytes = CHUNK * size_of::<u32>() * (words + usize::from(self.by_kv));
+        let histogram_at = self.histogram_at();
         let others = histogram_at + self.histogram_bytes();
-        let wanted = keys / CHUNK * if self.by_kv { bundles } else { 1 };
+        let wanted = keys / CHUNK;
         let chunks = ((gpu.shared_bytes - STATIC_BYTES - others) / chunk_bytes).min(wanted);
-        Shared { histogram_at, chunks, bytes: others + chunks * chunk_bytes }
+        Shared { histogram_at, chunks, holds_all: chunks == wanted, bytes: others + chunks * chunk_bytes }
     }
 
     fn suits(&self, plan: &Plan, selection: &SelectionPlan, gpu: &Gpu) -> bool {
@@ -289,6 +304,7 @@ impl Shape {
         let codes = from_first_position(codes, plan.step.init_offset);
         let clusters = coarse.map(|coarse| from_first_position(coarse.codes.device(), plan.step.init_offset));
         self.pq_dim.is_multiple_of(SUBSPACES)
+            && self.pq_dim <= MAX_SUBSPACES
             && (self.head_dim / self.pq_dim).is_multiple_of(4)
             && self.head_dim.is_multiple_of(8)
             && self.group <= MAX_GROUP
