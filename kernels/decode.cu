@@ -1,16 +1,17 @@
-// A decode step over an index, in two launches.
+// A decode step over an index, in three launches.
 //
 // A row is a KV head of a sequence; its query heads come in bundles of HEADS, whose numbers lie side by side in tables and
 // scores, so that one look-up or load serves all of them. A list is what is selected together: a row's keys by KV head,
 // a query head's otherwise. Each row (by query head each bundle) is shared by a team of `splits` blocks, which take turns
 // at its keys, 128 at a time.
 //
+// `tables`: query . centroid, an entry for each centroid and cluster.
+//
 // `search` runs all blocks at once, a block a multiprocessor. Scores stay where they are made, in shared memory as far as
 // there is room; a team meets where one of its blocks needs what others found:
-// 1. tables: query . centroid, an entry for each centroid and cluster. Each block makes some.
-// 2. scores: entries added up for each key. By KV head a block's softmax statistics, by query head the histograms.
-// 3. by KV head: each key's shares of its heads' softmax, whose sum is its mass; the masses' histogram.
-// 4. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, and those in the bin
+// 1. scores: entries added up for each key. By KV head a block's softmax statistics, by query head the histograms.
+// 2. by KV head: each key's shares of its heads' softmax, whose sum is its mass; the masses' histogram.
+// 3. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, and those in the bin
 //    stay open. What is below adds to the tail's mass of its cluster.
 //
 // `attend`: each block ranks the open keys of its lists, which says at which of them the selection ends. Then it attends to
@@ -22,8 +23,8 @@
 #include "decode/attend.cuh"
 #include "decode/search.cuh"
 
-#define SEARCH(suffix, type, name, HEADS, BY_KV)                                                           \
-  extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
+#define TABLES(suffix, type, HEADS)                                                                        \
+  extern "C" __global__ __launch_bounds__(TABLE_THREADS) void decode_tables_##suffix##_h##HEADS(           \
       const type* query,       /* [b, h, 1, head_dim] */                                                   \
       const u8* codes,         /* [b, h_kv, capacity, pq_dim] */                                           \
       const u8* clusters,      /* [b, h_kv, capacity], or null */                                          \
@@ -32,6 +33,18 @@
       const u32* lens,         /* [b] */                                                                   \
       float* tables,           /* [b, h_kv, bundles, entries, HEADS] */                                    \
       u32* bounds,             /* [b, h_kv, bundles, columns, 2, HEADS], zeroed */                         \
+      Search* searches,        /* [lists] */                                                               \
+      u32 by_kv, const Decode p) {                                                                         \
+    make_tables<HEADS>(query, codes, clusters, centroids, coarse, lens, reinterpret_cast<Entry<HEADS>*>(tables), \
+                       reinterpret_cast<Bounds<HEADS>*>(bounds), searches, by_kv, p);                      \
+  }
+#define SEARCH(name, HEADS, BY_KV)                                                                         \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_h##HEADS##name(                   \
+      const u8* codes,         /* [b, h_kv, capacity, pq_dim] */                                           \
+      const u8* clusters,      /* [b, h_kv, capacity], or null */                                          \
+      const u32* lens,         /* [b] */                                                                   \
+      const float* tables,     /* [b, h_kv, bundles, entries, HEADS] */                                    \
+      const u32* bounds,       /* [b, h_kv, bundles, columns, 2, HEADS] */                                 \
       u32* scores,             /* [b, h_kv, bundles, room, HEADS] of 16 bits, as far as they are kept here */ \
       float* open_scores,      /* [b, h_kv, bundles, room, HEADS], of open keys; by KV head shares */      \
       float* masses,           /* [b, h_kv, room], as scores, and of open keys; null by query head */      \
@@ -41,9 +54,13 @@
       Listed* listed,          /* [lists, splits, WARPS] */                                                \
       u32* tail,               /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */            \
       const Decode p) {                                                                                    \
-    search<HEADS, BY_KV>(query, codes, clusters, centroids, coarse, lens, tables, bounds, scores, open_scores, masses, \
-                         stats, searches, lists, listed, tail, p);                                         \
+    search<HEADS, BY_KV>(codes, clusters, lens, tables, bounds, scores, open_scores, masses, stats, searches, lists, \
+                         listed, tail, p);                                                                 \
   }
+SEARCH(, 1, false) SEARCH(_by_kv, 1, true)
+SEARCH(, 2, false) SEARCH(_by_kv, 2, true)
+SEARCH(, 4, false) SEARCH(_by_kv, 4, true)
+
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
   extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
       const type* query,      /* [b, h, 1, head_dim] */                                                    \
@@ -70,9 +87,7 @@
   }
 
 #define BY_TYPE(suffix, type)                                                         \
-  SEARCH(suffix, type, , 1, false) SEARCH(suffix, type, _by_kv, 1, true)              \
-  SEARCH(suffix, type, , 2, false) SEARCH(suffix, type, _by_kv, 2, true)              \
-  SEARCH(suffix, type, , 4, false) SEARCH(suffix, type, _by_kv, 4, true)              \
+  TABLES(suffix, type, 1) TABLES(suffix, type, 2) TABLES(suffix, type, 4)             \
   BY_SIZE(suffix, type, 64) BY_SIZE(suffix, type, 128) BY_SIZE(suffix, type, 256)
 #define BY_SIZE(suffix, type, D)                                                      \
   ATTEND(suffix, type, D, , 1, false) ATTEND(suffix, type, D, _by_kv, 1, true)        \

@@ -32,7 +32,7 @@ __device__ inline u32 segment_of(const u32* before, u32 i) {
   return segment;
 }
 
-// Grid: (splits, b * h_kv * bundles). Groups of LANES threads take a key each, eight elements a thread.
+// Grid: (splits, h_kv * bundles, b). Groups of LANES threads take a key each, eight elements a thread.
 template <int HEADS, bool BY_KV, int D, class T>
 __device__ void attend(const T* query, const T* keys, const T* values, const u8* clusters, const float* scores,
                        const float* masses, const u32* lens, Search* searches, const u32* lists,
@@ -52,14 +52,16 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   __shared__ alignas(16) float queries[HEADS][D];
   __shared__ float shifts[HEADS];
   __shared__ float tops[WARPS_OF_BLOCK][PER_GROUP], totals[WARPS_OF_BLOCK][PER_GROUP];
-  __shared__ unsigned long long tail_units[HEADS][MAX_CLUSTERS];
+  __shared__ u32 tail_units[HEADS][MAX_CLUSTERS];
   __shared__ u32 tail_counts[MAX_CLUSTERS];
   __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
   __shared__ u64 pivots[LISTS];
   __shared__ u32 positions[LISTS][RESOLVED];
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(positions);
   static_assert(RESOLVED >= 256);
-  const Part part(lens, blockIdx.y, HEADS, p);
+  const u32 kv = blockIdx.y / p.bundles;
+  const Part part(lens, kv, blockIdx.y - kv * p.bundles, HEADS, p);
+  const u32 y = part.row * p.bundles + part.bundle;  // of all bundles
   const u32 tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const u32 group = tid / LANES, e = tid % LANES * 8, list = group / LIST_GROUPS;
   const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head, n_lists = BY_KV ? 1 : part.heads;
@@ -67,12 +69,14 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const bool is_list = list < n_lists;
   clusters += p.has_tail ? p.clusters.at(part.b, part.kv) : 0;
   // For the next step.
+#pragma unroll 1
   for (u32 i = blockIdx.x * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += p.splits * BLOCK) {
     searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
   }
   if (blockIdx.x == 0 && tid == 0) searches[first_list].arrived = 0;
   const u32 n_bounds = p.columns() * 2 * HEADS;
-  for (u32 i = blockIdx.x * BLOCK + tid; i < n_bounds; i += p.splits * BLOCK) bounds[u64{blockIdx.y} * n_bounds + i] = 0;
+#pragma unroll 1
+  for (u32 i = blockIdx.x * BLOCK + tid; i < n_bounds; i += p.splits * BLOCK) bounds[u64{y} * n_bounds + i] = 0;
   // All loads that wait for nothing, before the first that is waited for.
   constexpr u32 QUERIES = (HEADS * D + BLOCK - 1) / BLOCK;
   float query_values[QUERIES];
@@ -106,16 +110,14 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     // Eight lanes a cluster, of which each adds up some splits.
     constexpr u32 ADDERS = 8;
     const u32 all = part.heads * n_own;
+#pragma unroll 1
     for (u32 from = 0; from < all; from += BLOCK / ADDERS) {
       const u32 i = min(from + tid / ADDERS, all - 1), head = i / n_own, c = first_cluster + i % n_own;
       const u32* of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
       const u32 count = counts[p.counts.at(part.b, part.kv, c)];
-      u64 units = 0;
-#pragma unroll
-      for (u32 k = 0; k < MAX_SPLITS / ADDERS; k++) {
-        const u32 split = k * ADDERS + tid % ADDERS;
-        if (split < p.splits) units += of_split[split * tail_heads * MAX_CLUSTERS];
-      }
+      u32 units = 0;
+#pragma unroll 2
+      for (u32 split = tid % ADDERS; split < p.splits; split += ADDERS) units += of_split[split * tail_heads * MAX_CLUSTERS];
 #pragma unroll
       for (u32 lanes = ADDERS / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
       if (tid % ADDERS == 0 && from + tid / ADDERS < all) {
@@ -181,7 +183,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   };
   const auto load_open = [&](u64 rank) {
     const u32 position = ~static_cast<u32>(rank);
-    const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
+    const u64 at = (static_cast<u64>(y) * p.room + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
     OpenKey key;
     key.cluster = clusters[position];
 #pragma unroll
@@ -194,12 +196,13 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   if (is_early) early = load_open(open[0]);
   if (compares) {
     resolve();
-    each_open([&](u64 rank) {
+    if (const u32 i = tid % LIST_THREADS; i < n_open_all) {
+      const u64 rank = ranks[list][i];
       u32 above = 0;
-#pragma unroll 8
+#pragma unroll 4
       for (u32 k = 0; k < n_open_all; k++) above += ranks[list][k] > rank;
       if (above + 1 == wanted) pivots[list] = rank;
-    });
+    }
   } else {
     // Too many in a list: digit by digit.
     u64 known = 0, mask = 0;
@@ -224,7 +227,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   __syncthreads();
   if (p.has_tail) {
     // Those that are not selected, where they belong to one of this block's clusters.
-    const float unit = BY_KV ? SHARE_UNIT : tail_unit(per_split), to_units = log2f(unit) - tail_top * scale;
+    const float unit = BY_KV ? SHARE_UNIT : tail_unit(per_split * p.splits), to_units = log2f(unit) - tail_top * scale;
     const auto add_open = [&](u64 rank, const OpenKey& key) {
       const u32 position = ~static_cast<u32>(rank), own = key.cluster - first_cluster;
       if (rank >= pivots[list] || position < part.sink || own >= n_own) return;
@@ -232,7 +235,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       for (int h = 0; h < PER_GROUP; h++) {
         const u32 head = BY_KV ? h : list;
         const float weight = BY_KV ? key.scores[h] * unit : fminf(exp2_approx(key.scores[h] * scale + to_units), unit);
-        const unsigned long long units = in_units(weight, cut_of(position));
+        const u32 units = in_units(weight, cut_of(position));
         if (head < part.heads) atomicAdd(&tail_units[head][own], units);
       }
     };
@@ -314,7 +317,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   }
   // The clusters as further keys, of which a head's scores are what is left of its mass.
   __syncthreads();  // open keys have been added
-  const float to_weight = -log2f(BY_KV ? SHARE_UNIT : tail_unit(per_split));
+  const float to_weight = -log2f(BY_KV ? SHARE_UNIT : tail_unit(per_split * p.splits));
   for (u32 c = group % LIST_GROUPS; p.has_tail && c < n_own; c += LIST_GROUPS) {
     const float* from = sums + p.sums.at(part.b, part.kv, first_cluster + c, e);
     const u32 count = tail_counts[c];
@@ -328,9 +331,9 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       const u32 head = BY_KV ? h : list;
       const float shift = BY_KV ? shifts[h] : tail_top * scale;
       // What weighs nothing is passed over: its mean may be no number.
-      const u64 units = head < part.heads && count ? tail_units[head][c] : 0;
+      const u32 units = head < part.heads && count ? tail_units[head][c] : 0;
       if (units == 0) continue;
-      const float log_mass = log2f(__ull2float_rn(units)) + to_weight;
+      const float log_mass = log2f(static_cast<float>(units)) + to_weight;
       const float larger = fmaxf(top[h], shift + log_mass), weight = exp2_approx(shift + log_mass - larger);
       const float factor = exp2_approx(top[h] - larger);
       top[h] = larger;
@@ -363,7 +366,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     }
   }
   __syncthreads();
-  const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + blockIdx.x;
+  const u64 partial = static_cast<u64>(y) * p.splits + blockIdx.x;
   for (u32 i = tid; i < HEADS * D; i += BLOCK) {
     const u32 h = i / D, element = i % D, w0 = BY_KV ? 0 : h * LIST_WARPS, hh = BY_KV ? h : 0;
     float shift = -INFINITY;
@@ -379,10 +382,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
     partials[(partial * HEADS + h) * D + element] = y;
     if (element == 0) partial_stats[partial * HEADS + h] = {shift, total};
   }
-  if (!is_last(&arrived[blockIdx.y], p.splits)) return;
+  if (!is_last(&arrived[y], p.splits)) return;
   // What a split's result is to be multiplied with.
   __shared__ float factors[HEADS][MAX_SPLITS];
-  const u64 first_partial = static_cast<u64>(blockIdx.y) * p.splits * HEADS;
+  const u64 first_partial = static_cast<u64>(y) * p.splits * HEADS;
   // Four elements a thread; the threads of the same ones share the splits, of which the first are loaded ahead.
   constexpr u32 QUADS = HEADS * D / 4, SHARERS = BLOCK / QUADS, AT_ONCE = 8;
   const float4* const of_splits = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;

@@ -51,12 +51,15 @@ __device__ inline u32 scan(u32 x) {
 }
 
 // Finds for each of LISTS lists the bin in which the `k` best end, and how many of it are among them. The counts of a list's
-// BINS bins are at `counts(list)`, in shared memory, or what other blocks wrote. Bin MAX_BINS where there are fewer.
-template <u32 BINS, u32 LISTS, class Counts>
-__device__ void find_bins(Counts counts, u32 k, u32 (&bins)[LISTS], u32 (&wanted)[LISTS]) {
+// BINS bins are `stride` words behind those of the list before, of `n_lists`: in shared memory, or what other blocks wrote.
+// Bin MAX_BINS where there are fewer.
+//
+// No part of the code around its calls: what a block does once takes as long as its instructions take to come.
+template <u32 BINS, u32 LISTS>
+__device__ __noinline__ void find_bins(const u32* counts, u32 stride, u32 n_lists, u32 k, u32* bins, u32* wanted) {
   constexpr u32 EACH_LIST = THREADS / LISTS, OWN = BINS / EACH_LIST;  // bins a thread, from the top
   const u32 list = threadIdx.x / EACH_LIST, lowest = BINS - OWN * (threadIdx.x % EACH_LIST + 1);
-  const u32* const from = counts(list);
+  const u32* const from = counts + min(list, n_lists - 1) * stride;
   u32 own[OWN], all = 0;
 #pragma unroll
   for (u32 i = 0; i < OWN; i += 4) {
@@ -67,10 +70,12 @@ __device__ void find_bins(Counts counts, u32 k, u32 (&bins)[LISTS], u32 (&wanted
 #pragma unroll
   for (u32 i = 0; i < OWN; i++) all += own[i];
   u32 before = scan<LISTS>(all);
+  if (before < k && k <= before + all) {
 #pragma unroll
-  for (int i = OWN - 1; i >= 0; i--) {
-    if (before < k && k <= before + own[i]) bins[list] = lowest + i, wanted[list] = k - before;
-    before += own[i];
+    for (int i = OWN - 1; i >= 0; i--) {
+      if (before < k && k <= before + own[i]) bins[list] = lowest + i, wanted[list] = k - before;
+      before += own[i];
+    }
   }
   __syncthreads();
 }

@@ -52,8 +52,10 @@ struct Decode {
   u32 head_dim;
   u32 pq_dim;
   u32 pq_len;
+  u32 pq_bits;
   u32 n_centroids;
-  u32 n_clusters;  // 0 for none
+  u32 n_clusters;   // 0 for none
+  u32 tail_copies;  // of the tail's masses in shared memory
   u32 has_tail;
   float scale;
 
@@ -78,7 +80,7 @@ struct alignas(HEADS > 1 ? 2 * HEADS : 4) Packed {
 
   __device__ void set(int h, u32 x) { words[h / 2] = h % 2 ? words[h / 2] | x << 16 : x; }
   __device__ u32 of(int h) const { return h % 2 ? words[h / 2] >> 16 : words[h / 2] & 0xffff; }
-  // The same as a float, by the bits of 2^23 + x.
+  // The same as a float, by way of the bits of 2^23 + x.
   __device__ float as_float(int h) const {
     return __uint_as_float(__byte_perm(words[h / 2], 0x4b000000, h % 2 ? 0x7632 : 0x7610)) - 0x1p23f;
   }
@@ -135,11 +137,12 @@ struct Part {
   u32 sink;
   u32 window_start;
 
-  __device__ Part(const u32* lens, u32 y, u32 heads_per_bundle, const Decode& p) {
-    bundle = y % p.bundles;
-    row = y / p.bundles;
-    b = row / p.h_kv;
-    kv = row % p.h_kv;
+  // Of a grid of (splits, h_kv * bundles, b).
+  __device__ Part(const u32* lens, u32 kv_of_row, u32 bundle_of_row, u32 heads_per_bundle, const Decode& p) {
+    bundle = bundle_of_row;
+    kv = kv_of_row;
+    b = blockIdx.z;
+    row = b * p.h_kv + kv;
     first_head = kv * p.group + bundle * heads_per_bundle;
     heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
     n = static_cast<u32>(p.step.length(lens, b));
@@ -164,8 +167,8 @@ __device__ inline u64 rank_of(float x, u32 position) { return static_cast<u64>(r
 // By KV head a key's weight is its share of the softmax, of which all together are 1: their sums fit 32 bits.
 constexpr float SHARE_UNIT = 0x1p31f;
 
-// By query head weights are relative to the largest that there may be in the tail, which is so many units: the sum of a
-// block's `keys` fits 32 bits, and the largest the mantissa of an f32.
+// By query head weights are relative to the largest that there may be in the tail, which is so many units: the sum of
+// `keys` fits 32 bits, and the largest the mantissa of an f32.
 __device__ inline float tail_unit(u32 keys) { return static_cast<float>(1u << min(__clz(max(keys, 2u) - 1) - 1, 22)); }
 
 // Where the weight of a key is cut off, between 0 and 1: evenly spread over the keys, so that their sum is not biased by
