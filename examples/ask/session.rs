@@ -1,5 +1,6 @@
 //! A document that has been read, and questions about it.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -112,8 +113,14 @@ impl Session {
         self.about.tokens
     }
 
-    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes.
-    pub fn ask(&mut self, question: &str, limit: usize, emit: impl FnMut(&str) -> Result<()>) -> Result<Answer> {
+    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes, and says whether
+    /// to go on.
+    pub fn ask(
+        &mut self,
+        question: &str,
+        limit: usize,
+        emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
+    ) -> Result<Answer> {
         let question = self.codec.encode_closing(question)?;
         let room = (self.context + 1).saturating_sub(self.tokens() + question.len());
         ensure!(

@@ -11,6 +11,7 @@ use clap::Parser;
 
 use super::config::ModelConfig;
 use super::source::Checkpoint;
+use super::terminal::tidy_on_ctrl_c;
 use super::weights::Weights;
 
 /// Which model, and where and how it runs.
@@ -113,7 +114,7 @@ pub fn run<A: Parser>(run: impl FnOnce(&A) -> Result<()>) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(&args) {
+    match tidy_on_ctrl_c().and_then(|()| run(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", first_line(&format!("{error:#}")));

@@ -16,6 +16,7 @@ pub mod sampling;
 pub mod sliding;
 pub mod smollm2;
 pub mod source;
+pub mod terminal;
 #[cfg(test)]
 pub mod testing;
 pub mod text;

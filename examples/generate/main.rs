@@ -11,6 +11,7 @@ mod generate;
 mod parity;
 mod report;
 
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::{ensure, Result};
@@ -60,7 +61,10 @@ fn report(args: &Args) -> Result<Report> {
 
     let (logits, prefill_time) = prefill(&mut model, &prompt)?;
     let request = Request { codec: &codec, sampler: Sampler::new(args.seed, args.temperature, args.top_p), limit };
-    let emit = |text: &str| if args.json { Ok(()) } else { print(text) };
+    let emit = |text: &str| {
+        let shown = if args.json { Ok(()) } else { print(text) };
+        shown.map(ControlFlow::Continue)
+    };
     let outcome = match args.attention {
         Attention::Both => compare(&mut model, request, logits, emit)?,
         attention => {

@@ -19,9 +19,9 @@ use rand::rngs::StdRng;
 use rand::SeedableRng;
 
 use cli::{Args, Length};
-use common::decoding::bar;
 use common::model::Model;
 use common::source::Checkpoint;
+use common::terminal::bar;
 use common::tokenizer::Codec;
 use haystack::{Haystack, Hidden, Needle};
 use report::{Cell, Report};
