@@ -64,12 +64,11 @@ impl Session {
         );
         let weights = args.load(checkpoint, &config, &args.device)?;
         let capacity = (tokens.len() + answer + ROOM_FOR_A_QUESTION).min(context);
-        let dense_layers = index.dense_layers;
         let model = Model::new(&config, weights, &index.config(config.head_dim)?, capacity)?;
-        let mut model = model.with_dense_layers(dense_layers)?;
+        let mut model = index.set_layers(model)?;
         prefill(&mut model, &tokens)?;
         build_index(&mut model)?;
-        let about = About { model: args.model.clone(), tokens: tokens.len(), dense_layers };
+        let about = About { model: args.model.clone(), tokens: tokens.len(), dense_layers: index.dense_layers };
         Ok(Self { model, codec, about, context })
     }
 

@@ -85,8 +85,8 @@ fn a_stopped_answer_leaves_no_trace() -> Result<()> {
 fn what_was_kept_answers_the_same() -> Result<()> {
     let files = Files::new()?;
     let (story, kept) = (files.path("story.txt"), files.path("story.pq"));
-    for dense_layers in ["0", "1"] {
-        let story = [story.as_str(), "--dense-layers", dense_layers];
+    for layers in [["--dense-layers", "0"], ["--dense-layers", "1"], ["--heavy-layers", "1=30"]] {
+        let story = [&[story.as_str()][..], &layers].concat();
         run(&files.args(&[&story[..], &["--save", &kept, "-q", "who?"]].concat())?)?;
         let (mut read, mut loaded) = (files.session(&story)?, files.session(&["--load", &kept])?);
         for question in ["who?", "where?", "who?"] {

@@ -9,7 +9,9 @@ use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::Parser;
 
+use super::budget::LayerBudget;
 use super::config::ModelConfig;
+use super::model::Model;
 use super::source::Checkpoint;
 use super::terminal::tidy_on_ctrl_c;
 use super::weights::Weights;
@@ -83,6 +85,9 @@ pub struct IndexArgs {
     /// First layers that attend to all keys in every step
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub dense_layers: usize,
+    /// Layers, counted from 0, that select another number or share of keys than --heavy, such as 0-3=5%,10=512
+    #[arg(long, value_name = "L=N|L-L=P%", value_delimiter = ',')]
+    pub heavy_layers: Vec<LayerBudget>,
 }
 
 impl IndexArgs {
@@ -101,6 +106,11 @@ impl IndexArgs {
         };
         config.validate(head_dim)?;
         Ok(config)
+    }
+
+    /// A model that has read nothing yet, with what some of its layers have of their own.
+    pub fn set_layers(&self, model: Model) -> Result<Model> {
+        model.with_dense_layers(self.dense_layers)?.with_heavy_layers(&self.heavy_layers)
     }
 }
 

@@ -3,6 +3,7 @@
 // Each example uses a part of it.
 #![allow(dead_code)]
 
+pub mod budget;
 pub mod chat;
 pub mod cli;
 pub mod config;
