@@ -46,7 +46,7 @@ pub enum LayerKind {
     Global,
     /// To all keys, wherever they are: SmolLM3.
     NoRope,
-    /// To so many keys, the last: Gemma 3.
+    /// To so many keys, the last: Gemma 3, and Mistral's first.
     Sliding(usize),
 }
 
@@ -82,6 +82,8 @@ struct Architecture {
     fused: bool,
     gemma: bool,
     tied_embeddings: bool,
+    /// All layers have a sliding window, where one is stated.
+    all_slide: bool,
     /// Of so many layers each last one is without rotary embedding.
     no_rope_interval: Option<usize>,
     /// Of so many layers each last one is without a sliding window.
@@ -92,10 +94,11 @@ impl Architecture {
     fn named(name: &str) -> Result<Self> {
         let llama = Self::default();
         Ok(match name {
-            "llama" | "mistral" => llama,
+            "llama" => llama,
+            "mistral" => Self { all_slide: true, ..llama },
             "qwen2" => Self { qkv_bias: true, ..llama },
             "qwen3" => Self { qk_norm: true, ..llama },
-            "phi3" => Self { fused: true, ..llama },
+            "phi3" => Self { fused: true, all_slide: true, ..llama },
             "smollm3" => Self { tied_embeddings: true, no_rope_interval: Some(4), ..llama },
             "gemma3" | "gemma3_text" => {
                 Self { gemma: true, qk_norm: true, tied_embeddings: true, global_interval: Some(6), ..llama }
@@ -105,8 +108,12 @@ impl Architecture {
     }
 
     /// What differs between layers, by what the model states or else the architecture's interval.
-    fn layer_kinds(&self, layers: usize, stated: &LayerPattern) -> Result<Vec<LayerKind>> {
+    fn layer_kinds(&self, layers: usize, context: usize, stated: &LayerPattern) -> Result<Vec<LayerKind>> {
         use LayerKind::{Global, NoRope, Sliding};
+        // One that holds the context is none.
+        let window = stated.sliding_window.filter(|&window| window > 0 && window < context);
+        let unknown = window.filter(|_| !self.all_slide && self.global_interval.is_none()).unwrap_or(0);
+        ensure!(unknown == 0, "a sliding window of {unknown} tokens is not supported here: choose another model");
         let each_last = |interval: usize| (1..=layers).map(move |layer| layer.is_multiple_of(interval));
         if let Some(usual) = self.no_rope_interval {
             let no_rope: Vec<_> = match &stated.no_rope_layers {
@@ -131,7 +138,7 @@ impl Architecture {
                 }
             }
         } else {
-            Ok(Vec::new())
+            Ok(window.map_or_else(Vec::new, |window| vec![Sliding(window); layers]))
         }
     }
 }
@@ -141,6 +148,10 @@ impl ModelConfig {
     pub fn from_json(text: &str) -> Result<Self> {
         let json: HfConfig = serde_json::from_value(with_gemma_defaults(serde_json::from_str(text)?))?;
         let architecture = Architecture::named(&json.model_type)?;
+        // Qwen states a window that it does not use.
+        let uses_window = json.use_sliding_window.unwrap_or(architecture.all_slide || architecture.gemma);
+        let pattern =
+            LayerPattern { sliding_window: json.pattern.sliding_window.filter(|_| uses_window), ..json.pattern };
         let (act, usual) = match architecture.gemma {
             true => (json.hidden_activation, "gelu_pytorch_tanh"),
             false => (json.hidden_act, "silu"),
@@ -178,12 +189,9 @@ impl ModelConfig {
             gemma: architecture.gemma,
             query_pre_attn_scalar: json.query_pre_attn_scalar,
             local_rope_theta: local.filter(|_| architecture.gemma),
-            layer_kinds: architecture.layer_kinds(json.num_hidden_layers, &json.pattern)?,
+            layer_kinds: architecture.layer_kinds(json.num_hidden_layers, json.max_position_embeddings, &pattern)?,
         };
-        // Qwen states a window that it does not use.
-        let uses_window = ["mistral", "phi3"].contains(&json.model_type.as_str());
-        let window = json.pattern.sliding_window.filter(|_| json.use_sliding_window.unwrap_or(uses_window));
-        config.checked(window)
+        config.checked()
     }
 
     /// From the metadata of a GGUF file; `rope_divisors` are its tensor `rope_freqs.weight`.
@@ -191,17 +199,22 @@ impl ModelConfig {
         let architecture =
             content.metadata.get("general.architecture").context("no general.architecture")?.to_string()?;
         let metadata = Metadata { content, architecture };
-        let architecture = Architecture::named(architecture)?;
+        let mut architecture = Architecture::named(architecture)?;
+        // Mistral is one of these here.
+        architecture.all_slide |= metadata.architecture == "llama";
         ensure!(!architecture.gemma, "gemma3 is not supported as GGUF: give a directory in the layout of Hugging Face");
         let longrope = content.tensor_infos.contains_key("rope_factors_long.weight");
         ensure!(!longrope, "rope scaling \"longrope\" is not linear");
         let (heads, hidden_size) = (metadata.required("attention.head_count")?, metadata.required("embedding_length")?);
+        let (layers, context) = (metadata.required("block_count")?, metadata.required("context_length")?);
+        let sliding_window = metadata.integer("attention.sliding_window")?;
+        let pattern = LayerPattern { sliding_window, ..LayerPattern::default() };
         let embedding = content.tensor_infos.get("token_embd.weight").context("no tensor token_embd.weight")?;
         let config = Self {
             vocab_size: embedding.shape.dims2()?.0,
             hidden_size,
             intermediate_size: metadata.required("feed_forward_length")?,
-            layers: metadata.required("block_count")?,
+            layers,
             heads,
             kv_heads: metadata.integer("attention.head_count_kv")?.unwrap_or(heads),
             head_dim: metadata.integer("attention.key_length")?.unwrap_or(hidden_size / heads.max(1)),
@@ -211,7 +224,7 @@ impl ModelConfig {
                 Some(divisors) => RopeScaling::Divisors(divisors),
                 None => metadata.rope_scaling()?,
             },
-            context: metadata.required("context_length")?,
+            context,
             tied_embeddings: !content.tensor_infos.contains_key("output.weight"),
             qkv_bias: architecture.qkv_bias,
             qk_norm: architecture.qk_norm,
@@ -219,11 +232,11 @@ impl ModelConfig {
             gemma: false,
             query_pre_attn_scalar: None,
             local_rope_theta: None,
-            layer_kinds: architecture.layer_kinds(metadata.required("block_count")?, &LayerPattern::default())?,
+            layer_kinds: architecture.layer_kinds(layers, context, &pattern)?,
         };
         let rotated = metadata.integer("rope.dimension_count")?.unwrap_or(config.head_dim);
         ensure!(rotated == config.head_dim, "only {rotated} of a head's {} elements are rotated", config.head_dim);
-        config.checked(metadata.integer("attention.sliding_window")?)
+        config.checked()
     }
 
     /// What scores are multiplied with.
@@ -237,13 +250,10 @@ impl ModelConfig {
     }
 
     /// Refuses what the model would compute wrongly.
-    fn checked(self, sliding_window: Option<usize>) -> Result<Self> {
-        let Self { heads, kv_heads, head_dim, context, .. } = self;
+    fn checked(self) -> Result<Self> {
+        let Self { heads, kv_heads, head_dim, .. } = self;
         ensure!(kv_heads > 0 && heads % kv_heads == 0, "{heads} heads cannot share {kv_heads} key-value heads");
         ensure!(head_dim > 0 && head_dim % 2 == 0, "head_dim {head_dim} is not even");
-        if let Some(window) = sliding_window.filter(|window| *window < context) {
-            bail!("it attends to a sliding window of {window} tokens, which is not supported: choose another model");
-        }
         let kinds = self.layer_kinds.len();
         ensure!([0, self.layers].contains(&kinds), "kinds of {kinds} layers are listed, expected {}", self.layers);
         if let RopeScaling::Divisors(divisors) | RopeScaling::LongRope { divisors, .. } = &self.rope_scaling {
@@ -497,6 +507,21 @@ mod tests {
     }
 
     #[test]
+    fn windows_shorter_than_the_context_slide() -> Result<()> {
+        for (model_type, window, used) in
+            [("mistral", 4096, None), ("phi3", 2047, None), ("phi3", 262_144, None), ("mistral", 4096, Some(false))]
+        {
+            let json = json!({
+                "model_type": model_type, "sliding_window": window, "use_sliding_window": used, "rope_scaling": null
+            });
+            let slides = window < 131_072 && used.is_none();
+            let kinds = if slides { vec![LayerKind::Sliding(window); 16] } else { Vec::new() };
+            assert_eq!(with(json.clone())?.layer_kinds, kinds, "{json}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn longrope_divides_by_what_suits_the_context() -> Result<()> {
         let longrope = json!({"type": "longrope", "short_factor": vec![1.0; 32], "long_factor": vec![9.0; 32]});
         let read = |context: usize| -> Result<(Vec<f64>, f64)> {
@@ -564,8 +589,10 @@ mod tests {
                 json!({"model_type": "gemma"}),
                 "architecture \"gemma\" is not one of llama, mistral, qwen2, qwen3, phi3, smollm3, gemma3",
             ),
-            (json!({"model_type": "mistral", "sliding_window": 4096}), "a sliding window of 4096 tokens"),
-            (json!({"model_type": "phi3", "sliding_window": 2047}), "a sliding window of 2047 tokens"),
+            (
+                json!({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": true}),
+                "a sliding window of 4096 tokens",
+            ),
             (json!({"rope_scaling": {"type": "longrope"}}), "lacks original_max_position_embeddings"),
             (
                 json!({"rope_scaling": {"type": "su", "long_factor": [1.0]}, "original_max_position_embeddings": 4096}),
@@ -618,6 +645,8 @@ mod tests {
         ];
         let config = gguf(&linear)?;
         assert_eq!((config.rope_scaling, config.layers), (RopeScaling::Linear(2.), 5));
+        let window = gguf(&[("llama.attention.sliding_window", Value::U32(16))])?;
+        assert_eq!(window.layer_kinds, [LayerKind::Sliding(16); 2]);
         Ok(())
     }
 
@@ -630,12 +659,11 @@ mod tests {
             ("llama.block_count", Value::String("two".into()), "llama.block_count"),
             ("llama.rope.dimension_count", Value::U32(8), "only 8 of a head's 16 elements are rotated"),
             ("llama.rope.scaling.type", Value::String("yarn".into()), "rope scaling \"yarn\""),
-            ("llama.attention.sliding_window", Value::U32(16), "a sliding window of 16 tokens"),
         ] {
             let error = format!("{:#}", gguf(&[(key, value)]).unwrap_err());
             assert!(error.contains(expected), "{key}: {error}");
         }
         let divisors = ModelConfig { rope_scaling: RopeScaling::Divisors(vec![1.]), ..tiny_config() };
-        assert_eq!(divisors.checked(None).unwrap_err().to_string(), "1 rope divisors, expected 8");
+        assert_eq!(divisors.checked().unwrap_err().to_string(), "1 rope divisors, expected 8");
     }
 }

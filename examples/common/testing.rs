@@ -157,11 +157,11 @@ fn config_json(model_type: &str, config: &ModelConfig) -> Json {
         "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
         "no_rope_layers": (0..config.layers).map(rotated).collect::<Vec<_>>(),
     });
+    let windows: Vec<_> = (0..config.layers).map(|layer| window(config.layer_kind(layer))).collect();
+    json["sliding_window"] = windows.iter().flatten().next().copied().into();
     if config.gemma {
-        let windows: Vec<_> = (0..config.layers).map(|layer| window(config.layer_kind(layer))).collect();
         let layer_type = |window: &Option<usize>| if window.is_some() { "sliding_attention" } else { "full_attention" };
         json["layer_types"] = windows.iter().map(layer_type).collect();
-        json["sliding_window"] = windows.iter().flatten().next().copied().into();
         json["query_pre_attn_scalar"] = config.query_pre_attn_scalar.map(|scalar| scalar as usize).into();
         json["rope_local_base_freq"] = config.local_rope_theta.into();
         json["hidden_activation"] = "gelu_pytorch_tanh".into();
