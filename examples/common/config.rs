@@ -146,6 +146,22 @@ impl Architecture {
     }
 }
 
+impl RopeScaling {
+    /// For a model of that context, made from one of the `original` context.
+    ///
+    /// The original goes from the short to the long divisors when a sequence outgrows the first context; keys that are
+    /// cached would have to be rotated anew.
+    fn longrope(context: f64, original: f64, divisors: [Option<Vec<f64>>; 2], factor: Option<f64>) -> Result<Self> {
+        let [short, long] = divisors;
+        let divisors = if context > original { long } else { short };
+        let usual = (1. + (context / original).max(1.).ln() / original.ln()).sqrt();
+        Ok(Self::LongRope {
+            divisors: divisors.context("rope scaling lacks short_factor or long_factor")?,
+            attention_factor: factor.unwrap_or(usual),
+        })
+    }
+}
+
 impl ModelConfig {
     /// What scores are multiplied with.
     pub fn attention_scale(&self) -> f32 {

@@ -151,14 +151,7 @@ impl HfRope {
             Some("longrope" | "su") => {
                 let original = self.original_max_position_embeddings.or(original);
                 let original = number(original, "original_max_position_embeddings")?;
-                // The original goes from the short to the long ones when a sequence outgrows the first context; keys
-                // that are cached would have to be rotated anew.
-                let divisors = if context > original { self.long_factor } else { self.short_factor };
-                let usual = (1. + (context / original).max(1.).ln() / original.ln()).sqrt();
-                Ok(RopeScaling::LongRope {
-                    divisors: divisors.context("rope scaling lacks short_factor or long_factor")?,
-                    attention_factor: self.attention_factor.unwrap_or(usual),
-                })
+                RopeScaling::longrope(context, original, [self.short_factor, self.long_factor], self.attention_factor)
             }
             Some(other) => bail!("rope scaling {other:?} is not one of linear, llama3, longrope"),
         }
