@@ -173,6 +173,14 @@ impl ModelConfig {
         self.layer_kinds.get(layer).copied().unwrap_or(LayerKind::Global)
     }
 
+    /// The keys that a layer attends to at most, where it has a sliding window.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        match self.layer_kind(layer) {
+            LayerKind::Sliding(window) => Some(window),
+            LayerKind::Global | LayerKind::NoRope => None,
+        }
+    }
+
     /// Refuses what the model would compute wrongly.
     fn checked(self) -> Result<Self> {
         let Self { heads, kv_heads, head_dim, .. } = self;
