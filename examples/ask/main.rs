@@ -9,16 +9,20 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-use std::io::{stderr, IsTerminal};
+use std::io::{stdin, IsTerminal};
+use std::mem::take;
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use rustyline::error::ReadlineError;
-use rustyline::DefaultEditor;
+use rustyline::history::DefaultHistory;
+use rustyline::{Config, Editor};
 
 use cli::Args;
 use common::cli::print;
+use common::terminal::{self, note};
 use session::{Answer, Session};
 
 fn main() -> ExitCode {
@@ -36,7 +40,7 @@ fn run(args: &Args) -> Result<()> {
         note(&format!("kept in {}, {megabytes:.0} MB", file.display()));
     }
     for question in &args.question {
-        answer(&mut session, question, args.sample_len)?;
+        answer(&mut session, question, args.sample_len, || false)?;
     }
     match args.question.is_empty() {
         true => converse(&mut session, args.sample_len),
@@ -52,28 +56,46 @@ fn open(args: &Args) -> Result<Session> {
     }
 }
 
-/// Asks for questions until there are no more.
+/// Asks for questions until there are no more. At a terminal Ctrl-C stops an answer, and leaves where a question is asked
+/// for.
 fn converse(session: &mut Session, limit: usize) -> Result<()> {
-    let mut lines = DefaultEditor::new()?;
-    loop {
-        match lines.readline("? ") {
-            Ok(question) if question.trim().is_empty() => {}
-            Ok(question) => {
-                lines.add_history_entry(&question)?;
-                if let Err(error) = answer(session, question.trim(), limit) {
-                    note(&format!("error: {error:#}"));
-                }
-            }
-            Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(()),
-            Err(error) => return Err(error).context("cannot read a question"),
+    let (at_terminal, mut asked) = (stdin().is_terminal(), DefaultHistory::default());
+    while let Some(question) = next_question(&mut asked)? {
+        let shown = at_terminal.then(terminal::Answer::begin);
+        let is_stopped = || shown.as_ref().is_some_and(terminal::Answer::is_stopped);
+        if let Err(error) = answer(session, question.trim(), limit, is_stopped) {
+            note(&format!("error: {error:#}"));
         }
     }
+    Ok(())
 }
 
-fn answer(session: &mut Session, question: &str, limit: usize) -> Result<()> {
-    let Answer { text, read, until_first_token, steps } = session.ask(question, limit, print)?;
+fn next_question(asked: &mut DefaultHistory) -> Result<Option<String>> {
+    // Anew for each: an editor keeps Ctrl-C to itself for as long as it lives.
+    let mut lines = Editor::<(), _>::with_history(Config::default(), take(asked))?;
+    let question = loop {
+        match lines.readline("? ") {
+            Ok(line) if line.trim().is_empty() => {}
+            Ok(line) => {
+                lines.add_history_entry(&line)?;
+                break Some(line);
+            }
+            Err(ReadlineError::Eof | ReadlineError::Interrupted) => break None,
+            Err(error) => return Err(error).context("cannot read a question"),
+        }
+    };
+    *asked = take(lines.history_mut());
+    Ok(question)
+}
+
+fn answer(session: &mut Session, question: &str, limit: usize, is_stopped: impl Fn() -> bool) -> Result<()> {
+    let emit = |text: &str| {
+        print(text)?;
+        Ok(if is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    };
+    let Answer { text, read, until_first_token, steps } = session.ask(question, limit, emit)?;
     print("\n")?;
-    if text.is_empty() {
+    if text.is_empty() && !is_stopped() {
         note("the model ended its answer before its first word");
     }
     note(&format!(
@@ -83,12 +105,4 @@ fn answer(session: &mut Session, question: &str, limit: usize) -> Result<()> {
         100. * steps.attended_fraction()
     ));
     Ok(())
-}
-
-/// To standard error, faint on a terminal.
-fn note(text: &str) {
-    match stderr().is_terminal() {
-        true => eprintln!("\x1b[2m{text}\x1b[0m"),
-        false => eprintln!("{text}"),
-    }
 }

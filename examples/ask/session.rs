@@ -1,5 +1,6 @@
 //! A document that has been read, and questions about it.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -63,12 +64,11 @@ impl Session {
         );
         let weights = args.load(checkpoint, &config, &args.device)?;
         let capacity = (tokens.len() + answer + ROOM_FOR_A_QUESTION).min(context);
-        let dense_layers = index.dense_layers;
         let model = Model::new(&config, weights, &index.config(config.head_dim)?, capacity)?;
-        let mut model = model.with_dense_layers(dense_layers)?;
+        let mut model = index.set_layers(model)?;
         prefill(&mut model, &tokens)?;
         build_index(&mut model)?;
-        let about = About { model: args.model.clone(), tokens: tokens.len(), dense_layers };
+        let about = About { model: args.model.clone(), tokens: tokens.len(), dense_layers: index.dense_layers };
         Ok(Self { model, codec, about, context })
     }
 
@@ -112,8 +112,14 @@ impl Session {
         self.about.tokens
     }
 
-    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes.
-    pub fn ask(&mut self, question: &str, limit: usize, emit: impl FnMut(&str) -> Result<()>) -> Result<Answer> {
+    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes, and says whether
+    /// to go on.
+    pub fn ask(
+        &mut self,
+        question: &str,
+        limit: usize,
+        emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
+    ) -> Result<Answer> {
         let question = self.codec.encode_closing(question)?;
         let room = (self.context + 1).saturating_sub(self.tokens() + question.len());
         ensure!(

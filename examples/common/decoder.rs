@@ -209,7 +209,7 @@ impl Layer {
 
 fn norm(config: &ModelConfig, weights: &mut Weights, name: &str, size: usize) -> Result<RmsNorm> {
     let mut weight = weights.tensor(&format!("{name}.weight"), &[size])?;
-    if config.gemma {
+    if config.gemma && !weights.has_whole_norms() {
         weight = (weight.to_dtype(DType::F32)? + 1.)?;
     }
     Ok(RmsNorm::new(weight.to_dtype(weights.precision().compute)?, config.rms_norm_eps))

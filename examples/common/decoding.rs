@@ -1,23 +1,18 @@
 //! Prefill and decoding, token by token.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
 use super::model::Model;
 use super::sampling::Sampler;
+use super::terminal::{bar, spinner};
 use super::tokenizer::Codec;
 
 /// Tokens a step of the prefill: enough for matrix products at full speed, few enough for the bar to move.
 const CHUNK: usize = 512;
-
-/// A bar of so many steps, which moves on by itself where a step takes long.
-pub fn bar(steps: usize, template: &str) -> Result<ProgressBar> {
-    let bar = ProgressBar::new(steps as u64).with_style(ProgressStyle::with_template(template)?);
-    bar.enable_steady_tick(Duration::from_millis(500));
-    Ok(bar)
-}
 
 /// Runs the prompt through the model, and returns the logits after it.
 pub fn prefill(model: &mut Model, prompt: &[u32]) -> Result<(Vec<f32>, Duration)> {
@@ -41,8 +36,7 @@ pub fn read(model: &mut Model, tokens: &[u32], bar: &ProgressBar) -> Result<Vec<
 
 /// Builds the index over the prompt, and returns how long it took.
 pub fn build_index(model: &mut Model) -> Result<Duration> {
-    let spinner = ProgressBar::new_spinner().with_message("building the index");
-    spinner.enable_steady_tick(Duration::from_millis(100));
+    let spinner = spinner("building the index");
     let start = Instant::now();
     model.build_index()?;
     let time = start.elapsed();
@@ -65,13 +59,13 @@ pub struct Decoded {
     pub steps: Steps,
 }
 
-/// Generates token by token; `observe` sees the logits of each step.
+/// Generates token by token; `emit` sees the text and says whether to go on, `observe` sees the logits of each step.
 pub fn decode(
     model: &mut Model,
     mut request: Request,
     mut logits: Vec<f32>,
     dense: bool,
-    mut emit: impl FnMut(&str) -> Result<()>,
+    mut emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
     mut observe: impl FnMut(&[f32]),
 ) -> Result<Decoded> {
     let mut stream = request.codec.stream();
@@ -83,9 +77,9 @@ pub fn decode(
         }
         decoded.tokens.push(token);
         let piece = stream(token)?;
-        emit(&piece)?;
+        let flow = emit(&piece)?;
         decoded.text.push_str(&piece);
-        if decoded.tokens.len() == request.limit {
+        if flow.is_break() || decoded.tokens.len() == request.limit {
             return Ok(decoded);
         }
         logits = decoded.steps.run(model, token, dense)?;

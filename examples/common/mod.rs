@@ -3,6 +3,7 @@
 // Each example uses a part of it.
 #![allow(dead_code)]
 
+pub mod budget;
 pub mod chat;
 pub mod cli;
 pub mod config;
@@ -16,6 +17,7 @@ pub mod sampling;
 pub mod sliding;
 pub mod smollm2;
 pub mod source;
+pub mod terminal;
 #[cfg(test)]
 pub mod testing;
 pub mod text;

@@ -7,6 +7,7 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor};
 use candle_pq_attn::{save_caches, DecodeGraph, PqAttention, PqConfig, PqKvCache};
 
+use crate::common::budget::LayerBudget;
 use crate::common::config::{LayerKind, ModelConfig};
 use crate::common::decoder::Decoder;
 use crate::common::sliding;
@@ -34,11 +35,11 @@ pub struct Memory {
 impl Model {
     /// Reads the weights, and makes room for `capacity` tokens.
     pub fn new(config: &ModelConfig, weights: Weights, pq: &PqConfig, capacity: usize) -> Result<Self> {
-        let attention = Attention::new(config, pq.clone())?;
+        let attention = Attention::new(config, |_| pq.clone())?;
         let decoder = Rc::new(Decoder::new(config, weights)?);
         let (dims, dtype) = ([1, config.kv_heads, config.head_dim], decoder.precision().stored);
-        let cache = |_| attention.pq.new_cache(dims, capacity, dtype, decoder.device());
-        let caches = (0..config.layers).map(cache).collect::<candle_core::Result<_>>()?;
+        let cache = |pq: &PqAttention| pq.new_cache(dims, capacity, dtype, decoder.device());
+        let caches = attention.pq.iter().map(cache).collect::<candle_core::Result<_>>()?;
         Ok(Self { decoder, attention, caches, graphs: None })
     }
 
@@ -55,10 +56,9 @@ impl Model {
             expected.2,
             caches.len()
         );
-        let pq = caches[0].config().clone();
-        let same = caches.iter().all(|cache| (cache.dims(), cache.dtype(), cache.config()) == (dims, dtype, &pq));
+        let same = caches.iter().all(|cache| (cache.dims(), cache.dtype()) == (dims, dtype));
         ensure!(same, "expected caches of equal layers");
-        let attention = Attention::new(config, pq)?;
+        let attention = Attention::new(config, |layer| caches[layer].config().clone())?;
         Ok(Self { decoder, attention, caches, graphs: None })
     }
 
@@ -67,6 +67,25 @@ impl Model {
         let all = self.attention.kinds.len();
         ensure!(layers <= all, "--dense-layers: expected at most {all}, the model's layers; got {layers}");
         self.attention.dense_layers = layers;
+        Ok(self)
+    }
+
+    /// Has some layers select another number of keys than the others. Nothing must have been read yet.
+    pub fn with_heavy_layers(mut self, budgets: &[LayerBudget]) -> Result<Self> {
+        let mut pending: Vec<_> = (0..self.caches.len()).collect();
+        for budget in budgets {
+            let (LayerBudget { layers, heavy }, all) = (budget, self.caches.len());
+            ensure!(*layers.end() < all, "--heavy-layers {budget}: expected layers below {all}, the model's");
+            let selects = layers.clone().any(|layer| self.attention.is_sparse(layer));
+            ensure!(selects, "--heavy-layers {budget}: none of these layers selects keys");
+            for layer in layers.clone() {
+                let is_first = pending.iter().position(|&other| other == layer).map(|at| pending.remove(at));
+                ensure!(is_first.is_some(), "--heavy-layers {budget}: layer {layer} has two budgets");
+                let cache = &mut self.caches[layer];
+                let pq = self.attention.set(layer, PqConfig { heavy: *heavy, ..cache.config().clone() })?;
+                *cache = pq.new_cache(cache.dims(), cache.capacity(), cache.dtype(), self.decoder.device())?;
+            }
+        }
         Ok(self)
     }
 
@@ -146,7 +165,8 @@ impl Model {
 /// How each layer attends.
 #[derive(Clone)]
 struct Attention {
-    pq: PqAttention,
+    /// One a layer. Those of equal configs are one, and have the same buffers.
+    pq: Vec<PqAttention>,
     scale: f32,
     kinds: Vec<LayerKind>,
     /// The first so many layers attend to all keys.
@@ -154,10 +174,20 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(config: &ModelConfig, pq: PqConfig) -> Result<Self> {
+    fn new(config: &ModelConfig, pq: impl Fn(usize) -> PqConfig) -> Result<Self> {
         let scale = config.attention_scale();
         let kinds = (0..config.layers).map(|layer| config.layer_kind(layer)).collect();
-        Ok(Self { pq: PqAttention::new(pq, scale)?, scale, kinds, dense_layers: 0 })
+        let first = PqAttention::new(pq(0), scale)?;
+        let mut attention = Self { pq: vec![first; config.layers], scale, kinds, dense_layers: 0 };
+        (1..config.layers).try_for_each(|layer| attention.set(layer, pq(layer)).map(|_| ()))?;
+        Ok(attention)
+    }
+
+    /// Gives a layer a config of its own.
+    fn set(&mut self, layer: usize, pq: PqConfig) -> Result<&PqAttention> {
+        let equal = self.pq.iter().find(|other| *other.config() == pq).cloned();
+        self.pq[layer] = equal.map_or_else(|| PqAttention::new(pq, self.scale), Ok)?;
+        Ok(&self.pq[layer])
     }
 
     fn has_windows(&self) -> bool {
@@ -173,7 +203,7 @@ impl Attention {
         match self.kinds[layer] {
             LayerKind::Sliding(window) => n.min(window),
             _ if dense || !self.is_sparse(layer) => n,
-            _ => self.pq.config().attended(n),
+            _ => self.pq[layer].config().attended(n),
         }
     }
 
@@ -181,8 +211,8 @@ impl Attention {
         let [q, k, v] = qkv;
         Ok(match self.kinds[layer] {
             LayerKind::Sliding(window) => sliding::attend(q, k, v, cache, window, self.scale)?,
-            _ if dense || !self.is_sparse(layer) => self.pq.forward_dense(q, k, v, cache)?,
-            _ => self.pq.forward(q, k, v, cache)?,
+            _ if dense || !self.is_sparse(layer) => self.pq[layer].forward_dense(q, k, v, cache)?,
+            _ => self.pq[layer].forward(q, k, v, cache)?,
         })
     }
 }
@@ -240,6 +270,7 @@ mod tests {
         let expected = naive_logits(config, &tensors, &TOKENS)?;
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("tiny.gguf");
+        let architecture = architecture.trim_end_matches("_text");
         write_gguf(&file, architecture, config, &tensors, &gguf_metadata(architecture, config, "smollm"))?;
         assert_near(&logits(load(&file, DType::F32)?)?, &expected, 1e-4, &format!("{architecture}, GGUF"));
         Ok(())
@@ -267,7 +298,7 @@ mod tests {
         check("phi3", &config)?;
         let divisors = (1..=config.head_dim / 2).map(|i| 0.7 * i as f64).collect();
         let rope_scaling = RopeScaling::LongRope { divisors, attention_factor: 1.2 };
-        check_directory("phi3", &ModelConfig { rope_scaling, ..config })
+        check("phi3", &ModelConfig { rope_scaling, ..config })
     }
 
     #[test]
@@ -292,7 +323,9 @@ mod tests {
             let layer_kinds = vec![LayerKind::Sliding(window), LayerKind::Global, LayerKind::Sliding(window)];
             check_directory("gemma3_text", &ModelConfig { layer_kinds, ..gemma3() })?;
         }
-        Ok(())
+        // GGUF has no key for another scale than the usual.
+        let query_pre_attn_scalar = Some(gemma3().head_dim as f64);
+        check("gemma3_text", &ModelConfig { query_pre_attn_scalar, ..gemma3() })
     }
 
     #[test]

@@ -104,6 +104,25 @@ fn mistral() -> Result<()> {
 }
 
 #[test]
+fn mistral_with_a_sliding_window() -> Result<()> {
+    // Shorter than the prompt.
+    let window = 10;
+    let config = ModelConfig { layer_kinds: vec![LayerKind::Sliding(window); 2], ..tiny_config() };
+    // The original sees a key more than its window has, and in a decode step all: each step is a prompt to it.
+    compare("mistral", &config, json!({ "sliding_window": window - 1 }), |fields, weights| {
+        let mut model = mistral::Model::new(&serde_json::from_str(fields)?, weights)?;
+        let mut read: Option<Tensor> = None;
+        Ok(Box::new(move |tokens, _| {
+            let all = read.iter().chain([tokens]).cloned().collect::<Vec<_>>();
+            let all = Tensor::cat(&all, 1)?;
+            read = Some(all.clone());
+            model.clear_kv_cache();
+            model.forward(&all, 0)
+        }))
+    })
+}
+
+#[test]
 fn qwen2() -> Result<()> {
     for tied_embeddings in [false, true] {
         let config = ModelConfig { qkv_bias: true, tied_embeddings, ..square() };

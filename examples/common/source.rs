@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use candle_core::quantized::gguf_file::Content;
+use candle_core::{DType, Device};
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 
 use crate::common::config::ModelConfig;
@@ -73,8 +74,8 @@ impl Checkpoint {
     /// The model's dimensions.
     pub fn config(&mut self) -> Result<ModelConfig> {
         let config = match self {
-            Self::Gguf(gguf) => {
-                gguf.rope_divisors().and_then(|divisors| ModelConfig::from_gguf(&gguf.content, divisors))
+            Self::Gguf(Gguf { content, file, .. }) => {
+                ModelConfig::from_gguf(content, |name| vector(content, file, name))
             }
             Self::Directory(path) => read(&path.join("config.json")).and_then(|text| ModelConfig::from_json(&text)),
         };
@@ -82,16 +83,13 @@ impl Checkpoint {
     }
 }
 
-impl Gguf {
-    fn rope_divisors(&mut self) -> Result<Option<Vec<f64>>> {
-        const NAME: &str = "rope_freqs.weight";
-        if !self.content.tensor_infos.contains_key(NAME) {
-            return Ok(None);
-        }
-        let device = candle_core::Device::Cpu;
-        let divisors = self.content.tensor(&mut self.file, NAME, &device)?.dequantize(&device)?;
-        Ok(Some(divisors.to_dtype(candle_core::DType::F64)?.to_vec1()?))
+/// A tensor's numbers, if it is there.
+fn vector(content: &Content, file: &mut BufReader<File>, name: &str) -> Result<Option<Vec<f64>>> {
+    if !content.tensor_infos.contains_key(name) {
+        return Ok(None);
     }
+    let tensor = content.tensor(file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+    Ok(Some(tensor.to_dtype(DType::F64)?.to_vec1()?))
 }
 
 /// A text file, with its path in the error.

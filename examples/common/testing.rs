@@ -157,11 +157,11 @@ fn config_json(model_type: &str, config: &ModelConfig) -> Json {
         "max_position_embeddings": config.context, "tie_word_embeddings": config.tied_embeddings, "eos_token_id": 0,
         "no_rope_layers": (0..config.layers).map(rotated).collect::<Vec<_>>(),
     });
+    let windows: Vec<_> = (0..config.layers).map(|layer| window(config.layer_kind(layer))).collect();
+    json["sliding_window"] = windows.iter().flatten().next().copied().into();
     if config.gemma {
-        let windows: Vec<_> = (0..config.layers).map(|layer| window(config.layer_kind(layer))).collect();
         let layer_type = |window: &Option<usize>| if window.is_some() { "sliding_attention" } else { "full_attention" };
         json["layer_types"] = windows.iter().map(layer_type).collect();
-        json["sliding_window"] = windows.iter().flatten().next().copied().into();
         json["query_pre_attn_scalar"] = config.query_pre_attn_scalar.map(|scalar| scalar as usize).into();
         json["rope_local_base_freq"] = config.local_rope_theta.into();
         json["hidden_activation"] = "gelu_pytorch_tanh".into();
@@ -195,7 +195,26 @@ pub fn gguf_metadata(architecture: &str, config: &ModelConfig, pre: &str) -> Vec
     let token_type = |index| Value::I32(if index < SPECIALS.len() { 3 } else { 1 });
     let own = |name: &str, value| (format!("{architecture}.{name}"), value);
     let tokenizer = |name: &str, value| (format!("tokenizer.ggml.{name}"), value);
-    vec![
+    let float = |n: f64| Value::F32(n as f32);
+    let scaling = match &config.rope_scaling {
+        RopeScaling::Linear(factor) => {
+            vec![own("rope.scaling.type", Value::String("linear".into())), own("rope.scaling.factor", float(*factor))]
+        }
+        RopeScaling::LongRope { attention_factor, .. } => vec![
+            own("rope.scaling.original_context_length", integer(config.context / 2)),
+            own("rope.scaling.attn_factor", float(*attention_factor)),
+        ],
+        _ => vec![],
+    };
+    let global = config.layer_kinds.iter().position(|kind| *kind == LayerKind::Global);
+    let sliding = config.layer_kinds.iter().find_map(|kind| window(*kind)).into_iter().flat_map(|window| {
+        [
+            own("attention.sliding_window", integer(window)),
+            own("attention.sliding_window_pattern", integer(global.map_or(1, |layer| layer + 1))),
+        ]
+    });
+    let local = config.local_rope_theta.map(|theta| own("rope.freq_base_swa", float(theta)));
+    let common = vec![
         ("general.architecture".into(), Value::String(architecture.into())),
         own("block_count", integer(config.layers)),
         own("context_length", integer(config.context)),
@@ -213,7 +232,8 @@ pub fn gguf_metadata(architecture: &str, config: &ModelConfig, pre: &str) -> Vec
         tokenizer("token_type", Value::Array((0..config.vocab_size).map(token_type).collect())),
         tokenizer("bos_token_id", Value::U32(1)),
         tokenizer("eos_token_id", Value::U32(0)),
-    ]
+    ];
+    common.into_iter().chain(scaling).chain(sliding).chain(local).collect()
 }
 
 /// Writes a GGUF file of f32 tensors, those of some architectures interleaved as is the custom there.
@@ -245,23 +265,35 @@ pub fn write_gguf_of(
                 .reshape(tensor.shape())?,
             false => tensor.clone(),
         };
+        // Gemma's norms have their 1 there.
+        let tensor = if config.gemma && name.ends_with("norm.weight") { (tensor + 1.)? } else { tensor };
         let dtype = if tensor.rank() == 2 { dtype } else { GgmlDType::F32 };
-        Ok((gguf_name(name), QTensor::quantize(&tensor, dtype)?))
+        Ok((gguf_name(name, config.gemma), QTensor::quantize(&tensor, dtype)?))
     });
-    let renamed = renamed.collect::<Result<Vec<_>>>()?;
+    let mut renamed = renamed.collect::<Result<Vec<_>>>()?;
+    if let RopeScaling::LongRope { divisors, .. } = &config.rope_scaling {
+        let divisors: Vec<f32> = divisors.iter().map(|&divisor| divisor as f32).collect();
+        let divisors = Tensor::from_vec(divisors, config.head_dim / 2, &Device::Cpu)?;
+        for (name, divisors) in [("long", divisors.clone()), ("short", divisors.ones_like()?)] {
+            let divisors = QTensor::quantize(&divisors, GgmlDType::F32)?;
+            renamed.push((format!("rope_factors_{name}.weight"), divisors));
+        }
+    }
     let renamed: Vec<_> = renamed.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let metadata: Vec<_> = metadata.iter().map(|(name, value)| (name.as_str(), value)).collect();
     Ok(gguf_file::write(&mut File::create(path)?, &metadata, &renamed)?)
 }
 
-fn gguf_name(name: &str) -> String {
+fn gguf_name(name: &str, gemma: bool) -> String {
     [
+        ("post_attention_layernorm", if gemma { "post_attention_norm" } else { "ffn_norm" }),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
         ("model.layers", "blk"),
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),
         ("lm_head", "output"),
         ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
         ("self_attn.o_proj", "attn_output"),
         ("mlp.gate_up_proj", "ffn_up"),
         ("self_attn.", "attn_"),

@@ -34,7 +34,7 @@ pub struct Weights {
 }
 
 enum Store {
-    Gguf { gguf: Gguf, interleaved_head_dim: Option<usize> },
+    Gguf { gguf: Gguf, interleaved_head_dim: Option<usize>, gemma: bool },
     Safetensors(HashMap<String, Tensor>),
 }
 
@@ -69,6 +69,11 @@ impl Weights {
         &self.device
     }
 
+    /// Whether norms have the 1 that Gemma leaves out: in GGUF they do.
+    pub fn has_whole_norms(&self) -> bool {
+        matches!(self.store, Store::Gguf { .. })
+    }
+
     /// The tensor of that name and shape, in the stored type.
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.store.take(name, &self.device)?;
@@ -93,13 +98,13 @@ impl Store {
     fn gguf(gguf: Gguf, config: &ModelConfig) -> Self {
         let architecture = gguf.content.metadata.get("general.architecture").and_then(|name| name.to_string().ok());
         let interleaved = architecture.is_some_and(|name| INTERLEAVED.contains(&name.as_str()));
-        Self::Gguf { gguf, interleaved_head_dim: interleaved.then_some(config.head_dim) }
+        Self::Gguf { gguf, interleaved_head_dim: interleaved.then_some(config.head_dim), gemma: config.gemma }
     }
 
     /// None where the tensor is not quantised, or not there.
     fn take_quantized(&mut self, name: &str, device: &Device) -> Result<Option<QTensor>> {
-        let Self::Gguf { gguf, interleaved_head_dim } = self else { return Ok(None) };
-        let Some(gguf_name) = gguf_name(name) else { return Ok(None) };
+        let Self::Gguf { gguf, interleaved_head_dim, gemma } = self else { return Ok(None) };
+        let Some(gguf_name) = gguf_name(name, *gemma) else { return Ok(None) };
         let dtype = gguf.content.tensor_infos.get(&gguf_name).map(|info| info.ggml_dtype);
         if matches!(dtype, None | Some(GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16)) {
             return Ok(None);
@@ -115,8 +120,8 @@ impl Store {
         let missing = || format!("the model lacks the tensor {name}");
         match self {
             Self::Safetensors(tensors) => tensors.remove(name).with_context(missing),
-            Self::Gguf { gguf, interleaved_head_dim } => {
-                let gguf_name = gguf_name(name).with_context(missing)?;
+            Self::Gguf { gguf, interleaved_head_dim, gemma } => {
+                let gguf_name = gguf_name(name, *gemma).with_context(missing)?;
                 ensure!(gguf.content.tensor_infos.contains_key(&gguf_name), "{} ({gguf_name})", missing());
                 let tensor = gguf.content.tensor(&mut gguf.file, &gguf_name, device)?.dequantize(device)?;
                 match interleaved_head_dim {
@@ -172,7 +177,7 @@ fn deinterleave_quantized(projection: &QTensor, head_dim: usize) -> Result<QTens
 }
 
 /// Names in a Hugging Face checkpoint and in GGUF, less the layer before and `.weight` or `.bias` after.
-const NAMES: [(&str, &str); 16] = [
+const NAMES: [(&str, &str); 18] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
@@ -185,14 +190,20 @@ const NAMES: [(&str, &str); 16] = [
     ("self_attn.q_norm", "attn_q_norm"),
     ("self_attn.k_norm", "attn_k_norm"),
     ("post_attention_layernorm", "ffn_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
     ("mlp.gate_up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
 ];
 
-fn gguf_name(name: &str) -> Option<String> {
-    let translate = |part: &str| NAMES.iter().find(|(hf, _)| *hf == part).map(|(_, gguf)| *gguf);
+fn gguf_name(name: &str, gemma: bool) -> Option<String> {
+    let translate = |part: &str| match part {
+        // Not the one before the MLP, as that of others is.
+        "post_attention_layernorm" if gemma => Some("post_attention_norm"),
+        _ => NAMES.iter().find(|(hf, _)| *hf == part).map(|(_, gguf)| *gguf),
+    };
     let (stem, kind) = name.rsplit_once('.')?;
     match stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
         Some((layer, part)) => Some(format!("blk.{layer}.{}.{kind}", translate(part)?)),
@@ -212,9 +223,11 @@ mod tests {
             ("model.layers.12.self_attn.q_proj.bias", "blk.12.attn_q.bias"),
             ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
         ] {
-            assert_eq!(gguf_name(hf).as_deref(), Some(gguf));
+            assert_eq!(gguf_name(hf, false).as_deref(), Some(gguf));
         }
-        assert_eq!(gguf_name("model.layers.0.mystery.weight"), None);
+        let norm = "model.layers.0.post_attention_layernorm.weight";
+        assert_eq!(gguf_name(norm, true).as_deref(), Some("blk.0.post_attention_norm.weight"));
+        assert_eq!(gguf_name("model.layers.0.mystery.weight", false), None);
     }
 
     #[test]

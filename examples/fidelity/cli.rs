@@ -7,6 +7,7 @@ use candle_pq_attn::{Heavy, PqConfig};
 use clap::{Parser, ValueEnum};
 
 use crate::common::cli::{at_least_one, heavy};
+use crate::common::config::ModelConfig;
 use crate::common::text::Text;
 use crate::methods;
 
@@ -28,7 +29,7 @@ use crate::methods;
 #[command(name = "fidelity", args_override_self = true, after_help = methods::HELP, verbatim_doc_comment)]
 pub struct Args {
     /// smollm2 (fetched once with pip), a GGUF file, a directory in the layout of Hugging Face, or ORG/NAME on its hub:
-    /// Llama, Mistral, Qwen2, Qwen3, Phi-3 or SmolLM3
+    /// Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3 or Gemma 3. Layers with a sliding window stay as they are
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
     /// The text; several files are read one after the other [default: a chapter of the Rust book]
@@ -95,13 +96,22 @@ pub enum Layers {
 }
 
 impl Layers {
-    /// Their numbers in a model of so many layers.
-    pub fn of(&self, layers: usize) -> Result<Vec<usize>> {
+    /// Their numbers in a model, of whose layers those with a sliding window are no matter here.
+    pub fn of(&self, model: &ModelConfig) -> Result<Vec<usize>> {
+        let layers = model.layers;
+        let global: Vec<_> = (0..layers).filter(|&layer| model.window(layer).is_none()).collect();
+        ensure!(!global.is_empty(), "--model: expected layers that attend to all keys, got a sliding window in each");
         match self {
-            Self::All => Ok((0..layers).collect()),
+            Self::All => Ok(global),
             Self::These(these) => {
                 let beyond = these.iter().find(|&&layer| layer >= layers);
                 ensure!(beyond.is_none(), "--layers: expected numbers below {layers}, got {}", beyond.unwrap_or(&0));
+                let slides = these.iter().find(|layer| !global.contains(layer));
+                ensure!(
+                    slides.is_none(),
+                    "--layers: expected some of {global:?}, which attend to all keys; got {}, which has a sliding window",
+                    slides.unwrap_or(&0)
+                );
                 Ok(these.clone())
             }
         }

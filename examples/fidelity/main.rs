@@ -20,10 +20,9 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device};
 
 use cli::{Args, Measure};
-use common::config::LayerKind;
 use common::decoder::Decoder;
-use common::decoding::bar;
 use common::source::Checkpoint;
+use common::terminal::bar;
 use common::tokenizer::Codec;
 use common::weights::Weights;
 use measure::Task;
@@ -57,16 +56,13 @@ fn measure(args: &Args) -> Result<Report> {
     let text = args.text()?;
     let mut checkpoint = Checkpoint::open(&args.model)?;
     let config = checkpoint.config()?;
-    let windows = config.layer_kinds.iter().any(|kind| matches!(kind, LayerKind::Sliding(_)));
-    ensure!(!windows, "--model: expected one whose layers attend to all keys, got one with a sliding window");
-    let layers = args.layers.of(config.layers)?;
+    let layers = args.layers.of(&config)?;
     let tokens = tokens(args, &Codec::new(&mut checkpoint)?.encode_plain(&text.content)?, config.context)?;
     let decoder = Decoder::new(&config, Weights::new(checkpoint, &config, DType::F32, &Device::Cpu)?)?;
 
     let reading = bar(tokens.len() - 1, "{msg} {wide_bar} {pos}/{len} tokens, {eta} left")?;
     reading.set_message("dense attention");
-    let dims = [config.layers, config.kv_heads, config.head_dim];
-    let subject = Subject::read(decoder, dims, tokens, args.prompt_tokens, &reading)?;
+    let subject = Subject::read(decoder, &config, tokens, args.prompt_tokens, &reading)?;
     reading.finish_and_clear();
 
     let train_keys = args.train_tokens.unwrap_or(args.prompt_tokens).min(args.prompt_tokens);

@@ -24,14 +24,14 @@ impl Task<'_> {
     /// Steps of the progress bar that a method takes.
     pub fn steps(&self, method: &dyn Method) -> usize {
         let budgets = self.budgets(method).len();
-        let predicted = if self.whole_model { budgets * self.subject.layers() } else { 0 };
+        let predicted = if self.whole_model { budgets * self.subject.global_layers().len() } else { 0 };
         self.trained().len() + budgets * self.layers.len() + predicted
     }
 
     /// Layers in which methods have something to do.
     fn trained(&self) -> Vec<usize> {
         match self.whole_model {
-            true => (0..self.subject.layers()).collect(),
+            true => self.subject.global_layers(),
             false => self.layers.clone(),
         }
     }

@@ -6,9 +6,11 @@ use candle_pq_attn::{PqAttention, PqConfig};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use crate::attend::Queries;
+use crate::attend::{attend, Plan, Queries};
+use crate::common::config::ModelConfig;
 use crate::common::decoder::Decoder;
 use crate::common::logits::{argmax, kl, log_softmax};
+use crate::common::sliding;
 
 /// Tokens a step of the prefill.
 const CHUNK: usize = 512;
@@ -21,6 +23,8 @@ pub struct Subject {
     tokens: Vec<u32>,
     prompt: usize,
     layers: Vec<Captured>,
+    /// Of each layer, where it has one that slides.
+    windows: Vec<Option<usize>>,
     /// Logits after each token behind the prefill, `[tokens, vocab]`.
     logits: Tensor,
 }
@@ -49,20 +53,25 @@ impl Subject {
     /// Reads `tokens`: a prefill of `prompt` and all but the last of the others, which are to be predicted.
     pub fn read(
         decoder: Decoder,
-        dims: [usize; 3],
+        config: &ModelConfig,
         tokens: Vec<u32>,
         prompt: usize,
         bar: &ProgressBar,
     ) -> Result<Self> {
-        let [layers, kv_heads, head_dim] = dims;
+        let &ModelConfig { layers, kv_heads, head_dim, .. } = config;
+        let windows: Vec<_> = (0..layers).map(|layer| config.window(layer)).collect();
         ensure!(prompt + 2 <= tokens.len(), "expected at least 1 token after {prompt} and one to predict");
-        let scale = 1. / (head_dim as f32).sqrt();
+        let scale = config.attention_scale();
         let attention = PqAttention::new(PqConfig { pq_dim: 1, ..PqConfig::default() }, scale)?;
         let read = tokens.len() - 1;
         let cache = |_| attention.new_cache([1, kv_heads, head_dim], read, DType::F32, &Device::Cpu);
         let mut caches = (0..layers).map(cache).collect::<candle_core::Result<Vec<_>>>()?;
         let mut dense = |layer: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
-            Ok(attention.forward_dense(q, k, v, &mut caches[layer])?)
+            let cache = &mut caches[layer];
+            Ok(match windows[layer] {
+                Some(window) => sliding::attend(q, k, v, cache, window, scale)?,
+                None => attention.forward_dense(q, k, v, cache)?,
+            })
         };
         let mut queries = vec![Vec::new(); layers];
         let mut captured = |layer: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
@@ -82,11 +91,16 @@ impl Subject {
             Ok(Captured { queries: Tensor::cat(&queries, 1)?, keys, values })
         });
         let layers = captured.collect::<Result<_>>()?;
-        Ok(Self { decoder, scale, tokens, prompt, layers, logits })
+        Ok(Self { decoder, scale, tokens, prompt, layers, windows, logits })
     }
 
     pub fn layers(&self) -> usize {
         self.layers.len()
+    }
+
+    /// Layers that attend to all keys.
+    pub fn global_layers(&self) -> Vec<usize> {
+        (0..self.layers()).filter(|&layer| self.windows[layer].is_none()).collect()
     }
 
     pub fn head_dim(&self) -> Result<usize> {
@@ -121,9 +135,9 @@ impl Subject {
         self.compare(&self.logits)
     }
 
-    /// Predictions with every layer's attention replaced behind the prefill. All tokens go through a layer at once: what
+    /// Predictions with the attention of every layer but those with a sliding window replaced behind the prefill. All tokens go through a layer at once: what
     /// a query gets depends on the keys up to its own position, so it is the same as token by token.
-    pub fn predict(&self, mut attend: impl FnMut(usize, &Queries) -> Result<Tensor>) -> Result<Predictions> {
+    pub fn predict(&self, mut instead: impl FnMut(usize, &Queries) -> Result<Tensor>) -> Result<Predictions> {
         let read = self.keys();
         let hidden = self.decoder.forward(&self.tokens[self.prompt..read], self.prompt, |layer, q, k, v| {
             let q = q.squeeze(0)?.contiguous()?;
@@ -132,7 +146,12 @@ impl Subject {
                 Tensor::cat(&[prefill.narrow(1, 0, self.prompt)?, new.squeeze(0)?.contiguous()?], 1)
             };
             let (keys, values) = (with(keys, k)?, with(values, v)?);
-            Ok(attend(layer, &Queries { q: &q, keys: &keys, values: &values, scale: self.scale })?.unsqueeze(0)?)
+            let queries = Queries { q: &q, keys: &keys, values: &values, scale: self.scale };
+            let out = match self.windows[layer] {
+                Some(window) => attend(&queries, &Plan { sink: 0, window, choose: None, tail: None })?.out,
+                None => instead(layer, &queries)?,
+            };
+            Ok(out.unsqueeze(0)?)
         })?;
         self.compare(&self.decoder.logits(&hidden)?.squeeze(0)?)
     }

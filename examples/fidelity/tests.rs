@@ -249,13 +249,36 @@ fn ties_go_to_the_lower_position() {
 
 /// A model of random weights that has read 600 random tokens and 40 more.
 fn tiny() -> Result<Subject> {
-    let config = ModelConfig { context: 1024, ..tiny_config() };
+    subject("llama", &ModelConfig { context: 1024, ..tiny_config() })
+}
+
+fn subject(model_type: &str, config: &ModelConfig) -> Result<Subject> {
     let directory = tempfile::tempdir()?;
-    write_directory(directory.path(), "llama", &config, &tiny_tensors(&config)?, 1)?;
+    write_directory(directory.path(), model_type, config, &tiny_tensors(config)?, 1)?;
     let checkpoint = Checkpoint::open(directory.path().to_str().unwrap())?;
-    let decoder = Decoder::new(&config, Weights::new(checkpoint, &config, DType::F32, &Device::Cpu)?)?;
+    let decoder = Decoder::new(config, Weights::new(checkpoint, config, DType::F32, &Device::Cpu)?)?;
     let tokens = (0..641u32).map(|i| i.wrapping_mul(2_654_435_761) % 250).collect();
-    Subject::read(decoder, [config.layers, config.kv_heads, config.head_dim], tokens, 600, &ProgressBar::hidden())
+    Subject::read(decoder, config, tokens, 600, &ProgressBar::hidden())
+}
+
+/// With a window in the first of two layers.
+fn sliding() -> ModelConfig {
+    let layer_kinds = vec![LayerKind::Sliding(8), LayerKind::Global];
+    let gemma = ModelConfig { gemma: true, qk_norm: true, tied_embeddings: true, ..tiny_config() };
+    ModelConfig { context: 1024, layer_kinds, query_pre_attn_scalar: Some(16.), local_rope_theta: Some(100.), ..gemma }
+}
+
+#[test]
+fn layers_with_a_window_stay_as_they_are() -> Result<()> {
+    let subject = subject("gemma3_text", &sliding())?;
+    let mut replaced = Vec::new();
+    let same = subject.predict(|layer, queries| {
+        replaced.push(layer);
+        Ok(dense(queries)?.out)
+    })?;
+    assert_eq!((replaced, subject.global_layers()), (vec![1], vec![1]));
+    assert!(same.kl < 1e-8 && same.top1_agreement == 1., "{same:?}");
+    Ok(())
 }
 
 #[test]
@@ -529,10 +552,16 @@ fn a_run_has_a_table_json_and_a_plot() -> Result<()> {
         let error = format!("{:#}", run(args).unwrap_err());
         assert!(error.contains(expected), "{args:?}: {error}");
     }
-    let layer_kinds = vec![LayerKind::Sliding(8), LayerKind::Global];
-    let gemma3 = ModelConfig { gemma: true, layer_kinds, ..config };
+    let gemma3 = sliding();
     write_directory(directory.path(), "gemma3_text", &gemma3, &tiny_tensors(&gemma3)?, 1)?;
-    assert!(run(&[]).unwrap_err().to_string().contains("got one with a sliding window"));
-    assert_eq!(Layers::All.of(3)?, [0, 1, 2]);
+    let small = ["--prompt-tokens", "500", "--methods", "ours", "--heavy", "5%"];
+    let error = run(&[&small[..], &["--layers", "0,1"]].concat()).unwrap_err().to_string();
+    assert!(error.contains("expected some of [1], which attend to all keys; got 0"), "{error}");
+    let report = run(&small)?;
+    let layers: Vec<_> = report.methods[0].runs[0].layers.iter().map(|layer| layer.layer).collect();
+    assert!(layers == [1] && report.methods[0].runs[0].model.is_some());
+    let all = ModelConfig { layers: 3, layer_kinds: vec![LayerKind::Sliding(8); 3], ..config };
+    assert!(Layers::All.of(&all).unwrap_err().to_string().contains("got a sliding window in each"));
+    assert_eq!(Layers::All.of(&ModelConfig { layer_kinds: vec![], ..all })?, [0, 1, 2]);
     Ok(())
 }

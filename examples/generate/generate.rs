@@ -1,5 +1,6 @@
 //! An answer, and the comparison of sparse with dense.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use anyhow::{ensure, Result};
@@ -29,7 +30,7 @@ pub fn answer(
     request: Request,
     logits: Vec<f32>,
     dense: bool,
-    emit: impl FnMut(&str) -> Result<()>,
+    emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
     check: Option<Check>,
 ) -> Result<Outcome> {
     let index_time = (!dense).then(|| build_index(model)).transpose()?;
@@ -65,7 +66,7 @@ pub fn compare(
     model: &mut Model,
     request: Request,
     logits: Vec<f32>,
-    emit: impl FnMut(&str) -> Result<()>,
+    emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
 ) -> Result<Outcome> {
     const NO_STEP: &str = "the answer has no decode step to compare: give another prompt or --sample-len";
     ensure!(request.limit > 1, NO_STEP);

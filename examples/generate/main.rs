@@ -11,6 +11,7 @@ mod generate;
 mod parity;
 mod report;
 
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::{ensure, Result};
@@ -51,7 +52,7 @@ fn report(args: &Args) -> Result<Report> {
     let limit = room(prompt.len(), args.sample_len, config.context)?;
     let model_on = |checkpoint, device| {
         let weights = args.model.load(checkpoint, &config, device)?;
-        Model::new(&config, weights, &pq, prompt.len() + limit)?.with_dense_layers(args.index.dense_layers)
+        args.index.set_layers(Model::new(&config, weights, &pq, prompt.len() + limit)?)
     };
     let mut model = model_on(checkpoint, &args.model.device)?;
     if args.graph {
@@ -60,7 +61,10 @@ fn report(args: &Args) -> Result<Report> {
 
     let (logits, prefill_time) = prefill(&mut model, &prompt)?;
     let request = Request { codec: &codec, sampler: Sampler::new(args.seed, args.temperature, args.top_p), limit };
-    let emit = |text: &str| if args.json { Ok(()) } else { print(text) };
+    let emit = |text: &str| {
+        let shown = if args.json { Ok(()) } else { print(text) };
+        shown.map(ControlFlow::Continue)
+    };
     let outcome = match args.attention {
         Attention::Both => compare(&mut model, request, logits, emit)?,
         attention => {
@@ -149,6 +153,19 @@ mod tests {
     }
 
     #[test]
+    fn layers_can_have_budgets_of_their_own() -> Result<()> {
+        let args = ["--prompt", &prompt(), "--sample-len", "5"];
+        let run = |budgets: &[&str]| tiny(&[&args[..], budgets].concat());
+        let few = run(&["--heavy", "8"])?.attended_fraction;
+        let many = run(&["--heavy", "50%"])?.attended_fraction;
+        let mixed = run(&["--heavy", "8", "--heavy-layers", "1=50%"])?.attended_fraction;
+        assert!(few < many && (mixed - (few + many) / 2.).abs() < 1e-9, "{few} {mixed} {many}");
+        assert_eq!(run(&["--heavy", "8", "--heavy-layers", "0=50%,1=50%"])?.attended_fraction, many);
+        assert_eq!(run(&["--heavy", "50%", "--heavy-layers", "0-1=8"])?.attended_fraction, few);
+        Ok(())
+    }
+
+    #[test]
     fn both_compares() -> Result<()> {
         let few = tiny(&["--prompt", &prompt(), "--attention", "both", "--heavy", "8", "--sample-len", "20"])?;
         let comparison = few.comparison.unwrap();
@@ -206,6 +223,15 @@ mod tests {
             (&["--prompt-file", "none.txt"], "cannot read none.txt"),
             (&["--pq-bits", "9"], "pq_bits: expected 1 to 8, got 9"),
             (&["--pq-dim", "5"], "pq_dim: expected a divisor of head_dim 16, got 5"),
+            (
+                &["--prompt", "x", "--heavy-layers", "1-2=5%"],
+                "--heavy-layers 1-2=5%: expected layers below 2, the model's",
+            ),
+            (&["--prompt", "x", "--heavy-layers", "0-1=5%,1=9"], "--heavy-layers 1=9: layer 1 has two budgets"),
+            (
+                &["--prompt", "x", "--heavy-layers", "0=5%", "--dense-layers", "1"],
+                "--heavy-layers 0=5%: none of these layers selects keys",
+            ),
             (&["--attention", "both", "--temperature", "1"], "leave out --temperature"),
             (&["--attention", "both", "--check-on", "cpu"], "leave out --attention both"),
             (&["--attention", "both", "--prompt", "x", "--sample-len", "1"], "no decode step to compare"),
@@ -222,6 +248,8 @@ mod tests {
             (&["--heavy", "0%"][..], "'0%' for '--heavy <N|P%>'"),
             (&["--heavy", "0"], "at least 1 key"),
             (&["--heavy", "101%"], "at most 100%"),
+            (&["--heavy-layers", "3=0"], "at least 1 key"),
+            (&["--heavy-layers", "5%"], "expected layers and what they select, such as 0-3=5% or 10=512"),
             (&["--heavy", "some"], "a number of keys such as 512 or a share such as 2%"),
             (&["--attention", "fast"], "[possible values: sparse, dense, both]"),
             (&["--selection", "all"], "[possible values: query-head, kv-head]"),

@@ -19,9 +19,9 @@ use rand::rngs::StdRng;
 use rand::SeedableRng;
 
 use cli::{Args, Length};
-use common::decoding::bar;
 use common::model::Model;
 use common::source::Checkpoint;
+use common::terminal::bar;
 use common::tokenizer::Codec;
 use haystack::{Haystack, Hidden, Needle};
 use report::{Cell, Report};
@@ -58,7 +58,7 @@ fn search(args: &Args) -> Result<Report> {
     let prompts = || places.iter().flat_map(|place| &place.hidden.prompts);
     let capacity = prompts().map(Vec::len).max().unwrap_or(0) + args.sample_len;
     let weights = args.model.load(checkpoint, &config, &args.model.device)?;
-    let model = Model::new(&config, weights, &pq, capacity)?.with_dense_layers(args.index.dense_layers)?;
+    let model = args.index.set_layers(Model::new(&config, weights, &pq, capacity)?)?;
     let mut search = Search { model, codec: &codec, limit: args.sample_len, read: Vec::new() };
 
     let bar = bar(work(prompts(), args.sample_len), "{msg} {wide_bar} {percent}%, {eta} left")?;
@@ -79,6 +79,7 @@ fn search(args: &Args) -> Result<Report> {
         seed: args.seed,
         index: pq,
         dense_layers: args.index.dense_layers,
+        heavy_layers: args.index.heavy_layers.iter().map(ToString::to_string).collect(),
         version: env!("CARGO_PKG_VERSION"),
         cells,
     })

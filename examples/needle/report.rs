@@ -19,6 +19,8 @@ pub struct Report {
     pub seed: u64,
     pub index: PqConfig,
     pub dense_layers: usize,
+    /// As on the command line.
+    pub heavy_layers: Vec<String>,
     pub version: &'static str,
     /// By length, then by depth.
     pub cells: Vec<Cell>,

@@ -1,5 +1,7 @@
 //! Asking a model for needles, with dense and with sparse attention.
 
+use std::ops::ControlFlow;
+
 use anyhow::Result;
 use indicatif::ProgressBar;
 
@@ -42,7 +44,7 @@ impl Search<'_> {
 
     fn answer(&mut self, needle: &Needle, logits: Vec<f32>, dense: bool) -> Result<Answer> {
         let request = Request { codec: self.codec, sampler: Sampler::new(0, 0., 1.), limit: self.limit };
-        let decoded = decode(&mut self.model, request, logits, dense, |_| Ok(()), |_| ())?;
+        let decoded = decode(&mut self.model, request, logits, dense, |_| Ok(ControlFlow::Continue(())), |_| ())?;
         let (found, attended) = (needle.is_in(&decoded.text), decoded.steps.attended_fraction());
         Ok(Answer { text: decoded.text, found, attended })
     }

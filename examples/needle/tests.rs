@@ -222,6 +222,7 @@ fn report(cells: &[(f64, bool, bool)]) -> Report {
         seed: 0,
         index: PqConfig::default(),
         dense_layers: 0,
+        heavy_layers: Vec::new(),
         version: "0",
         cells: cells.iter().map(cell).collect(),
     }
