@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_pq_attn::ops::{self, Selected};
+use candle_pq_attn::ops::{self, ClusterSums, Selected};
 use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
 use common::*;
 use proptest::prelude::*;
@@ -348,6 +348,48 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
 }
 
 /// Views of a cache are keys like any others.
+/// Counted to the byte: what an index with everything takes, and keys and codes up to the capacity.
+#[test]
+fn a_budget_is_all_that_is_reserved() -> Result<()> {
+    let inner_product = PqConfig { metric: Metric::InnerProduct, ..small() };
+    for (config, dtype) in [(small(), DType::F32), (with_tail(), DType::BF16), (inner_product, DType::F16)] {
+        let attn = PqAttention::new(config.clone(), 0.25)?;
+        let mut rng = Rng(3);
+        let (keys, q) = (rng.tensor(&[2, 2, 400, 16], dtype), rng.tensor(&[2, 4, 400, 16], dtype));
+        let run = |cache: &mut PqKvCache, from: usize, to: usize| {
+            let [q, kv] = [&q, &keys].map(|tensor| tensor.narrow(2, from, to - from));
+            let kv = kv?;
+            attn.forward(&q?, &kv, &kv, cache)
+        };
+        // What 400 keys take where there is room for no more; 400 is a multiple of 16.
+        let mut full = attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?;
+        run(&mut full, 0, 400)?;
+        full.build_index()?;
+        let fixed = full.codebook().map_or(0, Codebook::bytes) + full.clusters().map_or(0, ClusterSums::bytes);
+        let key = config.pq_dim + usize::from(config.coarse > 0);
+        let bytes = full.memory().kv_bytes + 2 * 2 * 400 * key + fixed;
+
+        assert!(attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?.with_max_bytes(bytes - 1).is_err());
+        let mut cache = attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu)?.with_max_bytes(bytes)?;
+        run(&mut cache, 0, 100)?;
+        assert_eq!(cache.capacity(), 256);
+        run(&mut cache, 100, 300)?;
+        assert_eq!(cache.capacity(), 400, "what is left, not the double");
+        let before = (cache.len(), cache.memory(), numbers(&cache.keys()?));
+        assert!(run(&mut cache, 0, 101).is_err());
+        assert_eq!((cache.len(), cache.memory(), numbers(&cache.keys()?)), before);
+        // It goes on as if nothing had been asked of it.
+        run(&mut cache, 300, 399)?;
+        let last = run(&mut cache, 399, 400)?;
+        let mut free = attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?;
+        for (from, to) in [(0, 100), (100, 300), (300, 399)] {
+            run(&mut free, from, to)?;
+        }
+        assert_same_bits(&last, &run(&mut free, 399, 400)?, "last step");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_cache_takes_its_own_keys() -> Result<()> {
     let keys = Rng(13).tensor(&[1, 2, 100, 16], DType::F32);
