@@ -15,10 +15,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::PqKvCache;
-use crate::codebook::Codebook;
+use crate::codebook::{at_path, check_shape, Codebook};
 use crate::config::PqConfig;
-
-const OP: &str = "load_caches";
 
 /// Raised by what an older version would read wrongly.
 const FORMAT: u32 = 1;
@@ -102,7 +100,9 @@ pub fn save_caches<'a>(
     }
     let metadata = [("caches", caches), ("about", about.to_string()), ("xxh3", sum.hex())];
     let metadata = metadata.map(|(name, text)| (name.to_string(), text)).into();
-    Ok(safetensors::serialize_to_file(tensors, Some(metadata), path.as_ref())?)
+    let path = path.as_ref();
+    safetensors::serialize_to_file(tensors, Some(metadata), path)
+        .map_err(|error| at_path("save_caches", path, error.into()))
 }
 
 /// Reads what [`save_caches`] wrote, into caches with room for `capacity` keys, or for those that they have.
@@ -112,9 +112,6 @@ pub fn save_caches<'a>(
 /// gives. Nothing is allocated that the file has no bytes for.
 pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> Result<SavedCaches> {
     let path = path.as_ref();
-    let what = |error: candle_core::Error| {
-        candle_core::Error::Msg(format!("{OP}: {}: {}", path.display(), first_line(&error.to_string())))
-    };
     let load = || -> Result<SavedCaches> {
         let mut file = SavedFile::open(path)?;
         let (caches, about) = (file.metadata("caches")?, file.metadata("about")?);
@@ -134,12 +131,7 @@ pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> 
             layers.map(|(index, layer)| layer.load(&mut file, index, capacity, device)).collect::<Result<_>>()?;
         Ok(SavedCaches { caches, about })
     };
-    load().map_err(what)
-}
-
-/// An error without the backtrace that Candle puts below it where `RUST_BACKTRACE` is set.
-fn first_line(error: &str) -> &str {
-    error.lines().next().unwrap_or_default()
+    load().map_err(|error| at_path("load_caches", path, error))
 }
 
 struct Checksum(Xxh3);
@@ -231,6 +223,7 @@ impl SavedFile {
     fn tensor(&mut self, name: &str, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
         let shape = info.shape.clone();
+        check_shape(&shape)?;
         if DType::try_from(info.dtype).ok() != Some(dtype) {
             bail!("{name}: expected dtype {}, got {:?}", dtype.as_str(), info.dtype);
         }
