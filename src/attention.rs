@@ -32,6 +32,14 @@ use crate::ops::{self, Coarse, Geometry, Selected};
 /// assert_eq!(out.dims(), [b, h, 1, head_dim]);
 /// # candle_core::Result::Ok(())
 /// ```
+///
+/// # NaN and infinities
+/// What is not finite in queries, keys or values stays in its sequence and KV head; all others are the same to the bit. In a
+/// key or a value it reaches the query heads of that KV head's group: prefill multiplies all values of a block of queries,
+/// so that NaN in one may reach queries before it, and a codebook that was trained on it codes that head poorly. In a query
+/// it makes that query head's output what it is; the other heads of the group stay finite, but in sparse steps may attend
+/// to other keys: with [`Selection::PerKvHead`] they choose together, and with [`PqConfig::query_weights`] they share what
+/// their queries look at. All of it leaves with its position, by [`PqKvCache::truncate`].
 #[derive(Debug, Clone)]
 pub struct PqAttention {
     config: PqConfig,
