@@ -107,6 +107,7 @@ impl Architecture {
     /// What differs between layers, by what the model states or else the architecture's interval.
     fn layer_kinds(&self, layers: usize, stated: &LayerPattern) -> Result<Vec<LayerKind>> {
         use LayerKind::{Global, NoRope, Sliding};
+        ensure!(layers <= 1 << 12, "{layers} layers, expected at most {}", 1 << 12);
         let each_last = |interval: usize| (1..=layers).map(move |layer| layer.is_multiple_of(interval));
         if let Some(usual) = self.no_rope_interval {
             let no_rope: Vec<_> = match &stated.no_rope_layers {
@@ -241,6 +242,12 @@ impl ModelConfig {
         let Self { heads, kv_heads, head_dim, context, .. } = self;
         ensure!(kv_heads > 0 && heads % kv_heads == 0, "{heads} heads cannot share {kv_heads} key-value heads");
         ensure!(head_dim > 0 && head_dim % 2 == 0, "head_dim {head_dim} is not even");
+        // There are tables of all positions.
+        for (name, number, most) in
+            [("head_dim", head_dim, 256), ("heads", heads, 1 << 16), ("context", context, 1 << 20)]
+        {
+            ensure!(number <= most, "{name} {number} is more than {most}");
+        }
         if let Some(window) = sliding_window.filter(|window| *window < context) {
             bail!("it attends to a sliding window of {window} tokens, which is not supported: choose another model");
         }
