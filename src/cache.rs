@@ -83,11 +83,10 @@ pub(crate) struct Replayable {
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     len: usize,
-    /// The codebook and the end of the keys it was trained on.
-    codebook: Option<(Codebook, Option<usize>)>,
+    /// The codebook, the end of the keys it was trained on, and its [`Trained::version`].
+    trained: Option<(Codebook, Option<usize>, u64)>,
     encoded: usize,
     summed: usize,
-    version: u64,
 }
 
 fn next_version() -> u64 {
@@ -104,6 +103,8 @@ struct Trained {
     clusters: Option<ClusterSums>,
     /// Keys from `init_offset` up to here are in these sums.
     summed: usize,
+    /// The cache's when it was taken into use.
+    version: u64,
 }
 
 /// What a decode step searches.
@@ -215,12 +216,7 @@ impl PqKvCache {
     /// Another shape, dtype or device, or growth that fails as that of [`reserve`](Self::reserve); the cache is then as
     /// before.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        self.check(keys, "keys")?;
-        self.check(values, "values")?;
-        let added = keys.dims()[2];
-        if values.dims()[2] != added {
-            bail!("PqKvCache: values: expected as many as keys ({added}), got {}", values.dims()[2]);
-        }
+        let added = self.check_new(keys, values)?;
         if added == 0 {
             return Ok(());
         }
@@ -257,6 +253,17 @@ impl PqKvCache {
             true => tensor.force_contiguous(),
             false => Ok(tensor.clone()),
         }
+    }
+
+    /// How many keys and values these are, if they fit.
+    pub(crate) fn check_new(&self, keys: &Tensor, values: &Tensor) -> Result<usize> {
+        self.check(keys, "keys")?;
+        self.check(values, "values")?;
+        let added = keys.dims()[2];
+        if values.dims()[2] != added {
+            bail!("PqKvCache: values: expected as many as keys ({added}), got {}", values.dims()[2]);
+        }
+        Ok(added)
     }
 
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
@@ -454,10 +461,10 @@ impl PqKvCache {
             Tail::None => None,
             Tail::ClusterMeans => Some(ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], self.kv.device())?),
         };
-        let start = self.config.init_offset();
-        self.trained = Some(Trained { codebook, end, clusters, summed: start });
+        let (start, version) = (self.config.init_offset(), next_version());
+        self.trained = Some(Trained { codebook, end, clusters, summed: start, version });
         self.encoded = start;
-        self.version = next_version();
+        self.version = version;
         Ok(())
     }
 
@@ -485,14 +492,20 @@ impl PqKvCache {
             return self.index_last_block();
         }
         let end = self.blocks_end(self.len);
-        let Some(trained) = &mut self.trained else { return Ok(()) };
+        self.encode(end)?;
+        self.sum_values(end)
+    }
+
+    /// Encodes the keys up to `end` that have no codes yet.
+    fn encode(&mut self, end: usize) -> Result<()> {
+        let Some(trained) = &self.trained else { return Ok(()) };
         if self.encoded < end {
             let _span = trace_span!("pq-attn-encode").entered();
             let codes = (&self.codes, self.coarse_codes.as_ref());
             trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
             self.encoded = end;
         }
-        self.sum_values(end)
+        Ok(())
     }
 
     /// Adds the values up to `end`, whose keys have codes, to their clusters'.
@@ -618,10 +631,9 @@ impl PqKvCache {
     pub(crate) fn checkpoint(&self) -> Checkpoint {
         Checkpoint {
             len: self.len,
-            codebook: self.trained.as_ref().map(|trained| (trained.codebook.clone(), trained.end)),
+            trained: self.trained.as_ref().map(|t| (t.codebook.clone(), t.end, t.version)),
             encoded: self.encoded,
             summed: self.trained.as_ref().map_or(0, |trained| trained.summed),
-            version: self.version,
         }
     }
 
@@ -636,13 +648,23 @@ impl PqKvCache {
             return self.queries.truncate(before.len);
         }
         self.truncate(before.len)?;
-        match before.codebook {
-            _ if self.version == before.version => {}
-            // Codes are written in place: those of the codebook that is back are made anew, and are the same.
-            Some((codebook, end)) => self.use_codebook(codebook, end)?,
+        let version = self.trained.as_ref().map(|trained| trained.version);
+        match before.trained {
             None => self.forget_codebook(),
+            Some((_, _, before)) if version == Some(before) => {}
+            Some((codebook, end, _)) => self.use_codebook(codebook, end)?,
         }
-        Ok(())
+        // Codes are written in place: those of a codebook that is back are made anew, and are the same.
+        self.encoded = self.encoded.min(before.encoded);
+        self.encode(before.encoded)?;
+        match &mut self.trained {
+            Some(Trained { clusters: Some(clusters), summed, .. }) if *summed > before.summed => {
+                *summed = self.config.init_offset();
+                clusters.clear()?;
+            }
+            _ => {}
+        }
+        self.sum_values(before.summed)
     }
 
     fn set_len(&mut self, len: usize) -> Result<()> {

@@ -390,6 +390,63 @@ fn a_budget_is_all_that_is_reserved() -> Result<()> {
     Ok(())
 }
 
+/// Through trainings, blocks and the first sparse step, and with another run after a part was taken back.
+#[test]
+fn a_run_is_its_steps() -> Result<()> {
+    let by_kv_head = PqConfig { selection: Selection::PerKvHead, ..with_tail() };
+    for (config, dtype) in [(small(), DType::F32), (with_tail(), DType::BF16), (by_kv_head, DType::F32)] {
+        let attn = PqAttention::new(config, 0.25)?;
+        let mut rng = Rng(11);
+        let [q, kv] = [6, 2].map(|heads| rng.tensor(&[2, heads, 200, 16], dtype));
+        let new = || attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu);
+        let (runs, steps) = (&mut new()?, &mut new()?);
+        let at = |from: usize, s: usize| Ok::<_, candle_core::Error>((q.narrow(2, from, s)?, kv.narrow(2, from, s)?));
+        let (prompt, prompt_kv) = at(0, 40)?;
+        attn.forward(&prompt, &prompt_kv, &prompt_kv, runs)?;
+        attn.forward(&prompt, &prompt_kv, &prompt_kv, steps)?;
+        let mut position = 40;
+        for s in [1, 2, 8, 3, 5, 7, 4, 6, 8, 8, 8, 2, 8, 8, 8].into_iter().cycle().take(20) {
+            let (run, run_kv) = at(position, s)?;
+            let got = attn.forward_run(&run, &run_kv, &run_kv, runs)?;
+            let want: Result<Vec<_>> = (position..position + s)
+                .map(|position| at(position, 1).and_then(|(q, kv)| attn.forward(&q, &kv, &kv, steps)))
+                .collect();
+            assert_same_bits(&got, &Tensor::cat(&want?, 2)?, &format!("{s} from {position} on"));
+            // A part of them is accepted.
+            position += s.div_ceil(2) + s % 3 / 2;
+            runs.truncate(position)?;
+            steps.truncate(position)?;
+            assert_same_cache(runs, steps, "after a part was taken back")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_that_fails_leaves_the_cache_as_it_was() -> Result<()> {
+    let attn = PqAttention::new(with_tail(), 0.25)?;
+    let mut rng = Rng(12);
+    let [q, kv] = [4, 2].map(|heads| rng.tensor(&[1, heads, 300, 16], DType::F32));
+    let run = |cache: &mut PqKvCache, from, s| {
+        let (q, kv) = (q.narrow(2, from, s)?, kv.narrow(2, from, s)?);
+        attn.forward_run(&q, &kv, &kv, cache)
+    };
+    let new = || -> Result<PqKvCache> {
+        let mut cache = attn.new_cache([1, 2, 16], 256, DType::F32, &Device::Cpu)?;
+        let kv = kv.narrow(2, 0, 250)?;
+        attn.forward(&q.narrow(2, 0, 250)?, &kv, &kv, &mut cache)?;
+        cache.build_index()?;
+        Ok(cache)
+    };
+    // No room for the seventh.
+    let (mut cache, mut other) = (new()?.with_max_bytes(85_000)?, new()?);
+    let error = run(&mut cache, 250, 8).expect_err("no room").to_string();
+    assert!(error.starts_with("PqKvCache: max_bytes: expected 257 keys to take at most 85000 bytes"), "{error}");
+    assert_same_cache(&mut cache, &mut other, "after a run that failed")?;
+    assert_same_bits(&run(&mut cache, 250, 6)?, &run(&mut other, 250, 6)?, "a run that fits");
+    Ok(())
+}
+
 #[test]
 fn a_cache_takes_its_own_keys() -> Result<()> {
     let keys = Rng(13).tensor(&[1, 2, 100, 16], DType::F32);

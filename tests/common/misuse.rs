@@ -624,8 +624,15 @@ fn config(on: On) -> Result<()> {
         (base().validate(512), "PqConfig: head_dim: expected 1 to 256, got 512"),
         (check(PqConfig { pq_dim: 24, ..base() }), "PqConfig: pq_dim: expected a divisor of head_dim 64, got 24"),
         (check(PqConfig { pq_bits: 9, ..base() }), "PqConfig: pq_bits: expected 1 to 8, got 9"),
-        (check(PqConfig { refresh: 0.0, ..base() }), "PqConfig: refresh: expected a share above 0, got 0"),
-        (check(PqConfig { refresh: f64::NAN, ..base() }), "PqConfig: refresh: expected a share above 0, got NaN"),
+        (check(PqConfig { refresh: 0.0, ..base() }), "PqConfig: refresh: expected a finite share above 0, got 0"),
+        (
+            check(PqConfig { refresh: f64::INFINITY, ..base() }),
+            "PqConfig: refresh: expected a finite share above 0, got inf",
+        ),
+        (
+            check(PqConfig { refresh: f64::NAN, ..base() }),
+            "PqConfig: refresh: expected a finite share above 0, got NaN",
+        ),
         (
             check(PqConfig { max_train_keys: 255, ..base() }),
             "PqConfig: max_train_keys: expected at least 256 (2^pq_bits), got 255",
@@ -815,6 +822,22 @@ fn prefill_and_budget(on: On) -> Result<()> {
         (
             attn.forward_dense(&q, &on.f32s(&[2, 2, 16]), &kv, &mut cache).map(drop),
             "PqKvCache: keys: expected [1, 2, s, 16], got [2, 2, 16]",
+        ),
+        (
+            attn.forward_run(&on.f32s(&[1, 4, 0, 16]), &kv, &kv, &mut cache).map(drop),
+            "PqAttention: query: expected [1, a multiple of 2, s >= 1, 16], got [1, 4, 0, 16]",
+        ),
+        (
+            attn.forward_run(&q, &on.f32s(&[1, 2, 3, 16]), &kv, &mut cache).map(drop),
+            "PqAttention: keys: expected s = 2 as the query, got 3",
+        ),
+        (
+            attn.forward_run(&q, &kv, &on.f32s(&[1, 2, 3, 16]), &mut cache).map(drop),
+            "PqKvCache: values: expected as many as keys (2), got 3",
+        ),
+        (
+            attn.forward_run(&q, &kv, &on.f32s(&[2, 2, 16]), &mut cache).map(drop),
+            "PqKvCache: values: expected [1, 2, s, 16], got [2, 2, 16]",
         ),
         (PqAttention::new(with_tail(), 0.0).map(drop), "PqAttention: scale: expected a positive finite number, got 0"),
         (
