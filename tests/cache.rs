@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, ClusterSums, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
+use candle_pq_attn::{Codebook, DecodeGraph, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
 use common::*;
 use proptest::prelude::*;
 
@@ -444,6 +444,39 @@ fn a_run_that_fails_leaves_the_cache_as_it_was() -> Result<()> {
     assert!(error.starts_with("PqKvCache: max_bytes: expected 257 keys to take at most 85000 bytes"), "{error}");
     assert_same_cache(&mut cache, &mut other, "after a run that failed")?;
     assert_same_bits(&run(&mut cache, 250, 6)?, &run(&mut other, 250, 6)?, "a run that fits");
+    Ok(())
+}
+
+/// Codes and sums too, where the call made the cache grow, trained a codebook, or filled a block before it failed.
+#[test]
+fn a_call_that_fails_leaves_the_index_as_it_was() -> Result<()> {
+    let attn = PqAttention::new(with_tail(), 0.25)?;
+    let failing = attn.clone().with_prefill(|_, _, _, _| candle_core::bail!("no prefill today"));
+    let mut rng = Rng(13);
+    for (len, s) in [(250, 20), (256, 2), (100, 90)] {
+        let [q, kv] = [4, 2].map(|heads| rng.tensor(&[1, heads, len + s, 16], DType::F32));
+        let mut cache = attn.new_cache([1, 2, 16], 256, DType::F32, &Device::Cpu)?;
+        let at = |tensor: &Tensor, from: usize, to: usize| tensor.narrow(2, from, to - from);
+        attn.forward(&at(&q, 0, len)?, &at(&kv, 0, len)?, &at(&kv, 0, len)?, &mut cache)?;
+        cache.build_index()?;
+        let index = |cache: &PqKvCache| -> Result<_> {
+            let clusters = cache.clusters().map(|clusters| (numbers(&clusters.sums), integers(&clusters.counts)));
+            Ok((integers(&cache.codes()?), clusters, cache.memory()))
+        };
+        let before = index(&cache)?;
+        let (q, kv) = (at(&q, len, len + s)?, at(&kv, len, len + s)?);
+        assert!(failing.forward(&q, &kv, &kv, &mut cache).is_err());
+        assert!(index(&cache)? == before, "{s} keys after {len}");
+        // A run that fails at its end, having trained on the way.
+        let mut graph = DecodeGraph::new(|_: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| {
+            attn.forward_run(&q, &kv, &kv, &mut caches[0])?;
+            caches[0].build_index()?;
+            candle_core::bail!("no step today")
+        });
+        let caches = std::slice::from_mut(&mut cache);
+        assert!(graph.step(&Tensor::zeros(1, DType::U32, &Device::Cpu)?, caches).is_err());
+        assert!(index(&cache)? == before, "a run of {s} keys after {len}");
+    }
     Ok(())
 }
 
