@@ -244,6 +244,10 @@ fn selection(on: On) -> Result<()> {
             ops::group_mass(&on.f32s(&[1, 4, 5]), 2, f32::NAN).map(drop),
             "group_mass: scale: expected a finite number, got NaN",
         ),
+        (
+            ops::group_mass(&on.f32s(&[1, 0, 5]), usize::MAX, 1.0).map(drop),
+            "group_mass: h_kv: expected a divisor of h 0, got 18446744073709551615",
+        ),
         (ops::group_mass(&on.f32s(&[4, 5]), 2, 1.0).map(drop), "group_mass: scores: expected [b, h, n], got [4, 5]"),
         (list(&[1, 8], 10), "indices_and_weights: heavy: expected positions below n 10, got 2 + 8"),
         (list(&[3, 3], 10), "indices_and_weights: heavy: expected ascending positions, got 3 after 3"),
