@@ -40,6 +40,19 @@ sanitize:
             REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda -- --skip four_million
     done
 
+# Random files of caches and arguments of ops, for so many seconds each; needs a nightly compiler and cargo-fuzz
+fuzz seconds="60":
+    cargo +nightly fuzz run load_caches -- -max_total_time={{seconds}}
+    cargo +nightly fuzz run ops -- -len_control=0 -max_total_time={{seconds}}
+
+# Fifty thousand decode steps: memory stays what it is
+soak:
+    cargo test --release --test soak -- --ignored --nocapture
+
+# Ten thousand random sequences of everything that can be done to a cache
+state-machine cases="10000":
+    STATE_MACHINE_CASES={{cases}} cargo test --release --test state_machine
+
 # Every kernel assembled by ptxas: no spills, no local memory; needs no GPU
 assemble:
     scripts/assemble-kernels.sh

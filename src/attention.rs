@@ -32,6 +32,14 @@ use crate::ops::{self, Coarse, Geometry, Selected};
 /// assert_eq!(out.dims(), [b, h, 1, head_dim]);
 /// # candle_core::Result::Ok(())
 /// ```
+///
+/// # NaN and infinities
+/// What is not finite in queries, keys or values stays in its sequence and KV head; all others are the same to the bit. In a
+/// key or a value it reaches the query heads of that KV head's group: prefill multiplies all values of a block of queries,
+/// so that NaN in one may reach queries before it, and a codebook that was trained on it codes that head poorly. In a query
+/// it makes that query head's output what it is; the other heads of the group stay finite, but in sparse steps may attend
+/// to other keys: with [`Selection::PerKvHead`] they choose together, and with [`PqConfig::query_weights`] they share what
+/// their queries look at. All of it leaves with its position, by [`PqKvCache::truncate`].
 #[derive(Debug, Clone)]
 pub struct PqAttention {
     config: PqConfig,
@@ -125,6 +133,53 @@ impl PqAttention {
         cache: &mut PqKvCache,
     ) -> Result<Tensor> {
         self.append_and(query, keys, values, cache, Self::dense_decode)
+    }
+
+    /// As [`forward`](Self::forward) for each position in turn: sparse attention for every query of a short run, of which
+    /// each sees the keys before it and its own. For speculative decoding, which has a model judge a few drafted tokens in
+    /// one call.
+    ///
+    /// The same as `s` calls with one position each, to the bit; but if one fails the cache is as before all of them. Afterwards take
+    /// back the tokens that were refused by [`PqKvCache::truncate`]. It forgets a codebook that was trained on one of them:
+    /// call [`PqKvCache::build_index`] before the run, and rarely any is.
+    ///
+    /// A run costs what its steps do: only what surrounds attention gains from being one call. A prompt is
+    /// [`forward`](Self::forward)'s.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward): `query`: `[b, h, s, head_dim]`, `keys` and `values`: `[b, h_kv, s, head_dim]`; returns
+    /// `[b, h, s, head_dim]`
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_pq_attn::{PqAttention, PqConfig};
+    ///
+    /// let attn = PqAttention::new(PqConfig::default(), 0.125)?;
+    /// let mut cache = attn.new_cache([1, 2, 64], 2048, DType::F32, &Device::Cpu)?;
+    /// let random = |heads, s| Tensor::randn(0f32, 1., (1, heads, s, 64), &Device::Cpu);
+    /// attn.forward(&random(8, 1500)?, &random(2, 1500)?, &random(2, 1500)?, &mut cache)?;
+    ///
+    /// cache.build_index()?;
+    /// let out = attn.forward_run(&random(8, 4)?, &random(2, 4)?, &random(2, 4)?, &mut cache)?;
+    /// assert_eq!(out.dims(), [1, 8, 4, 64]);
+    /// cache.truncate(1502)?; // two of four drafted tokens were right
+    /// # candle_core::Result::Ok(())
+    /// ```
+    pub fn forward_run(&self, query: &Tensor, keys: &Tensor, values: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
+        self.check(query, keys, cache)?;
+        cache.check_new(keys, values)?;
+        let before = cache.checkpoint();
+        let step = |position| {
+            let at = |tensor: &Tensor| tensor.narrow(2, position, 1);
+            self.forward(&at(query)?, &at(keys)?, &at(values)?, cache)
+        };
+        match (0..query.dims()[2]).map(step).collect::<Result<Vec<_>>>() {
+            Ok(outs) => Tensor::cat(&outs, 2),
+            Err(error) => cache.restore(before).and(Err(error)),
+        }
     }
 
     fn append_and(

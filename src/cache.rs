@@ -10,7 +10,7 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 use tracing::trace_span;
 
 use crate::codebook::Codebook;
-use crate::config::{PqConfig, Tail};
+use crate::config::{Metric, PqConfig, Tail};
 use crate::ops::{ClusterSums, Coarse};
 use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
@@ -67,6 +67,8 @@ pub struct PqKvCache {
     encoded: usize,
     /// Of the memory that a captured step is about; no other cache ever has the same.
     version: u64,
+    /// The most bytes to reserve.
+    max_bytes: Option<usize>,
 }
 
 /// What a captured step relies on: replayed where another is found, it would work on memory that is gone, or leave
@@ -81,11 +83,10 @@ pub(crate) struct Replayable {
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     len: usize,
-    /// The codebook and the end of the keys it was trained on.
-    codebook: Option<(Codebook, Option<usize>)>,
+    /// The codebook, the end of the keys it was trained on, and its [`Trained::version`].
+    trained: Option<(Codebook, Option<usize>, u64)>,
     encoded: usize,
     summed: usize,
-    version: u64,
 }
 
 fn next_version() -> u64 {
@@ -102,6 +103,8 @@ struct Trained {
     clusters: Option<ClusterSums>,
     /// Keys from `init_offset` up to here are in these sums.
     summed: usize,
+    /// The cache's when it was taken into use.
+    version: u64,
 }
 
 /// What a decode step searches.
@@ -169,20 +172,51 @@ impl PqKvCache {
             trained: None,
             encoded,
             version: next_version(),
+            max_bytes: None,
         })
+    }
+
+    /// Never reserves more than `max_bytes`: growth that would is an error before anything is allocated, by which a server
+    /// can refuse a sequence, or make room, rather than run out of memory.
+    ///
+    /// Counted are keys, values and codes by [`capacity`](Self::capacity), and a codebook and sums of clusters as the config
+    /// has them, whether they are there yet or not. Where doubling the capacity would exceed the budget it grows by what is
+    /// left. Not counted are the sample of queries, which is small, and what is there for a moment: the old keys and
+    /// values while growth copies them, and a training's sample. A saved cache does not say what its budget was.
+    ///
+    /// # Errors
+    /// A budget below what is reserved already.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_pq_attn::{PqConfig, PqKvCache};
+    ///
+    /// let cache = PqKvCache::new(PqConfig::default(), [1, 2, 64], 0, DType::F32, &Device::Cpu)?;
+    /// let mut cache = cache.with_max_bytes(2 << 20)?;
+    /// let kv = Tensor::randn(0f32, 1., (1, 2, 1000, 64), &Device::Cpu)?;
+    /// cache.append(&kv, &kv)?;
+    /// assert!(cache.append(&kv, &kv).is_err());
+    /// assert_eq!(cache.len(), 1000);
+    /// # candle_core::Result::Ok(())
+    /// ```
+    pub fn with_max_bytes(self, max_bytes: usize) -> Result<Self> {
+        let reserved = self.bytes_at(self.capacity());
+        if reserved > max_bytes {
+            bail!(
+                "PqKvCache: max_bytes: expected at least {reserved}, which its capacity of {} takes, got {max_bytes}",
+                self.capacity()
+            );
+        }
+        Ok(Self { max_bytes: Some(max_bytes), ..self })
     }
 
     /// Appends keys and values, `[b, h_kv, s, head_dim]` each, any `s` and any strides.
     ///
     /// # Errors
-    /// Another shape, dtype or device; the cache is then as before.
+    /// Another shape, dtype or device, or growth that fails as that of [`reserve`](Self::reserve); the cache is then as
+    /// before.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        self.check(keys, "keys")?;
-        self.check(values, "values")?;
-        let added = keys.dims()[2];
-        if values.dims()[2] != added {
-            bail!("PqKvCache: values: expected as many as keys ({added}), got {}", values.dims()[2]);
-        }
+        let added = self.check_new(keys, values)?;
         if added == 0 {
             return Ok(());
         }
@@ -221,6 +255,17 @@ impl PqKvCache {
         }
     }
 
+    /// How many keys and values these are, if they fit.
+    pub(crate) fn check_new(&self, keys: &Tensor, values: &Tensor) -> Result<usize> {
+        self.check(keys, "keys")?;
+        self.check(values, "values")?;
+        let added = keys.dims()[2];
+        if values.dims()[2] != added {
+            bail!("PqKvCache: values: expected as many as keys ({added}), got {}", values.dims()[2]);
+        }
+        Ok(added)
+    }
+
     fn check(&self, tensor: &Tensor, name: &str) -> Result<()> {
         let [b, h_kv, head_dim] = self.dims();
         match *tensor.dims() {
@@ -241,14 +286,15 @@ impl PqKvCache {
     /// Makes room for `additional` more keys; doubles the capacity at least when it grows.
     ///
     /// # Errors
-    /// More memory than can be addressed, or than the device has (a CPU aborts there); the cache is then as before.
+    /// More memory than can be addressed, than [`with_max_bytes`](Self::with_max_bytes) allows, or than the device has (a
+    /// CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
         let (needed, capacity) = (self.len.saturating_add(additional), self.capacity());
         if needed <= capacity {
             return Ok(());
         }
-        let capacity = needed.max(2 * capacity).max(SMALLEST);
+        let capacity = self.affordable(needed, capacity.saturating_mul(2).max(SMALLEST))?;
         check_capacity(self.dims(), capacity, self.dtype())?;
         self.forbid_capture("growth", "reserve room for all steps")?;
         let grown = |old: &Tensor, dim: usize, capacity: usize| {
@@ -268,6 +314,36 @@ impl PqKvCache {
         self.coarse_codes = coarse_codes;
         self.version = next_version();
         Ok(())
+    }
+
+    /// The capacity to grow to: `wanted` keys, or as many as the budget has room for, if these are those that are `needed`.
+    fn affordable(&self, needed: usize, wanted: usize) -> Result<usize> {
+        let wanted = wanted.max(needed);
+        let Some(max_bytes) = self.max_bytes.filter(|max_bytes| self.bytes_at(wanted) > *max_bytes) else {
+            return Ok(wanted);
+        };
+        let room = max_bytes.saturating_sub(self.bytes_at(0)) / (self.bytes_at(16) - self.bytes_at(0)) * 16;
+        let capacity = room.max(needed);
+        let bytes = self.bytes_at(capacity);
+        if bytes > max_bytes {
+            bail!("PqKvCache: max_bytes: expected {needed} keys to take at most {max_bytes} bytes, got {bytes}");
+        }
+        Ok(capacity)
+    }
+
+    /// Bytes of a cache with room for `capacity` keys and with an index.
+    fn bytes_at(&self, capacity: usize) -> usize {
+        let PqConfig { pq_dim, coarse, tail, query_weights, metric, .. } = self.config;
+        let [b, h_kv, head_dim] = self.dims();
+        let key = 2 * head_dim * self.dtype().size_in_bytes();
+        let code = pq_dim + usize::from(coarse > 0);
+        let augmented = if metric == Metric::InnerProduct { pq_dim } else { 0 };
+        let centroids = self.config.n_centroids() * (head_dim + augmented) + coarse * head_dim;
+        let weighted = if query_weights { centroids + head_dim } else { 0 };
+        let sums = if tail == Tail::ClusterMeans { coarse * (head_dim + 1) } else { 0 };
+        let index = (centroids + augmented + weighted + sums) * size_of::<f32>();
+        let keys = capacity.saturating_mul(key).saturating_add(code_capacity(capacity).saturating_mul(code));
+        keys.saturating_add(index).saturating_mul(b * h_kv)
     }
 
     /// Brings the index up to date now, rather than in the next decode step: trains the codebook if one is due, and
@@ -385,10 +461,10 @@ impl PqKvCache {
             Tail::None => None,
             Tail::ClusterMeans => Some(ClusterSums::empty([b, h_kv, self.config.coarse, head_dim], self.kv.device())?),
         };
-        let start = self.config.init_offset();
-        self.trained = Some(Trained { codebook, end, clusters, summed: start });
+        let (start, version) = (self.config.init_offset(), next_version());
+        self.trained = Some(Trained { codebook, end, clusters, summed: start, version });
         self.encoded = start;
-        self.version = next_version();
+        self.version = version;
         Ok(())
     }
 
@@ -416,14 +492,20 @@ impl PqKvCache {
             return self.index_last_block();
         }
         let end = self.blocks_end(self.len);
-        let Some(trained) = &mut self.trained else { return Ok(()) };
+        self.encode(end)?;
+        self.sum_values(end)
+    }
+
+    /// Encodes the keys up to `end` that have no codes yet.
+    fn encode(&mut self, end: usize) -> Result<()> {
+        let Some(trained) = &self.trained else { return Ok(()) };
         if self.encoded < end {
             let _span = trace_span!("pq-attn-encode").entered();
             let codes = (&self.codes, self.coarse_codes.as_ref());
             trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
             self.encoded = end;
         }
-        self.sum_values(end)
+        Ok(())
     }
 
     /// Adds the values up to `end`, whose keys have codes, to their clusters'.
@@ -549,10 +631,9 @@ impl PqKvCache {
     pub(crate) fn checkpoint(&self) -> Checkpoint {
         Checkpoint {
             len: self.len,
-            codebook: self.trained.as_ref().map(|trained| (trained.codebook.clone(), trained.end)),
+            trained: self.trained.as_ref().map(|t| (t.codebook.clone(), t.end, t.version)),
             encoded: self.encoded,
             summed: self.trained.as_ref().map_or(0, |trained| trained.summed),
-            version: self.version,
         }
     }
 
@@ -567,13 +648,23 @@ impl PqKvCache {
             return self.queries.truncate(before.len);
         }
         self.truncate(before.len)?;
-        match before.codebook {
-            _ if self.version == before.version => {}
-            // Codes are written in place: those of the codebook that is back are made anew, and are the same.
-            Some((codebook, end)) => self.use_codebook(codebook, end)?,
+        let version = self.trained.as_ref().map(|trained| trained.version);
+        match before.trained {
             None => self.forget_codebook(),
+            Some((_, _, before)) if version == Some(before) => {}
+            Some((codebook, end, _)) => self.use_codebook(codebook, end)?,
         }
-        Ok(())
+        // Codes are written in place: those of a codebook that is back are made anew, and are the same.
+        self.encoded = self.encoded.min(before.encoded);
+        self.encode(before.encoded)?;
+        match &mut self.trained {
+            Some(Trained { clusters: Some(clusters), summed, .. }) if *summed > before.summed => {
+                *summed = self.config.init_offset();
+                clusters.clear()?;
+            }
+            _ => {}
+        }
+        self.sum_values(before.summed)
     }
 
     fn set_len(&mut self, len: usize) -> Result<()> {
@@ -730,13 +821,14 @@ impl PqKvCache {
 
 /// Positions that codes have room for: a multiple of 16, so that those of every head can be read 16 bytes at a time.
 fn code_capacity(capacity: usize) -> usize {
-    capacity.next_multiple_of(16)
+    capacity.checked_next_multiple_of(16).unwrap_or(usize::MAX)
 }
 
 /// Fails where the bytes of the keys and values cannot be counted.
 fn check_capacity(dims: [usize; 3], capacity: usize, dtype: DType) -> Result<()> {
-    // Keys and values are one tensor.
-    let elements = dims.iter().try_fold(capacity, |product, dim| product.checked_mul(*dim));
+    // Keys and values are one tensor. Codes are no more bytes, of a capacity rounded up.
+    let positions = capacity.max(1).checked_next_multiple_of(16);
+    let elements = dims.iter().fold(positions, |product, dim| product?.checked_mul(*dim));
     match elements.and_then(|elements| elements.checked_mul(2 * dtype.size_in_bytes())) {
         Some(bytes) if isize::try_from(bytes).is_ok() => Ok(()),
         _ => bail!(

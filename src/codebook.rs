@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::safetensors::Load;
+use candle_core::{bail, DType, Device, Error, Result, Tensor};
+use safetensors::SafeTensors;
 
 use crate::config::{Metric, PqConfig};
 #[cfg(feature = "cuda")]
 use crate::ops::Coarse;
-use crate::ops::{self, KmeansOptions};
+use crate::ops::{self, KmeansOptions, MAX_HEAD_DIM};
 
 /// Centroids for every (batch, KV head, subspace), trained on keys and fixed from then on.
 ///
@@ -66,8 +68,14 @@ impl Codebook {
     /// # Errors
     /// Those of [`train`](Self::train) and of [`with_weights`](Self::with_weights).
     pub fn train_weighted(keys: &Tensor, weights: Option<&Tensor>, config: &PqConfig) -> Result<Self> {
-        let (b, h_kv, _, head_dim) = keys.dims4()?;
+        let [b, h_kv, n, head_dim] = *keys.dims() else {
+            bail!("Codebook: keys: expected [b, h_kv, n, head_dim], got {:?}", keys.dims());
+        };
         config.validate(head_dim)?;
+        check_float(keys)?;
+        if n < config.min_train_keys() {
+            bail!("Codebook: keys: expected at least {} (n_centroids, coarse), got {n}", config.min_train_keys());
+        }
         let options = KmeansOptions {
             pq_dim: config.pq_dim,
             pq_bits: config.pq_bits,
@@ -86,7 +94,7 @@ impl Codebook {
         // Weighted, as far as they are trained on.
         let sample = match (weights, config.coarse) {
             (None, 0) => keys.clone(),
-            _ => weigh(&select(keys, &sample_positions(keys.dim(2)?, config))?, weights)?,
+            _ => weigh(&select(keys, &sample_positions(n, config))?, weights)?,
         };
         if config.coarse == 0 {
             let (centroids, phi) = ops::kmeans(&sample, &options)?;
@@ -129,6 +137,13 @@ impl Codebook {
         }
         if columns <= usize::from(phi.is_some()) {
             bail!("Codebook: centroids: expected a pq_len of at least 1, got {:?}", centroids.dims());
+        }
+        let head_dim = pq_dim.checked_mul(columns - usize::from(phi.is_some()));
+        if head_dim.is_none_or(|head_dim| head_dim > MAX_HEAD_DIM) {
+            bail!(
+                "Codebook: centroids: expected a head_dim (pq_dim times pq_len) of 1 to {MAX_HEAD_DIM}, got {:?}",
+                centroids.dims()
+            );
         }
         Ok(Self { centroids, phi, coarse: None, weights: None })
     }
@@ -195,9 +210,7 @@ impl Codebook {
             [keys_b, keys_h, n, d] if [keys_b, keys_h, d] == [b, h_kv, pq_dim * pq_len] => n,
             _ => bail!("Codebook: keys: expected [{b}, {h_kv}, n, {}], got {:?}", pq_dim * pq_len, keys.dims()),
         };
-        if !matches!(keys.dtype(), DType::F32 | DType::F16 | DType::BF16) {
-            bail!("Codebook: keys: expected dtype f32, f16 or bf16, got {}", keys.dtype().as_str());
-        }
+        check_float(keys)?;
         let block = |start: usize| {
             let keys = weigh(&keys.narrow(2, start, BLOCK.min(n - start))?, self.weights())?;
             let Some(coarse) = &self.coarse else { return Ok((ops::encode(&keys, &self.centroids, None)?, None)) };
@@ -332,7 +345,8 @@ impl Codebook {
     /// What writing the file gives.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let tensors: HashMap<_, _> = self.tensors().into_iter().map(|(name, tensor)| (name, tensor.clone())).collect();
-        candle_core::safetensors::save(&tensors, path)
+        let path = path.as_ref();
+        candle_core::safetensors::save(&tensors, path).map_err(|error| at_path("Codebook", path, error))
     }
 
     /// Reads what [`Codebook::save`] wrote.
@@ -340,11 +354,16 @@ impl Codebook {
     /// # Errors
     /// What reading the file gives, a missing `centroids`, or tensors that are no codebook.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let mut tensors = candle_core::safetensors::load(&path, device)?;
-        match Self::from_tensors(|name| Ok(tensors.remove(name))) {
-            Ok(codebook) => Ok(codebook),
-            Err(error) => bail!("{error} in {}", path.as_ref().display()),
-        }
+        let path = path.as_ref();
+        let load = || {
+            let bytes = std::fs::read(path)?;
+            let file = SafeTensors::deserialize(&bytes)?;
+            Self::from_tensors(|name| match file.tensor(name) {
+                Ok(tensor) => check_shape(tensor.shape()).and_then(|()| tensor.load(device)).map(Some),
+                Err(_) => Ok(None),
+            })
+        };
+        load().map_err(|error| at_path("Codebook", path, error))
     }
 
     /// What it is made of, by the names that files have for it.
@@ -375,6 +394,21 @@ impl Codebook {
     }
 }
 
+/// An error of a file's, in one line: without the backtrace that Candle puts below it where `RUST_BACKTRACE` is set.
+pub(crate) fn at_path(op: &str, path: &Path, error: Error) -> Error {
+    let error = error.to_string();
+    Error::Msg(format!("{op}: {}: {}", path.display(), error.lines().next().unwrap_or_default()))
+}
+
+/// Fails where a shape that a file names cannot be counted in any order: where a tensor has no elements, its other
+/// dimensions may be any.
+pub(crate) fn check_shape(shape: &[usize]) -> Result<()> {
+    match shape.iter().filter(|dim| **dim > 0).try_fold(1usize, |product, dim| product.checked_mul(*dim)) {
+        Some(_) => Ok(()),
+        None => bail!("expected a shape of at most {} elements, got {shape:?}", usize::MAX),
+    }
+}
+
 /// Positions of the keys to train on, of `n`. With clusters: of half of them, or of as many as are enough for all centroids,
 /// a half spread over the last quarter, and the others over the rest.
 fn sample_positions(n: usize, config: &PqConfig) -> Vec<i64> {
@@ -401,6 +435,14 @@ fn select(keys: &Tensor, positions: &[i64]) -> Result<Tensor> {
         |i: usize| keys.narrow(0, i / h_kv, 1)?.narrow(1, i % h_kv, 1)?.contiguous()?.index_select(&positions, 2);
     let heads: Result<Vec<_>> = (0..b * h_kv).map(head).collect();
     Tensor::cat(&heads?, 0)?.reshape((b, h_kv, count, head_dim))
+}
+
+/// Fails unless the keys are f32, f16 or bf16: multiplying by weights would make f32 of others.
+fn check_float(keys: &Tensor) -> Result<()> {
+    match keys.dtype() {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
+        other => bail!("Codebook: keys: expected dtype f32, f16 or bf16, got {}", other.as_str()),
+    }
 }
 
 /// The numbers of weights for keys of `[b, h_kv, head_dim]`, if they are fit for it.

@@ -40,8 +40,9 @@ pub struct PqConfig {
     /// they are half of all, if those are many, and half of them from the last quarter. More than 64 a centroid (the
     /// default) gain little.
     pub max_train_keys: usize,
-    /// Trains again when the keys have grown by this share since, by one at least: above 0. Codes of keys that the codebook has not seen
-    /// are poor, and the latest keys matter most; rarer training costs fidelity, more frequent training costs time.
+    /// Trains again when the keys have grown by this share since, by one at least: above 0 and finite (1e9: never). Codes
+    /// of keys that the codebook has not seen are poor, and the latest keys matter most; rarer training costs fidelity, more
+    /// frequent training costs time.
     pub refresh: f64,
     /// Clusters of whole keys, for each KV head: 0 for none, or 2, 4, 8, ... or 256. The codes are then of what their
     /// cluster's centroid leaves of each key, at one more byte of index a key: with 256, half the `pq_dim` loses little
@@ -106,8 +107,8 @@ impl PqConfig {
             let n_centroids = self.n_centroids();
             bail!("PqConfig: max_train_keys: expected at least {n_centroids} (2^pq_bits), got {}", self.max_train_keys);
         }
-        if self.refresh.is_nan() || self.refresh <= 0.0 {
-            bail!("PqConfig: refresh: expected a share above 0, got {}", self.refresh);
+        if !self.refresh.is_finite() || self.refresh <= 0.0 {
+            bail!("PqConfig: refresh: expected a finite share above 0, got {}", self.refresh);
         }
         if self.coarse != 0 && !(self.coarse.is_power_of_two() && (2..=256).contains(&self.coarse)) {
             bail!("PqConfig: coarse: expected 0, 2, 4, 8, ... or 256 clusters, got {}", self.coarse);

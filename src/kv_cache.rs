@@ -1,6 +1,6 @@
 //! The calls of Candle's own cache, in front of this crate's.
 
-use candle_core::{Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 
 use crate::attention::PqAttention;
 use crate::cache::PqKvCache;
@@ -94,10 +94,12 @@ impl KvCache {
     }
 
     fn with<T>(&mut self, k: &Tensor, run: impl FnOnce(&PqAttention, &mut PqKvCache) -> Result<T>) -> Result<T> {
-        let (b, h_kv, _, head_dim) = k.dims4()?;
         if let Some(cache) = &mut self.cache {
             return run(&self.attn, cache);
         }
+        let [b, h_kv, _, head_dim] = *k.dims() else {
+            bail!("KvCache: keys: expected [b, h_kv, s, head_dim], got {:?}", k.dims());
+        };
         let mut cache = self.attn.new_cache([b, h_kv, head_dim], self.max_seq_len, k.dtype(), k.device())?;
         let out = run(&self.attn, &mut cache)?;
         self.cache = Some(cache);

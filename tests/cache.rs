@@ -3,8 +3,8 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_pq_attn::ops::{self, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
+use candle_pq_attn::ops::{self, ClusterSums, Selected};
+use candle_pq_attn::{Codebook, DecodeGraph, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
 use common::*;
 use proptest::prelude::*;
 
@@ -348,6 +348,138 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
 }
 
 /// Views of a cache are keys like any others.
+/// Counted to the byte: what an index with everything takes, and keys and codes up to the capacity.
+#[test]
+fn a_budget_is_all_that_is_reserved() -> Result<()> {
+    let inner_product = PqConfig { metric: Metric::InnerProduct, ..small() };
+    for (config, dtype) in [(small(), DType::F32), (with_tail(), DType::BF16), (inner_product, DType::F16)] {
+        let attn = PqAttention::new(config.clone(), 0.25)?;
+        let mut rng = Rng(3);
+        let (keys, q) = (rng.tensor(&[2, 2, 400, 16], dtype), rng.tensor(&[2, 4, 400, 16], dtype));
+        let run = |cache: &mut PqKvCache, from: usize, to: usize| {
+            let [q, kv] = [&q, &keys].map(|tensor| tensor.narrow(2, from, to - from));
+            let kv = kv?;
+            attn.forward(&q?, &kv, &kv, cache)
+        };
+        // What 400 keys take where there is room for no more; 400 is a multiple of 16.
+        let mut full = attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?;
+        run(&mut full, 0, 400)?;
+        full.build_index()?;
+        let fixed = full.codebook().map_or(0, Codebook::bytes) + full.clusters().map_or(0, ClusterSums::bytes);
+        let key = config.pq_dim + usize::from(config.coarse > 0);
+        let bytes = full.memory().kv_bytes + 2 * 2 * 400 * key + fixed;
+
+        assert!(attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?.with_max_bytes(bytes - 1).is_err());
+        let mut cache = attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu)?.with_max_bytes(bytes)?;
+        run(&mut cache, 0, 100)?;
+        assert_eq!(cache.capacity(), 256);
+        run(&mut cache, 100, 300)?;
+        assert_eq!(cache.capacity(), 400, "what is left, not the double");
+        let before = (cache.len(), cache.memory(), numbers(&cache.keys()?));
+        assert!(run(&mut cache, 0, 101).is_err());
+        assert_eq!((cache.len(), cache.memory(), numbers(&cache.keys()?)), before);
+        // It goes on as if nothing had been asked of it.
+        run(&mut cache, 300, 399)?;
+        let last = run(&mut cache, 399, 400)?;
+        let mut free = attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?;
+        for (from, to) in [(0, 100), (100, 300), (300, 399)] {
+            run(&mut free, from, to)?;
+        }
+        assert_same_bits(&last, &run(&mut free, 399, 400)?, "last step");
+    }
+    Ok(())
+}
+
+/// Through trainings, blocks and the first sparse step, and with another run after a part was taken back.
+#[test]
+fn a_run_is_its_steps() -> Result<()> {
+    let by_kv_head = PqConfig { selection: Selection::PerKvHead, ..with_tail() };
+    for (config, dtype) in [(small(), DType::F32), (with_tail(), DType::BF16), (by_kv_head, DType::F32)] {
+        let attn = PqAttention::new(config, 0.25)?;
+        let mut rng = Rng(11);
+        let [q, kv] = [6, 2].map(|heads| rng.tensor(&[2, heads, 200, 16], dtype));
+        let new = || attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu);
+        let (runs, steps) = (&mut new()?, &mut new()?);
+        let at = |from: usize, s: usize| Ok::<_, candle_core::Error>((q.narrow(2, from, s)?, kv.narrow(2, from, s)?));
+        let (prompt, prompt_kv) = at(0, 40)?;
+        attn.forward(&prompt, &prompt_kv, &prompt_kv, runs)?;
+        attn.forward(&prompt, &prompt_kv, &prompt_kv, steps)?;
+        let mut position = 40;
+        for s in [1, 2, 8, 3, 5, 7, 4, 6, 8, 8, 8, 2, 8, 8, 8].into_iter().cycle().take(20) {
+            let (run, run_kv) = at(position, s)?;
+            let got = attn.forward_run(&run, &run_kv, &run_kv, runs)?;
+            let want: Result<Vec<_>> = (position..position + s)
+                .map(|position| at(position, 1).and_then(|(q, kv)| attn.forward(&q, &kv, &kv, steps)))
+                .collect();
+            assert_same_bits(&got, &Tensor::cat(&want?, 2)?, &format!("{s} from {position} on"));
+            // A part of them is accepted.
+            position += s.div_ceil(2) + s % 3 / 2;
+            runs.truncate(position)?;
+            steps.truncate(position)?;
+            assert_same_cache(runs, steps, "after a part was taken back")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_that_fails_leaves_the_cache_as_it_was() -> Result<()> {
+    let attn = PqAttention::new(with_tail(), 0.25)?;
+    let mut rng = Rng(12);
+    let [q, kv] = [4, 2].map(|heads| rng.tensor(&[1, heads, 300, 16], DType::F32));
+    let run = |cache: &mut PqKvCache, from, s| {
+        let (q, kv) = (q.narrow(2, from, s)?, kv.narrow(2, from, s)?);
+        attn.forward_run(&q, &kv, &kv, cache)
+    };
+    let new = || -> Result<PqKvCache> {
+        let mut cache = attn.new_cache([1, 2, 16], 256, DType::F32, &Device::Cpu)?;
+        let kv = kv.narrow(2, 0, 250)?;
+        attn.forward(&q.narrow(2, 0, 250)?, &kv, &kv, &mut cache)?;
+        cache.build_index()?;
+        Ok(cache)
+    };
+    // No room for the seventh.
+    let (mut cache, mut other) = (new()?.with_max_bytes(85_000)?, new()?);
+    let error = run(&mut cache, 250, 8).expect_err("no room").to_string();
+    assert!(error.starts_with("PqKvCache: max_bytes: expected 257 keys to take at most 85000 bytes"), "{error}");
+    assert_same_cache(&mut cache, &mut other, "after a run that failed")?;
+    assert_same_bits(&run(&mut cache, 250, 6)?, &run(&mut other, 250, 6)?, "a run that fits");
+    Ok(())
+}
+
+/// Codes and sums too, where the call made the cache grow, trained a codebook, or filled a block before it failed.
+#[test]
+fn a_call_that_fails_leaves_the_index_as_it_was() -> Result<()> {
+    let attn = PqAttention::new(with_tail(), 0.25)?;
+    let failing = attn.clone().with_prefill(|_, _, _, _| candle_core::bail!("no prefill today"));
+    let mut rng = Rng(13);
+    for (len, s) in [(250, 20), (256, 2), (100, 90)] {
+        let [q, kv] = [4, 2].map(|heads| rng.tensor(&[1, heads, len + s, 16], DType::F32));
+        let mut cache = attn.new_cache([1, 2, 16], 256, DType::F32, &Device::Cpu)?;
+        let at = |tensor: &Tensor, from: usize, to: usize| tensor.narrow(2, from, to - from);
+        attn.forward(&at(&q, 0, len)?, &at(&kv, 0, len)?, &at(&kv, 0, len)?, &mut cache)?;
+        cache.build_index()?;
+        let index = |cache: &PqKvCache| -> Result<_> {
+            let clusters = cache.clusters().map(|clusters| (numbers(&clusters.sums), integers(&clusters.counts)));
+            Ok((integers(&cache.codes()?), clusters, cache.memory()))
+        };
+        let before = index(&cache)?;
+        let (q, kv) = (at(&q, len, len + s)?, at(&kv, len, len + s)?);
+        assert!(failing.forward(&q, &kv, &kv, &mut cache).is_err());
+        assert!(index(&cache)? == before, "{s} keys after {len}");
+        // A run that fails at its end, having trained on the way.
+        let mut graph = DecodeGraph::new(|_: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| {
+            attn.forward_run(&q, &kv, &kv, &mut caches[0])?;
+            caches[0].build_index()?;
+            candle_core::bail!("no step today")
+        });
+        let caches = std::slice::from_mut(&mut cache);
+        assert!(graph.step(&Tensor::zeros(1, DType::U32, &Device::Cpu)?, caches).is_err());
+        assert!(index(&cache)? == before, "a run of {s} keys after {len}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_cache_takes_its_own_keys() -> Result<()> {
     let keys = Rng(13).tensor(&[1, 2, 100, 16], DType::F32);

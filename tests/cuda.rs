@@ -5,6 +5,8 @@
 #![cfg(feature = "cuda")]
 
 mod common;
+#[path = "common/misuse.rs"]
+mod misuse;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -1316,6 +1318,12 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     let full = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
     assert!(full.contains("growth"), "{full}");
     Ok(())
+}
+
+#[test]
+fn misuse_is_refused() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    misuse::all(misuse::On { device: &gpu })
 }
 
 /// What is on another device than the cache is refused before anything is appended or forgotten.

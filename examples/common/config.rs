@@ -113,6 +113,7 @@ impl Architecture {
     /// What differs between layers, by what the model states or else the architecture's interval.
     fn layer_kinds(&self, layers: usize, context: usize, stated: &LayerPattern) -> Result<Vec<LayerKind>> {
         use LayerKind::{Global, NoRope, Sliding};
+        ensure!(layers <= 1 << 12, "{layers} layers, expected at most {}", 1 << 12);
         // One that holds the context is none.
         let window = stated.sliding_window.filter(|&window| window > 0 && window < context);
         let unknown = window.filter(|_| !self.all_slide && self.global_interval.is_none()).unwrap_or(0);
@@ -183,9 +184,15 @@ impl ModelConfig {
 
     /// Refuses what the model would compute wrongly.
     fn checked(self) -> Result<Self> {
-        let Self { heads, kv_heads, head_dim, .. } = self;
+        let Self { heads, kv_heads, head_dim, context, .. } = self;
         ensure!(kv_heads > 0 && heads % kv_heads == 0, "{heads} heads cannot share {kv_heads} key-value heads");
         ensure!(head_dim > 0 && head_dim % 2 == 0, "head_dim {head_dim} is not even");
+        // There are tables of all positions.
+        for (name, number, most) in
+            [("head_dim", head_dim, 256), ("heads", heads, 1 << 16), ("context", context, 1 << 20)]
+        {
+            ensure!(number <= most, "{name} {number} is more than {most}");
+        }
         let kinds = self.layer_kinds.len();
         ensure!([0, self.layers].contains(&kinds), "kinds of {kinds} layers are listed, expected {}", self.layers);
         if let RopeScaling::Divisors(divisors) | RopeScaling::LongRope { divisors, .. } = &self.rope_scaling {

@@ -7,6 +7,8 @@ pub mod budget;
 pub mod chat;
 pub mod cli;
 pub mod config;
+#[cfg(test)]
+mod damage;
 pub mod decoder;
 pub mod decoding;
 pub mod linear;

@@ -49,6 +49,11 @@ impl Checkpoint {
         let open = || -> Result<Gguf> {
             let mut file = BufReader::new(File::open(path)?);
             let content = Content::read(&mut file)?;
+            for (name, info) in &content.tensor_infos {
+                // As f32. Candle compares with the size of the file, but by a product that may overflow.
+                let bytes = info.shape.dims().iter().try_fold(4usize, |bytes, dim| bytes.checked_mul(*dim));
+                ensure!(bytes.is_some(), "the tensor {name} has shape {:?}", info.shape.dims());
+            }
             Ok(Gguf { path: path.to_path_buf(), content, file })
         };
         let gguf = open().with_context(|| format!("cannot read {} as GGUF; give another --model", path.display()))?;

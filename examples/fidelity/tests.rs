@@ -502,7 +502,7 @@ fn bad_methods_say_what_is_expected() -> Result<()> {
     }
     let example = Example::new(4, 400)?;
     for (name, expected) in [
-        ("pq:8x8:grow=0", "refresh: expected a share above 0"),
+        ("pq:8x8:grow=0", "refresh: expected a finite share above 0"),
         ("pq:5x8", "pq_dim: expected a divisor"),
         ("clusters:codes=5x8", "expected a divisor of"),
     ] {

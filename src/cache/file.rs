@@ -15,10 +15,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::PqKvCache;
-use crate::codebook::Codebook;
+use crate::codebook::{at_path, check_shape, Codebook};
 use crate::config::PqConfig;
-
-const OP: &str = "load_caches";
 
 /// Raised by what an older version would read wrongly.
 const FORMAT: u32 = 1;
@@ -102,7 +100,9 @@ pub fn save_caches<'a>(
     }
     let metadata = [("caches", caches), ("about", about.to_string()), ("xxh3", sum.hex())];
     let metadata = metadata.map(|(name, text)| (name.to_string(), text)).into();
-    Ok(safetensors::serialize_to_file(tensors, Some(metadata), path.as_ref())?)
+    let path = path.as_ref();
+    safetensors::serialize_to_file(tensors, Some(metadata), path)
+        .map_err(|error| at_path("save_caches", path, error.into()))
 }
 
 /// Reads what [`save_caches`] wrote, into caches with room for `capacity` keys, or for those that they have.
@@ -112,9 +112,6 @@ pub fn save_caches<'a>(
 /// gives. Nothing is allocated that the file has no bytes for.
 pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> Result<SavedCaches> {
     let path = path.as_ref();
-    let what = |error: candle_core::Error| {
-        candle_core::Error::Msg(format!("{OP}: {}: {}", path.display(), first_line(&error.to_string())))
-    };
     let load = || -> Result<SavedCaches> {
         let mut file = SavedFile::open(path)?;
         let (caches, about) = (file.metadata("caches")?, file.metadata("about")?);
@@ -134,12 +131,7 @@ pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> 
             layers.map(|(index, layer)| layer.load(&mut file, index, capacity, device)).collect::<Result<_>>()?;
         Ok(SavedCaches { caches, about })
     };
-    load().map_err(what)
-}
-
-/// An error without the backtrace that Candle puts below it where `RUST_BACKTRACE` is set.
-fn first_line(error: &str) -> &str {
-    error.lines().next().unwrap_or_default()
+    load().map_err(|error| at_path("load_caches", path, error))
 }
 
 struct Checksum(Xxh3);
@@ -231,6 +223,7 @@ impl SavedFile {
     fn tensor(&mut self, name: &str, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
         let shape = info.shape.clone();
+        check_shape(&shape)?;
         if DType::try_from(info.dtype).ok() != Some(dtype) {
             bail!("{name}: expected dtype {}, got {:?}", dtype.as_str(), info.dtype);
         }
@@ -337,192 +330,4 @@ impl PqKvCache {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::{Heavy, Metric, Tail};
-    use crate::PqAttention;
-
-    fn small() -> PqConfig {
-        let (sink, window, heavy) = (2, 8, Heavy::Keys(8));
-        PqConfig { sink, window, heavy, pq_dim: 4, pq_bits: 4, coarse: 16, refresh: 0.25, ..PqConfig::default() }
-    }
-
-    /// The same numbers for the same seed.
-    fn tensor(seed: u32, dims: &[usize], dtype: DType) -> Result<Tensor> {
-        let count: usize = dims.iter().product();
-        let number = |i: usize| ((i as f32 + 1.) * 12.9898 + seed as f32 * 78.233).sin() * 4.3;
-        Tensor::from_vec((0..count).map(number).collect(), dims, &Device::Cpu)?.to_dtype(dtype)
-    }
-
-    /// Reads a prompt, and steps on.
-    fn run(attn: &PqAttention, cache: &mut PqKvCache, steps: std::ops::Range<u32>) -> Result<Vec<f32>> {
-        let mut outs = Vec::new();
-        for step in steps {
-            let s = if step == 0 { 70 } else { 1 };
-            let [b, h_kv, d] = cache.dims();
-            let q = tensor(step, &[b, 2 * h_kv, s, d], cache.dtype())?;
-            let [k, v] = [7, 9].map(|part| tensor(step + 1000 * part, &[b, h_kv, s, d], cache.dtype()));
-            outs.extend(attn.forward(&q, &k?, &v?, cache)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
-        }
-        Ok(outs)
-    }
-
-    fn forward(config: &PqConfig, dtype: DType, steps: u32) -> Result<(PqAttention, PqKvCache)> {
-        let attn = PqAttention::new(config.clone(), 0.25)?;
-        let mut cache = attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu)?;
-        run(&attn, &mut cache, 0..steps)?;
-        Ok((attn, cache))
-    }
-
-    /// Steps after it are those of a cache that was never saved, through trainings and to another save.
-    #[test]
-    fn loaded_caches_go_on_bit_for_bit() -> Result<()> {
-        let directory = tempfile::tempdir()?;
-        let path = directory.path().join("caches");
-        let plain = PqConfig { coarse: 0, tail: Tail::None, query_weights: false, ..small() };
-        let configs = [
-            small(),
-            PqConfig { query_weights: false, ..small() },
-            PqConfig { tail: Tail::None, window: 0, ..small() },
-            PqConfig { metric: Metric::InnerProduct, ..plain.clone() },
-            PqConfig { init_offset: Some(5), ..plain },
-        ];
-        for (config, dtype) in configs.iter().flat_map(|config| [DType::F32, DType::BF16].map(|dtype| (config, dtype)))
-        {
-            for steps in [0, 1, 2, 40] {
-                let (attn, mut first) = forward(config, dtype, steps)?;
-                let (_, mut second) = forward(config, dtype, steps + 3)?;
-                second.build_index()?;
-                save_caches(&path, [&first, &second], "two")?;
-                let SavedCaches { caches, about } = load_caches(&path, 90, &Device::Cpu)?;
-                assert_eq!((caches.len(), about.as_str()), (2, "two"));
-                for (cache, loaded) in [&mut first, &mut second].into_iter().zip(caches) {
-                    let mut loaded = loaded;
-                    assert_eq!((loaded.len(), loaded.config()), (cache.len(), config));
-                    assert_eq!(loaded.memory().kv_bytes, cache.memory().kv_bytes);
-                    let next = steps + 10..steps + 40;
-                    let (got, want) = (run(&attn, &mut loaded, next.clone())?, run(&attn, cache, next)?);
-                    assert!(!got.is_empty() && got == want, "{config:?} {dtype:?} after {steps} steps");
-                    assert_eq!(loaded.memory(), cache.memory());
-                    loaded.truncate(cache.len() / 2)?;
-                    cache.truncate(cache.len() / 2)?;
-                    assert!(run(&attn, &mut loaded, 1..30)? == run(&attn, cache, 1..30)?, "truncated");
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_codebook_that_was_handed_in_stays() -> Result<()> {
-        let directory = tempfile::tempdir()?;
-        let path = directory.path().join("caches");
-        let (attn, mut cache) = forward(&small(), DType::F32, 1)?;
-        let keys = tensor(3, &[2, 2, 50, 16], DType::F32)?;
-        cache.set_codebook(Codebook::train(&keys, &small())?)?;
-        save_caches(&path, [&cache], "")?;
-        let mut loaded = load_caches(&path, 0, &Device::Cpu)?.caches.remove(0);
-        assert_eq!(run(&attn, &mut loaded, 1..60)?, run(&attn, &mut cache, 1..60)?);
-        loaded.reset()?;
-        assert!(loaded.codebook().is_some());
-        Ok(())
-    }
-
-    #[track_caller]
-    fn assert_refused(path: &Path, expected: &str) {
-        let error = load_caches(path, 0, &Device::Cpu).expect_err("an error").to_string();
-        assert!(error.starts_with("load_caches: ") && error.contains(expected), "{error}, expected {expected}");
-    }
-
-    #[test]
-    fn damage_is_refused() -> Result<()> {
-        let directory = tempfile::tempdir()?;
-        let path = directory.path().join("caches");
-        assert_refused(&path, "No such file");
-        let (_, cache) = forward(&small(), DType::F32, 2)?;
-        save_caches(&path, [&cache], "about")?;
-        let good = std::fs::read(&path)?;
-        for len in [0, 7, 8, 100, good.len() / 2, good.len() - 1] {
-            std::fs::write(&path, &good[..len])?;
-            assert_refused(&path, "expected");
-        }
-        std::fs::write(&path, [&good[..], &[0]].concat())?;
-        assert_refused(&path, "cut off or changed");
-        // Wherever a bit falls.
-        let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
-        for at in (0..header).chain((header..good.len()).step_by(977)).chain([good.len() - 1]) {
-            let mut bytes = good.clone();
-            bytes[at] ^= 4;
-            std::fs::write(&path, bytes)?;
-            // Blanks at the end of the header say nothing.
-            if good[at] != b' ' {
-                assert_refused(&path, "");
-            }
-        }
-        candle_core::safetensors::save(&HashMap::from([("x", tensor(1, &[3], DType::F32)?)]), &path)?;
-        assert_refused(&path, "got another");
-        std::fs::write(&path, "a document of some other kind")?;
-        assert_refused(&path, "got another, or one that was cut off");
-        Ok(())
-    }
-
-    /// What a file says is checked where its checksum is right, too.
-    #[test]
-    fn nonsense_is_refused() -> Result<()> {
-        let directory = tempfile::tempdir()?;
-        let path = directory.path().join("caches");
-        let (_, mut cache) = forward(&small(), DType::F32, 2)?;
-        cache.build_index()?;
-        let (saved, good) = (Saved { format: FORMAT, layers: vec![Layer::of(&cache)] }, cache.tensors()?);
-        let write = |change: &dyn Fn(&mut Saved), tensors: &[(String, Tensor)]| -> Result<()> {
-            let mut other = serde_json::from_value(serde_json::to_value(&saved).unwrap()).unwrap();
-            change(&mut other);
-            let caches = serde_json::to_string(&other).unwrap();
-            let mut tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (format!("0.{name}"), tensor)).collect();
-            tensors.sort_by(|a, b| a.0.cmp(&b.0));
-            let mut sum = Checksum::new(&caches, "");
-            tensors.iter().for_each(|(name, tensor)| sum.add(name, &tensor.data()));
-            let metadata = [("caches", caches), ("about", String::new()), ("xxh3", sum.hex())];
-            let metadata = metadata.map(|(name, text)| (name.to_string(), text)).into();
-            Ok(safetensors::serialize_to_file(tensors, Some(metadata), &path)?)
-        };
-        write(&|_| (), &good)?;
-        load_caches(&path, 0, &Device::Cpu)?;
-        let trained = |saved: &mut Saved, change: &dyn Fn(&mut Trained)| {
-            change(saved.layers[0].trained.as_mut().expect("an index"));
-        };
-        type Change<'a> = &'a dyn Fn(&mut Saved);
-        let changes: [(Change, &str); 12] = [
-            (&|saved| saved.format = 2, "expected caches of format 1, got format 2"),
-            (&|saved| saved.layers[0].len += 1, "0.keys: expected shape [2, 2, 72, 16], got [2, 2, 71, 16]"),
-            (&|saved| saved.layers[0].dims = [usize::MAX; 3], "0.keys: expected shape"),
-            (&|saved| saved.layers[0].dtype = "u8".into(), "0.keys: expected dtype u8, got F32"),
-            (&|saved| saved.layers[0].dtype = "nothing".into(), "0.dtype: expected f32, f16 or bf16"),
-            (&|saved| saved.layers[0].config.pq_dim = 5, "pq_dim: expected a divisor"),
-            (&|saved| saved.layers[0].config.coarse = 32, "expected 32 coarse clusters, got 16"),
-            (&|saved| saved.layers[0].queries = vec![4], "expected a tensor \"0.queries.4\", found none"),
-            (&|saved| saved.layers[0].queries = vec![0, 0], "queries: expected ascending positions"),
-            (&|saved| trained(saved, &|trained| trained.end = Some(72)), "0.end: expected 18 to 71"),
-            (&|saved| trained(saved, &|trained| trained.encoded = usize::MAX), "0.encoded: expected 2 and blocks of 9"),
-            (&|saved| trained(saved, &|trained| trained.encoded -= 9), "0.codes: expected shape"),
-        ];
-        for (change, expected) in changes {
-            write(change, &good)?;
-            assert_refused(&path, expected);
-        }
-        for (index, (name, tensor)) in good.iter().enumerate() {
-            let mut tensors = good.clone();
-            tensors.remove(index);
-            write(&|_| (), &tensors)?;
-            // Without weights it is another codebook, no broken one.
-            if name != "weights" {
-                let centroids = name == "coarse";
-                assert_refused(&path, if centroids { "expected 16 coarse clusters, got 0" } else { "found none" });
-            }
-            tensors.push((name.clone(), tensor.flatten_all()?));
-            write(&|_| (), &tensors)?;
-            assert_refused(&path, "expected");
-        }
-        Ok(())
-    }
-}
+mod tests;

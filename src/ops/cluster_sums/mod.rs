@@ -4,9 +4,9 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 #[cfg(feature = "cuda")]
-use candle_core::{bail, CudaStorage, InplaceOp2, InplaceOp3};
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CudaStorage, InplaceOp2, InplaceOp3};
 
 use super::arg::{with_unit_rows, Arg, View};
 use super::side_output::SideOutput;
@@ -27,8 +27,13 @@ impl ClusterSums {
     /// Clusters without keys, `[b, h_kv, n_clusters, head_dim]`.
     ///
     /// # Errors
-    /// What the device gives.
+    /// More than can be addressed, or what the device gives.
     pub fn empty([b, h_kv, n_clusters, head_dim]: [usize; 4], device: &Device) -> Result<Self> {
+        let dims = [b, h_kv, n_clusters, head_dim];
+        let bytes = dims.iter().try_fold(size_of::<f32>(), |bytes, dim| bytes.checked_mul((*dim).max(1)));
+        if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+            bail!("ClusterSums: expected sums of less than {} bytes, got {dims:?} numbers", isize::MAX);
+        }
         Ok(Self {
             sums: Tensor::zeros((b, h_kv, n_clusters, head_dim), DType::F32, device)?,
             counts: Tensor::zeros((b, h_kv, n_clusters), DType::U32, device)?,

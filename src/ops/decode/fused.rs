@@ -344,7 +344,13 @@ impl Shape {
         }
         let wanted = keys / CHUNK;
         let chunks = ((gpu.shared_bytes - STATIC_BYTES - others) / chunk_bytes).min(wanted);
-        Shared { histogram_at, tail_copies, chunks, holds_all: chunks == wanted, bytes: others + self.staged_bytes().max(chunks * chunk_bytes) }
+        Shared {
+            histogram_at,
+            tail_copies,
+            chunks,
+            holds_all: chunks == wanted,
+            bytes: others + self.staged_bytes().max(chunks * chunk_bytes),
+        }
     }
 
     fn suits(&self, plan: &Plan, selection: &SelectionPlan, gpu: &Gpu) -> bool {

@@ -56,7 +56,7 @@ impl Plan {
         arg.is(DType::F32)?;
         let scores: View<3> = arg.view("[b, h, n]")?;
         let h = scores.dims[1];
-        if h_kv == 0 || !h.is_multiple_of(h_kv) {
+        if h == 0 || h_kv == 0 || !h.is_multiple_of(h_kv) {
             bail!("{OP}: h_kv: expected a divisor of h {h}, got {h_kv}");
         }
         if !scale.is_finite() {

@@ -110,7 +110,9 @@ impl Plan {
         if n == 0 && heavy.dims[2] > 0 {
             return arg.fail("no positions for n 0", format_args!("{} a list", heavy.dims[2]));
         }
-        Ok(Self::of(heavy, geometry))
+        let plan = Self::of(heavy, geometry);
+        check_count(OP, [heavy.dims[0], heavy.dims[1], plan.list_len])?;
+        Ok(plan)
     }
 
     pub(super) fn of(heavy: View<3>, geometry: Geometry) -> Self {
@@ -178,6 +180,7 @@ pub fn dense_weights(selected: &Selected, h: usize, n: usize) -> Result<Tensor> 
     if lists.lists() == 0 || !h.is_multiple_of(lists.lists()) {
         bail!("{DENSE_OP}: h: expected a multiple of {} lists, got {h}", lists.lists());
     }
+    check_count(DENSE_OP, [lists.indices.dims[0], h, n])?;
     indices.apply_op3_no_bwd(&lens, &weights, &DenseWeights { lists, h, n })
 }
 
@@ -217,6 +220,15 @@ impl CustomOp3 for DenseWeights {
     ) -> Result<(CudaStorage, Shape)> {
         let dense = cuda::scatter(&self.lists, self.h, self.n, indices, lens, weights)?;
         Ok((dense, (self.lists.indices.dims[0], self.h, self.n).into()))
+    }
+}
+
+/// Fails where a result of `[b, heads, n]` numbers is more than can be addressed.
+fn check_count(op: &str, dims: [usize; 3]) -> Result<()> {
+    let bytes = dims.iter().try_fold(size_of::<f32>(), |bytes, dim| bytes.checked_mul(*dim));
+    match bytes.filter(|bytes| isize::try_from(*bytes).is_ok()) {
+        Some(_) => Ok(()),
+        None => bail!("{op}: n: expected a result of less than {} bytes, got {dims:?} numbers", isize::MAX),
     }
 }
 
