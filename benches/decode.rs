@@ -261,20 +261,13 @@ impl Case {
     ) -> Result<()> {
         let attn = PqAttention::new(self.config(), self.scale())?;
         let codebook = Codebook::train(&layers[0].keys.narrow(2, 0, self.n.min(8192))?, &self.config())?;
-        // Numbers of which scores of 16 bits are exact: the keys that are selected must be the CPU's.
-        let on_grid = |x: &Tensor, steps: f64| (x * steps)?.round()? * (1.0 / steps);
-        let on_grid_codebook = Codebook::new(on_grid(&codebook.centroids()?, 16.0)?, None)?;
-        let codebook = match codebook.coarse() {
-            None => on_grid_codebook,
-            Some(coarse) => on_grid_codebook.with_coarse(on_grid(coarse, 16.0)?)?,
-        };
         let caches: Result<Vec<_>> = layers.iter().take(4).map(|layer| self.cache(&attn, layer, &codebook)).collect();
         let caches = RefCell::new(caches?);
         // Tokens that differ: equal keys would tie.
         let new = |x: &Tensor, i: usize| x.narrow(2, i, 1)?.contiguous();
         let token = |i: usize| Ok((new(&layers[0].keys, i)?, new(&layers[0].values, i)?));
         let tokens: Vec<(Tensor, Tensor)> = (0..64).map(token).collect::<Result<_>>()?;
-        let (query, (key, value)) = (&on_grid(&layers[0].query, 4.0)?, &tokens[0]);
+        let (query, (key, value)) = (&layers[0].query, &tokens[0]);
         {
             let mut on_cpu = self.cache(&attn, &layers[0].to_device(&Device::Cpu)?, &codebook)?;
             let cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);

@@ -611,15 +611,17 @@ fn threads_share_an_attention() -> Result<()> {
 fn forward() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
     for (dtype, selection, (coarse, tail), tolerance) in [
-        (DType::F32, Selection::PerQueryHead, (0, Tail::None), 1e-3),
-        (DType::F32, Selection::PerKvHead, (0, Tail::None), 1e-3),
+        (DType::F32, Selection::PerQueryHead, (0, Tail::None), 1e-4),
+        (DType::F32, Selection::PerKvHead, (0, Tail::None), 1e-4),
         (DType::BF16, Selection::PerQueryHead, (0, Tail::None), 2e-2),
         (DType::F16, Selection::PerKvHead, (0, Tail::None), 2e-2),
-        (DType::F32, Selection::PerQueryHead, (16, Tail::ClusterMeans), 1e-3),
-        (DType::F32, Selection::PerKvHead, (32, Tail::ClusterMeans), 1e-3),
+        (DType::F32, Selection::PerQueryHead, (16, Tail::ClusterMeans), 1e-4),
+        (DType::F32, Selection::PerKvHead, (32, Tail::ClusterMeans), 1e-4),
         (DType::BF16, Selection::PerKvHead, (16, Tail::ClusterMeans), 2e-2),
-        (DType::F32, Selection::PerKvHead, (8, Tail::None), 1e-3),
+        (DType::F32, Selection::PerKvHead, (8, Tail::None), 1e-4),
     ] {
+        // Of these numbers no selection ends between two keys whose masses are equal within rounding: it may then end
+        // at either, and does with some others.
         let mut rng = Rng(16);
         let config = PqConfig {
             heavy: Heavy::Keys(20),
@@ -632,7 +634,6 @@ fn forward() -> Result<()> {
             ..PqConfig::default()
         };
         let attn = PqAttention::new(config, 0.125)?;
-        let mut heads = [0, 0]; // all, and those that select others, between whose scores rounding decides
         let mut caches =
             [attn.new_cache([2, 2, 64], 0, dtype, &gpu)?, attn.new_cache([2, 2, 64], 0, dtype, &Device::Cpu)?];
         for s in std::iter::once(150).chain(std::iter::repeat_n(1, 200)) {
@@ -641,48 +642,12 @@ fn forward() -> Result<()> {
             let [values, cpu_values] = pair(&mut rng, &gpu, &[2, 2, s, 64], dtype, Strides::Transposed)?;
             let got = attn.forward(&query, &keys, &values, &mut caches[0])?;
             let want = attn.forward(&cpu_query, &cpu_keys, &cpu_values, &mut caches[1])?;
-            if s == 1 {
-                heads[0] += 16;
-                heads[1] += heads_that_differ(&got, &want, tolerance)?;
-            } else {
-                assert_close(&format!("{dtype:?} {selection:?} {tail:?} prefill"), &got, &want, tolerance);
-            }
+            assert_close(&format!("{dtype:?} {selection:?} {tail:?} at {}", caches[0].len()), &got, &want, tolerance);
             if caches[0].len() == 300 {
                 caches.iter_mut().try_for_each(|cache| cache.truncate(260))?;
             }
         }
         assert_same_index(&format!("{dtype:?} {selection:?} {tail:?}"), &caches[0], &caches[1])?;
-        eprintln!("{dtype:?} {selection:?} {tail:?}: {} of {} differ", heads[1], heads[0]);
-        assert!(heads[1] * 20 <= heads[0], "{dtype:?} {selection:?} {tail:?}: {} of {} differ", heads[1], heads[0]);
-    }
-    Ok(())
-}
-
-/// How many heads' rows are further apart than `tolerance` of their largest number; none may be no numbers.
-fn heads_that_differ(got: &Tensor, want: &Tensor, tolerance: f64) -> Result<usize> {
-    let rows = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_to(2)?.to_vec2::<f64>();
-    let differ = |(got, want): &(Vec<f64>, Vec<f64>)| {
-        let largest = want.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-        got.iter().zip(want).any(|(x, y)| !((x - y).abs() <= tolerance * largest))
-    };
-    Ok(rows(got)?.into_iter().zip(rows(want)?).filter(differ).count())
-}
-
-/// Scores of a step on a GPU have 16 bits. Of queries and codebooks on a grid they are exact, and so is what they select.
-fn on_grid(x: &Tensor, steps: f64) -> Result<Tensor> {
-    (x.affine(steps, 0.0)?.round()?).affine(1.0 / steps, 0.0)
-}
-
-fn use_codebook_on_grid(gpu: &Device, caches: &mut [PqKvCache; 2]) -> Result<()> {
-    caches[1].build_index()?;
-    let codebook = caches[1].codebook().expect("enough keys for a codebook");
-    let (centroids, coarse) = (codebook.centroids()?, codebook.coarse().cloned());
-    for (cache, device) in caches.iter_mut().zip([gpu, &Device::Cpu]) {
-        let codebook = Codebook::new(on_grid(&centroids, 16.0)?.to_device(device)?, None)?;
-        cache.set_codebook(match &coarse {
-            None => codebook,
-            Some(coarse) => codebook.with_coarse(on_grid(coarse, 16.0)?.to_device(device)?)?,
-        })?;
     }
     Ok(())
 }
@@ -737,10 +702,8 @@ fn decode_of_many_shapes() -> Result<()> {
                 let [values, cpu_values] = pair(&mut rng, &gpu, &[b, h_kv, n, head_dim], dtype, Strides::Contiguous)?;
                 caches[0].append(&keys, &values)?;
                 caches[1].append(&cpu_keys, &cpu_values)?;
-                use_codebook_on_grid(&gpu, &mut caches)?;
-                let [query, _] = pair(&mut rng, &gpu, &[b, h_kv * group, 1, head_dim], dtype, Strides::Contiguous)?;
-                let query = on_grid(&query, 4.0)?;
-                let cpu_query = query.to_device(&Device::Cpu)?;
+                let [query, cpu_query] =
+                    pair(&mut rng, &gpu, &[b, h_kv * group, 1, head_dim], dtype, Strides::Contiguous)?;
                 let [key, cpu_key] = pair(&mut rng, &gpu, &[b, h_kv, 1, head_dim], dtype, Strides::Contiguous)?;
                 let got = attn.forward(&query, &key, &key, &mut caches[0])?;
                 let want = attn.forward(&cpu_query, &cpu_key, &cpu_key, &mut caches[1])?;
@@ -785,44 +748,6 @@ fn decode_of_ties_and_peaks() -> Result<()> {
             let want = attn.forward(&cpu_query, &last(&cpu_keys)?, &last(&cpu_values)?, &mut caches[1])?;
             assert_close(&format!("{selection:?} times {factor}, all alike: {same}"), &got, &want, 2e-3);
         }
-    }
-    Ok(())
-}
-
-/// Of every four keys the first is far better than the others: what `search` samples misleads it.
-#[test]
-fn decode_of_keys_of_which_a_quarter_is_better() -> Result<()> {
-    let (_guard, gpu) = gpu_or_skip!(read);
-    for heavy in [10, 900, 1300, 3000] {
-        let mut rng = Rng(6);
-        let config = PqConfig {
-            heavy: Heavy::Keys(heavy),
-            pq_bits: 6,
-            coarse: 32,
-            selection: Selection::PerQueryHead,
-            init_offset: Some(0),
-            ..PqConfig::default()
-        };
-        let attn = PqAttention::new(config, 0.125)?;
-        let n = 4000;
-        let [_, noise] = pair(&mut rng, &gpu, &[1, 2, n, 64], DType::F32, Strides::Contiguous)?;
-        let signs: Vec<f32> = (0..n).map(|i| if i % 4 == 0 { 1.0 } else { -1.0 }).collect();
-        let cpu_keys = noise.broadcast_add(&Tensor::from_vec(signs, (1, 1, n, 1), &Device::Cpu)?)?;
-        let keys = cpu_keys.to_device(&gpu)?;
-        let mut caches = [
-            attn.new_cache([1, 2, 64], n + 1, DType::F32, &gpu)?,
-            attn.new_cache([1, 2, 64], n + 1, DType::F32, &Device::Cpu)?,
-        ];
-        let [values, cpu_values] = pair(&mut rng, &gpu, &[1, 2, n, 64], DType::F32, Strides::Contiguous)?;
-        caches[0].append(&keys, &values)?;
-        caches[1].append(&cpu_keys, &cpu_values)?;
-        use_codebook_on_grid(&gpu, &mut caches)?;
-        let [_, noise] = pair(&mut rng, &gpu, &[1, 8, 1, 64], DType::F32, Strides::Contiguous)?;
-        let cpu_query = on_grid(&(noise * 0.25)?.affine(1.0, 1.0)?, 4.0)?;
-        let last = |x: &Tensor| x.narrow(2, n - 1, 1);
-        let got = attn.forward(&cpu_query.to_device(&gpu)?, &last(&keys)?, &last(&values)?, &mut caches[0])?;
-        let want = attn.forward(&cpu_query, &last(&cpu_keys)?, &last(&cpu_values)?, &mut caches[1])?;
-        assert_close(&format!("{heavy}"), &got, &want, 2e-3);
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A step over an index in the three launches of `kernels/decode.cu`, whose scores stay where they are made.
+//! A step over an index in the two launches of `kernels/decode.cu`, whose scores stay where they are made.
 
 use candle_core::{CudaStorage, DType, Result};
 
@@ -33,10 +33,8 @@ struct Decode {
     head_dim: u32,
     pq_dim: u32,
     pq_len: u32,
-    pq_bits: u32,
     n_centroids: u32,
     n_clusters: u32,
-    tail_copies: u32,
     has_tail: u32,
     scale: f32,
 }
@@ -44,16 +42,11 @@ struct Decode {
 const THREADS: usize = 512;
 const WARPS: usize = THREADS / 32;
 
-/// A block that makes tables, and the lanes of a cluster's entry.
-const TABLE_THREADS: usize = 128;
-const CLUSTER_LANES: usize = 8;
-
 /// Keys that a warp takes at a time.
 const CHUNK: usize = 128;
 
 /// Subspaces of a row of the tables, and its bytes.
 const SUBSPACES: usize = 8;
-const MAX_SUBSPACES: usize = 64;
 const ROW_BYTES: usize = 128;
 
 /// The most heads of a bundle: one 16-byte look-up.
@@ -63,10 +56,6 @@ const MAX_HEADS: usize = 4;
 const STATIC_BYTES: usize = 7 << 10;
 
 const MAX_SPLITS: usize = 64;
-
-/// Copies of the tail's masses, between which the lanes of a warp are shared out.
-const MAX_TAIL_COPIES: usize = 32;
-
 const MAX_CLUSTERS: usize = 256;
 const MAX_GROUP: usize = 64;
 
@@ -81,23 +70,17 @@ const SEARCH_WORDS: usize = 4096 + 2 * 256 + MAX_GROUP + 8;
 
 /// A step's launches.
 pub(super) struct Fused {
-    tables: Kernel,
     search: Kernel,
     attend: Kernel,
     params: Params<Decode>,
-    b: usize,
-    h_kv: usize,
+    /// (batch element, KV head) pairs
+    rows: usize,
     by_kv: bool,
     lists: usize,
     bundles: usize,
     heads: usize,
     splits: usize,
     entries: usize,
-    table_blocks: usize,
-    /// Of the tables: the subspaces, and one for all clusters.
-    columns: usize,
-    /// Words of scores that there is no room for in shared memory.
-    kept_words: usize,
     room: usize,
     /// Keys of a list that the blocks have room for together.
     list_room: usize,
@@ -157,10 +140,8 @@ impl Fused {
             head_dim: u32_of(OP, "head_dim", head_dim)?,
             pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
             pq_len: u32_of(OP, "pq_len", head_dim / pq_dim)?,
-            pq_bits: n_centroids.ilog2(),
             n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
             n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
-            tail_copies: u32_of(OP, "coarse", shared.tail_copies)?,
             has_tail: u32::from(tail.is_some()),
             scale: plan.attend.scale,
         };
@@ -168,21 +149,16 @@ impl Fused {
         let suffix = cuda::suffix(dtype);
         let kernel = |name: String| Kernel::new(device, Module::Decode, name);
         Ok(Some(Self {
-            tables: kernel(format!("decode_tables_{suffix}_h{heads}"))?,
-            search: kernel(format!("decode_search_h{heads}{name}"))?,
+            search: kernel(format!("decode_search_{suffix}_h{heads}{name}"))?,
             attend: kernel(format!("decode_attend_{suffix}_d{padded_dim}_h{heads}{name}"))?,
             params: Params(params),
-            b,
-            h_kv,
+            rows,
             by_kv: shape.by_kv,
             lists: if shape.by_kv { rows } else { b * h },
             bundles,
             heads,
             splits,
             entries: pq_dim * n_centroids + n_clusters,
-            table_blocks: shape.table_blocks(),
-            columns: pq_dim + usize::from(n_clusters > 0),
-            kept_words: if shared.holds_all { 0 } else { rows * bundles * room * heads.div_ceil(2) },
             room,
             list_room,
             padded_dim,
@@ -200,8 +176,7 @@ impl Fused {
         out: &mut CudaStorage,
     ) -> Result<()> {
         let (_, device) = cuda::kind(query);
-        let Self { b, h_kv, lists, bundles, heads, splits, params, .. } = self;
-        let rows = b * h_kv;
+        let Self { rows, lists, bundles, heads, splits, params, .. } = self;
         let (all_bundles, all_heads) = (rows * bundles, rows * bundles * heads);
         let guards = [&index.codes, &index.centroids].map(|tensor| tensor.storage_and_layout().0);
         let [codes, centroids] = guards.each_ref().map(|guard| cuda::storage_of(OP, guard));
@@ -215,9 +190,7 @@ impl Fused {
             (codes?, centroids?, clusters?, coarse?, sums?, counts?);
 
         let tables = buffers.tables.of(device, all_heads * self.entries, DType::F32)?;
-        let bounds = buffers.bounds.zeroed(device, all_bundles * self.columns * 2 * heads, DType::U32)?;
-        let scores = buffers.kept_scores.of(device, self.kept_words.max(1), DType::U32)?;
-        let open_scores = buffers.open_scores.of(device, all_heads * self.room, DType::F32)?;
+        let scores = buffers.scores.of(device, all_heads * self.room, DType::F32)?;
         let stats = buffers.mass_stats.of(device, 2 * all_heads * MAX_SPLITS, DType::F32)?;
         let searches = buffers.searches.zeroed(device, lists * SEARCH_WORDS, DType::U32)?;
 
@@ -228,17 +201,11 @@ impl Fused {
         let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, lists * self.list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, all_heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let by_kv = u32::from(self.by_kv);
-        let launch = self.tables.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
-        let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(bounds)?;
-        let launch = launch.output(searches)?.value(&by_kv).value(params);
-        launch.run([self.table_blocks, h_kv * bundles, *b], TABLE_THREADS as u32, 0)?;
-
-        let launch = self.search.launch().input(codes)?.input_or_null(clusters)?.input(lens)?;
-        let launch = launch.input(tables)?.input(bounds)?.output(scores)?.output(open_scores)?;
+        let launch = self.search.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
+        let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(scores)?;
         let launch = launch.output_or_null(masses.as_deref_mut())?.output(stats)?.output(searches)?;
         let launch = launch.output(lists)?.output(listed)?.output(tail)?.value(params);
-        let grid = [*splits, if self.by_kv { *h_kv } else { h_kv * bundles }, *b];
+        let grid = [*splits, if self.by_kv { *rows } else { all_bundles }, 1];
         match splits {
             1 => launch.run(grid, THREADS as u32, self.shared_bytes)?,
             _ => launch.run_cooperatively(grid, THREADS as u32, self.shared_bytes)?,
@@ -248,23 +215,20 @@ impl Fused {
         let partial_stats = buffers.attend_stats.of(device, 2 * all_heads * splits, DType::F32)?;
         let arrived = buffers.arrived.zeroed(device, all_bundles, DType::U32)?;
         let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input_or_null(clusters)?;
-        let launch = launch.input(open_scores)?.input_or_null(masses.as_deref())?.input(lens)?;
+        let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(lens)?;
         let launch = launch.output(searches)?.input(lists)?;
         let launch = launch.input(listed)?.input_or_null(sums)?.input_or_null(counts)?.input(tail)?;
-        let launch = launch.output(partials)?.output(partial_stats)?.output(bounds)?;
-        let launch = launch.output(arrived)?;
+        let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?;
         let launch = launch.output(out)?.value(params);
-        launch.run([*splits, h_kv * bundles, *b], if self.padded_dim > 128 { 256 } else { 512 }, 0)
+        launch.run([*splits, all_bundles, 1], if self.padded_dim > 128 { 256 } else { 512 }, 0)
     }
 }
 
 /// The shared memory of a block that searches.
 struct Shared {
     histogram_at: usize,
-    tail_copies: usize,
-    /// Chunks of keys whose scores it has room for, and by KV head their masses.
+    /// Chunks of scores.
     chunks: usize,
-    holds_all: bool,
     bytes: usize,
 }
 
@@ -301,56 +265,20 @@ impl Shape {
         size_of::<u32>() * if self.by_kv { ROW_BINS } else { self.heads() * HEAD_BINS }
     }
 
-    /// Blocks that make the tables of a bundle, a lane a head of an entry or an eighth of a cluster's; whole warps of either.
-    fn table_blocks(&self) -> usize {
-        let warps = |lanes: usize| (lanes * self.heads()).div_ceil(32);
-        let all = warps(self.pq_dim * self.n_centroids) + warps(self.n_clusters * CLUSTER_LANES);
-        all.div_ceil(TABLE_THREADS / 32)
-    }
-
-    /// The bytes of the tables.
-    fn table_bytes(&self) -> usize {
-        (self.pq_dim / SUBSPACES * self.n_centroids + self.n_clusters) * ROW_BYTES
-    }
-
-    /// The bytes of the tail's masses, of which several copies may take the tables' place: a word a head, or by KV head half
-    /// a word.
-    fn tail_bytes(&self) -> usize {
-        let heads = self.heads();
-        let words = if self.by_kv { self.group.div_ceil(heads) * heads.div_ceil(2) } else { heads };
-        words * self.n_clusters * size_of::<u32>()
-    }
-
-    /// The tables as they come, before they are rounded: where scores lie later.
-    fn staged_bytes(&self) -> usize {
-        (self.pq_dim * self.n_centroids + self.n_clusters) * self.heads() * size_of::<f32>()
-    }
-
     /// Where the histogram of a block lies: behind the tables, and what later takes their place.
     fn histogram_at(&self) -> usize {
-        self.table_bytes().max(self.tail_bytes())
+        let tables = (self.pq_dim / SUBSPACES * self.n_centroids + self.n_clusters) * ROW_BYTES;
+        let heads = if self.by_kv { self.group } else { self.heads() };
+        tables.max(heads * MAX_CLUSTERS * size_of::<u32>())
     }
 
     /// What a block that searches `keys` has in shared memory.
     fn shared(&self, keys: usize, bundles: usize, gpu: &Gpu) -> Shared {
-        // Scores of 16 bits, two to a word.
-        let words = self.heads().div_ceil(2) * if self.by_kv { bundles } else { 1 };
-        let chunk_bytes = CHUNK * size_of::<u32>() * (words + usize::from(self.by_kv));
-        let histogram_at = self.histogram_at();
+        let (histogram_at, chunk_bytes) = (self.histogram_at(), CHUNK * self.heads() * size_of::<f32>());
         let others = histogram_at + self.histogram_bytes();
-        let mut tail_copies = 1;
-        while tail_copies < MAX_TAIL_COPIES && 2 * tail_copies * self.tail_bytes() <= histogram_at {
-            tail_copies *= 2;
-        }
-        let wanted = keys / CHUNK;
+        let wanted = keys / CHUNK * if self.by_kv { bundles } else { 1 };
         let chunks = ((gpu.shared_bytes - STATIC_BYTES - others) / chunk_bytes).min(wanted);
-        Shared {
-            histogram_at,
-            tail_copies,
-            chunks,
-            holds_all: chunks == wanted,
-            bytes: others + self.staged_bytes().max(chunks * chunk_bytes),
-        }
+        Shared { histogram_at, chunks, bytes: others + chunks * chunk_bytes }
     }
 
     fn suits(&self, plan: &Plan, selection: &SelectionPlan, gpu: &Gpu) -> bool {
@@ -361,12 +289,11 @@ impl Shape {
         let codes = from_first_position(codes, plan.step.init_offset);
         let clusters = coarse.map(|coarse| from_first_position(coarse.codes.device(), plan.step.init_offset));
         self.pq_dim.is_multiple_of(SUBSPACES)
-            && self.pq_dim <= MAX_SUBSPACES
             && (self.head_dim / self.pq_dim).is_multiple_of(4)
             && self.head_dim.is_multiple_of(8)
             && self.group <= MAX_GROUP
             && self.b * self.h <= MAX_LISTS
-            && self.histogram_at() + self.histogram_bytes() + self.staged_bytes() + STATIC_BYTES <= gpu.shared_bytes
+            && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES <= gpu.shared_bytes
             && attend.scale > 0.0
             && attend.scale.is_finite()
             && rows.iter().all(|view| is_aligned(view, 8))

@@ -62,14 +62,14 @@ macro_rules! buffers {
 }
 
 buffers! {
-    tables bounds scores kept_scores open_scores mass_stats mass histograms heavy indices list_lens weights tail_masses tail_shifts tail_out tail_lse
+    tables scores mass_stats mass histograms heavy indices list_lens weights tail_masses tail_shifts tail_out tail_lse
     partials attend_stats lse searches arrived
 }
 
 impl Buffers {
-    /// After a step that failed on its way: what counts in `searches`, `bounds` and `arrived` is to be zero between steps.
+    /// After a step that failed on its way: what counts in `searches` and `arrived` is to be zero between steps.
     pub(super) fn forget_counts(&mut self) {
-        for buffer in [&mut self.searches, &mut self.bounds, &mut self.arrived] {
+        for buffer in [&mut self.searches, &mut self.arrived] {
             buffer.replace(None);
         }
     }
