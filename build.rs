@@ -36,7 +36,7 @@ mod cuda {
         // Compute capability 8.0 whatever the machine here has: its PTX runs on that and all later devices.
         let ptx = KernelBuilder::new()
             .source_dir(kernels)
-            .watch([kernels.join("common.cuh"), kernels.join("nearest.cuh")])
+            .watch(["common.cuh", "nearest.cuh", "decode"].map(|headers| kernels.join(headers)))
             .compute_cap_arch(&CAPABILITY.to_string())
             .args(["-std=c++17", "-O3"])
             .build_ptx()

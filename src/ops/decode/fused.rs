@@ -7,7 +7,7 @@ use super::{Plan, SelectionPlan, OP};
 use crate::cache::Index;
 use crate::cuda::{self, u32_of, DeviceView, Gpu, Kernel, Module, Params, Step};
 
-/// `kernels/decode.cu`
+/// `kernels/decode/layout.cuh`
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Decode {

@@ -1,0 +1,441 @@
+// `attend`: exact attention to the keys that `search` listed, and to clusters in the place of all others.
+#pragma once
+
+#include "layout.cuh"
+
+// What the warps of a block leave each other must fit shared memory.
+template <int D>
+constexpr int ATTEND_THREADS = D > 128 ? 256 : 512;
+
+// Positions of a list that a block resolves before it attends.
+constexpr u32 RESOLVED = 256;
+
+// A list's keys as they are ranked: masses of a row, or scores of one head of a bundle.
+template <int HEADS, bool BY_KV>
+struct Ranked {
+  const float* from;
+
+  __device__ Ranked(const float* scores, const float* masses, u32 row, u32 bundle, u32 head, const Decode& p) {
+    from = BY_KV ? masses + row * p.room : scores + (static_cast<u64>(row) * p.bundles + bundle) * p.room * HEADS + head;
+  }
+  __device__ float operator[](u32 position) const {
+    return BY_KV ? from[position] : from[static_cast<u64>(score_slot(position)) * HEADS];
+  }
+};
+
+// The segment with the `i`-th of their elements, if `before` counts those in front of each.
+template <u32 SEGMENTS>
+__device__ inline u32 segment_of(const u32* before, u32 i) {
+  u32 segment = 0;
+#pragma unroll
+  for (u32 half = SEGMENTS / 2; half > 0; half /= 2) segment += before[segment + half] <= i ? half : 0;
+  return segment;
+}
+
+// Grid: (splits, b * h_kv * bundles). Groups of LANES threads take a key each, eight elements a thread.
+template <int HEADS, bool BY_KV, int D, class T>
+__device__ void attend(const T* query, const T* keys, const T* values, const u8* clusters, const float* scores,
+                       const float* masses, const u32* lens, Search* searches, const u32* lists,
+                       const Listed* listed, const float* sums, const u32* counts, const u32* tail, float* partials,
+                       float2* partial_stats, u32* arrived, T* out, const Decode& p) {
+  constexpr u32 BLOCK = ATTEND_THREADS<D>, WARPS_OF_BLOCK = BLOCK / 32, LANES = D / 8, GROUPS = BLOCK / LANES, LISTS = BY_KV ? 1 : HEADS;
+  constexpr u32 LIST_WARPS = WARPS_OF_BLOCK / LISTS, LIST_GROUPS = GROUPS / LISTS;
+  // Keys whose loads are on their way at a time, as many as registers hold.
+  constexpr bool IS_WIDE = sizeof(T) == 4;
+  constexpr int AHEAD = BY_KV ? (HEADS < 4 ? (IS_WIDE ? 2 : 3) : (IS_WIDE ? 1 : 2)) : (IS_WIDE ? 3 : 5);
+  constexpr int PER_GROUP = BY_KV ? HEADS : 1;
+  // Ranks of open keys, later the warps' results, then sums of splits.
+  constexpr u32 MERGED = WARPS_OF_BLOCK * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
+  constexpr u32 SCRATCH = MERGED > RANKED ? MERGED : RANKED;
+  __shared__ float4 scratch[SCRATCH > BLOCK ? SCRATCH : BLOCK];
+  u64(&ranks)[LISTS][KEPT] = *reinterpret_cast<u64(*)[LISTS][KEPT]>(scratch);
+  __shared__ alignas(16) float queries[HEADS][D];
+  __shared__ float shifts[HEADS];
+  __shared__ float tops[WARPS_OF_BLOCK][PER_GROUP], totals[WARPS_OF_BLOCK][PER_GROUP];
+  __shared__ unsigned long long tail_units[HEADS][MAX_CLUSTERS];
+  __shared__ u32 tail_counts[MAX_CLUSTERS];
+  __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
+  __shared__ u64 pivots[LISTS];
+  __shared__ u32 positions[LISTS][RESOLVED];
+  u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(positions);
+  static_assert(RESOLVED >= 256);
+  const Part part(lens, blockIdx.y, HEADS, p);
+  const u32 tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const u32 group = tid / LANES, e = tid % LANES * 8, list = group / LIST_GROUPS;
+  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head, n_lists = BY_KV ? 1 : part.heads;
+  const float scale = p.scale * LOG2_E;
+  const bool is_list = list < n_lists;
+  clusters += p.has_tail ? p.clusters.at(part.b, part.kv) : 0;
+  // For the next step.
+  for (u32 i = blockIdx.x * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += p.splits * BLOCK) {
+    searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
+  }
+  if (blockIdx.x == 0 && tid == 0) searches[first_list].arrived = 0;
+  // All loads that wait for nothing, before the first that is waited for.
+  constexpr u32 QUERIES = (HEADS * D + BLOCK - 1) / BLOCK;
+  float query_values[QUERIES];
+#pragma unroll
+  for (u32 i = 0; i < QUERIES; i++) {
+    const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
+    const bool is_there = head < part.heads && j < p.head_dim;
+    query_values[i] = is_there ? widen(query[p.query.at(part.b, part.first_head + head, 0, j)]) : 0;
+  }
+  u32 own_sure = 0, own_open = 0;
+  if (warp < n_lists && lane < WARPS) {
+    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + lane];
+    own_sure = own.sure, own_open = own.open;
+  }
+  Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
+  const u32 wanted = search.wanted, n_open_all = is_list ? search.n_open : 0;
+  const float tail_top = search.top, own_shift = BY_KV ? search.shifts[part.bundle * HEADS + tid % HEADS] : 0;
+  constexpr u32 LIST_THREADS = BLOCK / LISTS, OPEN = (KEPT + LIST_THREADS - 1) / LIST_THREADS;
+  // Open keys that are ranked by comparing all with all, at most one a thread.
+  constexpr u32 COMPARED = LIST_THREADS < 128 ? LIST_THREADS : 128;
+  u64 open[OPEN];
+#pragma unroll
+  for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT - 1)];
+  const u32 per_split = p.per_warp * WARPS;
+  // This block's clusters.
+  const u32 share = (p.n_clusters + p.splits - 1) / p.splits, first_cluster = min(blockIdx.x * share, p.n_clusters);
+  const u32 n_own = min(share, p.n_clusters - first_cluster);
+  const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `search`
+  const u64 tail_first = (static_cast<u64>(part.b) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
+  if (p.has_tail) {
+    // Eight lanes a cluster, of which each adds up some splits.
+    constexpr u32 ADDERS = 8;
+    const u32 all = part.heads * n_own;
+    for (u32 from = 0; from < all; from += BLOCK / ADDERS) {
+      const u32 i = min(from + tid / ADDERS, all - 1), head = i / n_own, c = first_cluster + i % n_own;
+      const u32* of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
+      const u32 count = counts[p.counts.at(part.b, part.kv, c)];
+      u64 units = 0;
+#pragma unroll
+      for (u32 k = 0; k < MAX_SPLITS / ADDERS; k++) {
+        const u32 split = k * ADDERS + tid % ADDERS;
+        if (split < p.splits) units += of_split[split * tail_heads * MAX_CLUSTERS];
+      }
+#pragma unroll
+      for (u32 lanes = ADDERS / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
+      if (tid % ADDERS == 0 && from + tid / ADDERS < all) {
+        tail_units[head][i % n_own] = units;
+        tail_counts[i % n_own] = count;
+      }
+    }
+  }
+  if (BY_KV && tid < HEADS) shifts[tid] = own_shift;
+#pragma unroll
+  for (u32 i = 0; i < QUERIES; i++) {
+    const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
+    if (head < HEADS) queries[head][j] = query_values[i];
+  }
+  if (warp < LISTS) {
+#pragma unroll
+    for (int lanes = 1; lanes < WARPS; lanes *= 2) {
+      const u32 x = __shfl_up_sync(ALL_LANES, own_sure, lanes), y = __shfl_up_sync(ALL_LANES, own_open, lanes);
+      if (lane >= lanes) own_sure += x, own_open += y;
+    }
+    if (lane < WARPS) before_sure[warp][lane + 1] = own_sure, before_open[warp][lane + 1] = own_open;
+    if (lane == 0) before_sure[warp][0] = before_open[warp][0] = 0;
+  }
+  // Open keys are ranked by all threads of their list.
+  if (tid < LISTS) pivots[tid] = ~u64{0};
+  const Ranked<HEADS, BY_KV> ranked(scores, masses, part.row, part.bundle, is_list ? list : 0, p);
+  const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
+  const bool are_kept = n_open_all <= KEPT;
+#pragma unroll
+  for (u32 i = 0; i < OPEN; i++) {
+    const u32 at = i * LIST_THREADS + tid % LIST_THREADS;
+    if (at < KEPT) ranks[list][at] = open[i];
+  }
+  // Calls f with the rank of each.
+  const auto each_open = [&](auto f) {
+    if (are_kept) {
+      for (u32 i = tid % LIST_THREADS; i < n_open_all; i += LIST_THREADS) f(ranks[list][i]);
+      return;
+    }
+    constexpr u32 LIST_WARPS = LIST_THREADS / 32;
+    for (u32 i = warp % LIST_WARPS; i < p.splits * WARPS; i += LIST_WARPS) {
+      const u32 count = is_list ? listed[first_segment + i].open : 0;
+      for (u32 k = lane; k < count; k += 32) {
+        const u32 position = lists[(first_segment + i + 1) * p.per_warp - 1 - k];
+        f(rank_of(ranked[position], position));
+      }
+    }
+  };
+  const bool compares = __syncthreads_and(n_open_all <= COMPARED);
+  const u32* const own = lists + first_segment * p.per_warp + static_cast<u64>(blockIdx.x) * per_split;
+  const u32 n_sure = before_sure[list][WARPS], n_open = before_open[list][WARPS];
+  const auto sure_position = [&](u32 row) {
+    const u32 segment = segment_of<WARPS>(before_sure[list], row);
+    return own[segment * p.per_warp + (row - before_sure[list][segment])];
+  };
+  const auto resolve = [&] {
+    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) positions[list][i] = sure_position(i);
+  };
+  // Where an open key counts in the tail: its cluster, and its shares or scores.
+  struct OpenKey {
+    u32 cluster;
+    float scores[PER_GROUP];
+  };
+  const auto load_open = [&](u64 rank) {
+    const u32 position = ~static_cast<u32>(rank);
+    const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
+    OpenKey key;
+    key.cluster = clusters[position];
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) key.scores[h] = scores[at + h];
+    return key;
+  };
+  // With few of them a thread has one, which is on its way while they are ranked.
+  const bool is_early = compares && p.has_tail && tid % LIST_THREADS < n_open_all;
+  OpenKey early = {};
+  if (is_early) early = load_open(open[0]);
+  if (compares) {
+    resolve();
+    each_open([&](u64 rank) {
+      u32 above = 0;
+#pragma unroll 8
+      for (u32 k = 0; k < n_open_all; k++) above += ranks[list][k] > rank;
+      if (above + 1 == wanted) pivots[list] = rank;
+    });
+  } else {
+    // Too many in a list: digit by digit.
+    u64 known = 0, mask = 0;
+    u32 left = wanted;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+      __syncthreads();
+      for (u32 i = tid % LIST_THREADS; i < 256; i += LIST_THREADS) digits[list][i] = 0;
+      __syncthreads();
+      each_open([&](u64 rank) {
+        if ((rank & mask) == known) atomicAdd(&digits[list][rank >> shift & 0xff], 1);
+      });
+      __syncthreads();
+      u32 digit = 255;
+      while (digit > 0 && digits[list][digit] < left) left -= digits[list][digit--];
+      known |= static_cast<u64>(digit) << shift;
+      mask |= u64{0xff} << shift;
+    }
+    pivots[list] = known;
+    __syncthreads();  // positions lie where the digits were
+    resolve();
+  }
+  __syncthreads();
+  if (p.has_tail) {
+    // Those that are not selected, where they belong to one of this block's clusters.
+    const float unit = tail_unit(per_split), to_units = BY_KV ? unit / tail_top : log2f(unit) - tail_top * scale;
+    const auto add_open = [&](u64 rank, const OpenKey& key) {
+      const u32 position = ~static_cast<u32>(rank), own = key.cluster - first_cluster;
+      if (rank >= pivots[list] || position < part.sink || own >= n_own) return;
+#pragma unroll
+      for (int h = 0; h < PER_GROUP; h++) {
+        const u32 head = BY_KV ? h : list;
+        const float weight = BY_KV ? key.scores[h] * to_units : exp2_approx(key.scores[h] * scale + to_units);
+        const unsigned long long units = in_units(weight, unit, cut_of(position));
+        if (head < part.heads) atomicAdd(&tail_units[head][own], units);
+      }
+    };
+    if (is_early) add_open(open[0], early);
+    if (!compares) each_open([&](u64 rank) { add_open(rank, load_open(rank)); });
+  }
+  const u32 edges = part.sink + (part.n - part.window_start);
+  const u32 n_rows = n_sure + n_open + (edges > blockIdx.x ? (edges - blockIdx.x + p.splits - 1) / p.splits : 0);
+  keys += p.keys.at(part.b, part.kv);
+  values += p.values.at(part.b, part.kv);
+  float acc[PER_GROUP][8], top[PER_GROUP], sum[PER_GROUP];
+#pragma unroll
+  for (int h = 0; h < PER_GROUP; h++) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) acc[h][j] = 0;
+    top[h] = -INFINITY;
+    sum[h] = 0;
+  }
+  for (u32 i = group % LIST_GROUPS; __any_sync(ALL_LANES, i < n_rows); i += AHEAD * LIST_GROUPS) {
+    Chunk<T> key[AHEAD], value[AHEAD];
+    bool is_attended[AHEAD];
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      u32 row = i + u * LIST_GROUPS, position = 0;
+      is_attended[u] = row < n_rows;
+      if (row < n_sure) {
+        position = row < RESOLVED ? positions[list][row] : sure_position(row);
+      } else if ((row -= n_sure) < n_open) {
+        const u32 segment = segment_of<WARPS>(before_open[list], row);
+        position = own[(segment + 1) * p.per_warp - 1 - (row - before_open[list][segment])];
+        is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
+      } else {
+        const u32 edge = blockIdx.x + (row - n_open) * p.splits;
+        position = edge < part.sink ? edge : part.window_start + (edge - part.sink);
+      }
+      key[u] = value[u] = {};
+      if (is_attended[u] && e < p.head_dim) {
+        key[u] = load_chunk(keys + position * p.keys.strides[2] + e);
+        value[u] = load_chunk(values + position * p.values.strides[2] + e);
+      }
+    }
+    float product[AHEAD][PER_GROUP];
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      float q[8];
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        const float4 from = *reinterpret_cast<const float4*>(&queries[BY_KV ? h : list][e + j]);
+        q[j] = from.x, q[j + 1] = from.y, q[j + 2] = from.z, q[j + 3] = from.w;
+      }
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) dot += q[j] * widen(key[u].x[j]);
+#pragma unroll
+        for (u32 lanes = LANES / 2; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, lanes);
+        product[u][h] = is_attended[u] ? dot * scale : -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      float larger = top[h];
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) larger = fmaxf(larger, product[u][h]);
+      const float factor = exp2_approx(top[h] - finite(larger));
+      top[h] = larger;
+      sum[h] *= factor;
+#pragma unroll
+      for (int j = 0; j < 8; j++) acc[h][j] *= factor;
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        const float weight = exp2_approx(product[u][h] - finite(larger));
+        sum[h] += weight;
+#pragma unroll
+        for (int j = 0; j < 8; j++) acc[h][j] += weight * widen(value[u].x[j]);
+      }
+    }
+  }
+  // The clusters as further keys, of which a head's scores are what is left of its mass.
+  __syncthreads();  // open keys have been added
+  const float to_weight = -log2f(tail_unit(per_split));
+  for (u32 c = group % LIST_GROUPS; p.has_tail && c < n_own; c += LIST_GROUPS) {
+    const float* from = sums + p.sums.at(part.b, part.kv, first_cluster + c, e);
+    const u32 count = tail_counts[c];
+    const float inverse = 1.0f / max(count, 1u);
+    float4 row[2] = {};
+    if (e < p.head_dim) row[0] = __ldg(reinterpret_cast<const float4*>(from)), row[1] = __ldg(reinterpret_cast<const float4*>(from) + 1);
+    const float mean[8] = {row[0].x * inverse, row[0].y * inverse, row[0].z * inverse, row[0].w * inverse,
+                           row[1].x * inverse, row[1].y * inverse, row[1].z * inverse, row[1].w * inverse};
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      const u32 head = BY_KV ? h : list;
+      const float shift = BY_KV ? shifts[h] + log2f(tail_top) : tail_top * scale;
+      // What weighs nothing is passed over: its mean may be no number.
+      const u64 units = head < part.heads && count ? tail_units[head][c] : 0;
+      if (units == 0) continue;
+      const float log_mass = log2f(__ull2float_rn(units)) + to_weight;
+      const float larger = fmaxf(top[h], shift + log_mass), weight = exp2_approx(shift + log_mass - larger);
+      const float factor = exp2_approx(top[h] - larger);
+      top[h] = larger;
+      sum[h] = sum[h] * factor + weight;
+#pragma unroll
+      for (int j = 0; j < 8; j++) acc[h][j] = acc[h][j] * factor + weight * mean[j];
+    }
+  }
+  // A warp's groups together, then the warps.
+#pragma unroll
+  for (int h = 0; h < PER_GROUP; h++) {
+    float larger = top[h];
+#pragma unroll
+    for (u32 lanes = LANES; lanes < 32; lanes *= 2) larger = fmaxf(larger, __shfl_xor_sync(ALL_LANES, larger, lanes));
+    const float factor = exp2_approx(top[h] - finite(larger));
+    sum[h] *= factor;
+#pragma unroll
+    for (u32 lanes = LANES; lanes < 32; lanes *= 2) sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], lanes);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      acc[h][j] *= factor;
+#pragma unroll
+      for (u32 lanes = LANES; lanes < 32; lanes *= 2) acc[h][j] += __shfl_xor_sync(ALL_LANES, acc[h][j], lanes);
+    }
+    if (lane < LANES) {
+      if (lane == 0) tops[warp][h] = larger, totals[warp][h] = sum[h];
+      float4* to = &scratch[((warp * PER_GROUP + h) * D + e) / 4];
+      to[0] = {acc[h][0], acc[h][1], acc[h][2], acc[h][3]};
+      to[1] = {acc[h][4], acc[h][5], acc[h][6], acc[h][7]};
+    }
+  }
+  __syncthreads();
+  const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + blockIdx.x;
+  for (u32 i = tid; i < HEADS * D; i += BLOCK) {
+    const u32 h = i / D, element = i % D, w0 = BY_KV ? 0 : h * LIST_WARPS, hh = BY_KV ? h : 0;
+    float shift = -INFINITY;
+#pragma unroll
+    for (u32 w = 0; w < LIST_WARPS; w++) shift = fmaxf(shift, tops[w0 + w][hh]);
+    float total = 0, y = 0;
+#pragma unroll
+    for (u32 w = 0; w < LIST_WARPS; w++) {
+      const float factor = exp2_approx(tops[w0 + w][hh] - finite(shift));
+      total += factor * totals[w0 + w][hh];
+      y += factor * (&scratch[0].x)[((w0 + w) * PER_GROUP + hh) * D + element];
+    }
+    partials[(partial * HEADS + h) * D + element] = y;
+    if (element == 0) partial_stats[partial * HEADS + h] = {shift, total};
+  }
+  if (!is_last(&arrived[blockIdx.y], p.splits)) return;
+  // What a split's result is to be multiplied with.
+  __shared__ float factors[HEADS][MAX_SPLITS];
+  const u64 first_partial = static_cast<u64>(blockIdx.y) * p.splits * HEADS;
+  // Four elements a thread; the threads of the same ones share the splits, of which the first are loaded ahead.
+  constexpr u32 QUADS = HEADS * D / 4, SHARERS = BLOCK / QUADS, AT_ONCE = 8;
+  const float4* const of_splits = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;
+  float4 results[AT_ONCE];
+  const auto load_results = [&](u32 first) {
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      const u32 split = first + i * SHARERS;
+      results[i] = split < p.splits ? __ldcg(of_splits + split * QUADS) : float4{};
+    }
+  };
+  load_results(tid / QUADS);
+  if (warp < part.heads) {
+    float2 own[MAX_SPLITS / 32];
+    float shift = -INFINITY, total = 0;
+#pragma unroll
+    for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
+      const u32 split = i * 32 + lane;
+      own[i] = split < p.splits ? __ldcg(&partial_stats[first_partial + split * HEADS + warp]) : float2{-INFINITY, 0};
+      shift = fmaxf(shift, own[i].x);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) shift = fmaxf(shift, __shfl_xor_sync(ALL_LANES, shift, lanes));
+#pragma unroll
+    for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
+      own[i].x = exp2_approx(own[i].x - finite(shift));
+      total += own[i].x * own[i].y;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
+#pragma unroll
+    for (u32 i = 0; i < MAX_SPLITS / 32; i++) factors[warp][i * 32 + lane] = total == 0 ? 0 : own[i].x / total;
+  }
+  __syncthreads();
+  {
+    const float* own = factors[tid % QUADS * 4 / D];
+    float4 y = {};
+    for (u32 first = tid / QUADS; first < p.splits; first += AT_ONCE * SHARERS) {
+      if (first >= AT_ONCE * SHARERS) load_results(first);
+#pragma unroll
+      for (u32 i = 0; i < AT_ONCE; i++) {
+        const float factor = own[min(first + i * SHARERS, p.splits - 1)];
+        y.x += factor * results[i].x, y.y += factor * results[i].y;
+        y.z += factor * results[i].z, y.w += factor * results[i].w;
+      }
+    }
+    scratch[tid] = y;
+  }
+  __syncthreads();
+  for (u32 i = tid; i < HEADS * D; i += BLOCK) {
+    const u32 h = i / D, element = i % D;
+    if (h >= part.heads || element >= p.head_dim) continue;
+    float y = 0;
+#pragma unroll
+    for (u32 sharer = 0; sharer < SHARERS; sharer++) y += (&scratch[sharer * QUADS].x)[i];
+    out[(static_cast<u64>(part.b) * p.h + part.first_head + h) * p.head_dim + element] = narrow<T>(y);
+  }
+}

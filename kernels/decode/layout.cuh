@@ -1,0 +1,137 @@
+// What the launches of a decode step share: its sizes, a block's part of it, and what they leave each other.
+#pragma once
+
+#include "../common.cuh"
+
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+constexpr u32 MAX_SPLITS = 64;
+constexpr u32 MAX_CLUSTERS = 256;
+constexpr u32 MAX_GROUP = 64;
+
+// Keys that a warp takes at a time: four adjacent ones a lane.
+constexpr u32 EACH = 4;
+constexpr u32 CHUNK = 32 * EACH;
+
+// Where the scores of a key are: those that the lanes of a warp write or read at once lie side by side.
+__device__ inline u32 score_slot(u32 position) {
+  return position / CHUNK * CHUNK + position % EACH * 32 + position % CHUNK / EACH;
+}
+
+// Bins of a histogram. Masses want more: their bins are not as even.
+constexpr u32 MAX_BINS = 4096;
+template <bool BY_KV>
+constexpr u32 BINS = BY_KV ? MAX_BINS : 2048;
+
+// Open keys whose ranks are kept.
+constexpr u32 KEPT = 256;
+
+struct Decode {
+  View<4> query;
+  View<4> keys;
+  View<4> values;
+  View<3> codes;     // of a position: pq_dim bytes, without gaps between positions
+  View<3> clusters;  // of a position: a byte
+  View<5> centroids;
+  View<4> coarse;
+  View<4> sums;
+  View<3> counts;
+  Step step;
+  u64 room;  // positions that the buffers have room for, a multiple of CHUNK
+  u32 h;
+  u32 h_kv;
+  u32 group;
+  u32 bundles;  // a row
+  u32 splits;
+  u32 per_warp;  // the most keys that a warp of a split may have: the lists' room for them
+  u32 histogram_at;   // where it is in the shared memory of `search`: behind the tables and the tail's masses
+  u32 shared_chunks;  // of scores, which come behind it
+  u32 head_dim;
+  u32 pq_dim;
+  u32 pq_len;
+  u32 n_centroids;
+  u32 n_clusters;  // 0 for none
+  u32 has_tail;
+  float scale;
+};
+
+// Numbers of a bundle's heads.
+template <int HEADS>
+struct alignas(4 * HEADS) Entry {
+  float x[HEADS];
+};
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// What is known of a list. Zeroed once. Rust: SEARCH_WORDS in ops/decode/fused.rs.
+struct Search {
+  u32 histogram[MAX_BINS];
+  u64 open[KEPT];  // ranks of the first keys in the bin in which the selection ends
+  u32 n_open;      // all of them
+  u32 arrived;     // blocks that came to a meeting of the team
+  float top;       // upper end of that bin
+  u32 wanted;      // keys of it that are selected
+  float shifts[MAX_GROUP];  // by KV head: of each head's scores, to its shares
+  u32 padding[4];
+};
+
+// How many of a warp's keys are listed, and how many may be.
+struct alignas(8) Listed {
+  u32 sure;
+  u32 open;
+};
+
+// A row and this block's keys of it. Sizes of a sequence fit 32 bits, as its length does.
+struct Part {
+  u32 b;
+  u32 kv;
+  u32 row;
+  u32 bundle;  // of the row
+  u32 first_head;
+  u32 heads;
+  u32 n;
+  u32 begin;  // candidates
+  u32 end;
+  u32 sink;
+  u32 window_start;
+
+  __device__ Part(const u32* lens, u32 y, u32 heads_per_bundle, const Decode& p) {
+    bundle = y % p.bundles;
+    row = y / p.bundles;
+    b = row / p.h_kv;
+    kv = row % p.h_kv;
+    first_head = kv * p.group + bundle * heads_per_bundle;
+    heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
+    n = static_cast<u32>(p.step.length(lens, b));
+    begin = static_cast<u32>(p.step.init_offset);
+    end = n - static_cast<u32>(min(p.step.window, u64{n}));
+    sink = static_cast<u32>(min(p.step.sink, u64{n}));
+    window_start = max(end, sink);
+  }
+
+  // The first position of a lane's keys, the `i`-th time.
+  __device__ u32 position(u32 i, u32 warps, u32 splits) const {
+    return ((i * warps + threadIdx.x / 32) * splits + blockIdx.x) * CHUNK + threadIdx.x % 32 * EACH;
+  }
+};
+
+// Of two that are equal the one in front is better.
+__device__ inline u64 rank_of(float x, u32 position) { return static_cast<u64>(rank_of(x)) << 32 | ~position; }
+
+// What the largest weight of a tail is in integers, where a block adds up `keys`: their sum fits 32 bits, and the largest
+// the mantissa of an f32.
+__device__ inline float tail_unit(u32 keys) { return static_cast<float>(1u << min(__clz(max(keys, 2u) - 1) - 1, 22)); }
+
+// Where the weight of a key is cut off, between 0 and 1: evenly spread over the keys, so that their sum is not biased by
+// weights that are small beside the unit.
+__device__ inline float cut_of(u32 position) { return __uint_as_float(0x3f800000 | __brev(position) >> 9) - 1.0f; }
+
+// A weight in units as an integer; none is above the unit of the largest. NaN is 0.
+__device__ inline u32 in_units(float weight, float unit, float cut) {
+  constexpr float TO_INTEGER = 1 << 23;
+  return weight > 0 ? __float_as_uint(__fadd_rd(fminf(weight, unit) + cut, TO_INTEGER)) & 0x7fffff : 0;
+}

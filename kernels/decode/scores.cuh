@@ -1,0 +1,211 @@
+// Scores of a block's keys, and their shares of the softmax.
+#pragma once
+
+#include "bins.cuh"
+#include "tables.cuh"
+
+// The largest product of a block's keys with a head's query, and the sum of 2^(product - largest).
+struct Stats {
+  float largest;
+  float sum;
+};
+
+// Of LANES adjacent lanes together.
+template <int LANES>
+__device__ inline Stats reduce(Stats own) {
+  float largest = own.largest;
+#pragma unroll
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
+  float sum = own.sum * exp2_approx(own.largest - finite(largest));
+#pragma unroll
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+  return {largest, sum};
+}
+
+// Scores of a block's keys, a chunk of a warp's keys of a bundle at a time: in shared memory as far as there is room.
+template <int HEADS>
+struct Scores {
+  Entry<HEADS>* shared;
+  Entry<HEADS>* global;  // of the block's first bundle
+  u32 n_shared;
+  u32 bundles;
+  u64 room;
+
+  // The `local`-th chunk of this block, the `chunk`-th of all.
+  __device__ void load(u32 local, u32 chunk, u32 bundle, Entry<HEADS> (&x)[EACH]) const {
+    const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
+    if (at < n_shared) {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) x[j] = shared[at * CHUNK + j * 32 + lane];
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) x[j] = global[bundle * room + chunk * CHUNK + j * 32 + lane];
+    }
+  }
+  __device__ Entry<HEADS> one(u32 local, u32 chunk, u32 bundle, u32 j) const {
+    const u32 at = local * bundles + bundle, key = j * 32 + threadIdx.x % 32;
+    return at < n_shared ? shared[at * CHUNK + key] : global[bundle * room + chunk * CHUNK + key];
+  }
+  __device__ void store(u32 local, u32 chunk, u32 bundle, const Entry<HEADS> (&x)[EACH]) const {
+    const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
+    if (at < n_shared) {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) shared[at * CHUNK + j * 32 + lane] = x[j];
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) global[bundle * room + chunk * CHUNK + j * 32 + lane] = x[j];
+    }
+  }
+};
+
+// Adds up the entries of this block's keys. By KV head returns a thread's statistics of the softmax, by query head counts
+// in `histogram`.
+template <int HEADS, bool BY_KV>
+__device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
+                            Stats (&stats)[HEADS], u32* histogram, const ScoreBins* bins, const Part& part,
+                            const Decode& p) {
+  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = p.pq_dim / SUBSPACES;
+  const u8* const coarse_rows = rows + chunks * p.n_centroids * ROW_BYTES;
+  const u32 slot = lane % SLOTS, start = slot % SUBSPACES;
+  // The subspaces in a lane's order: start, start ^ 1, start ^ 2, ... The last four are the first with one bit flipped.
+  constexpr u32 FLIP = SUBSPACES / 2;
+  u32 order[2] = {}, offsets[FLIP];
+#pragma unroll
+  for (u32 j = 0; j < SUBSPACES; j++) {
+    order[j / 4] |= (start ^ j) << j % 4 * 4;
+    if (j < FLIP) offsets[j] = (slot - start + (start ^ j)) * sizeof(Entry<HEADS>);
+  }
+  const u32 code_mask = (p.n_centroids - 1) * ROW_BYTES, cluster_mask = p.n_clusters - 1;
+  const float scale = p.scale * LOG2_E;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) stats[h] = {-INFINITY, 0};
+  // Codes of what comes next are on their way.
+  uint2 next[EACH];
+  u32 next_clusters = 0;
+  const auto load = [&](u32 at, u32 chunk) {
+    if (at >= part.end) return;
+    const u8* const from = codes + static_cast<u64>(at) * p.pq_dim + chunk * SUBSPACES;
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
+    if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + at));
+  };
+  u32 at = part.position(0, WARPS, p.splits);
+  load(at, 0);
+  for (u32 i = 0; at - lane * EACH < part.end; i++) {
+    const u32 later = part.position(i + 1, WARPS, p.splits);
+    Entry<HEADS> x[EACH] = {};
+    if (p.n_clusters) {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        x[j] = reinterpret_cast<const Entry<HEADS>*>(coarse_rows + (next_clusters >> j * 8 & cluster_mask) * ROW_BYTES)[slot];
+      }
+    }
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < chunks; chunk++) {
+      const u8* const table = rows + chunk * p.n_centroids * ROW_BYTES;
+      uint2 bytes[EACH];
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) bytes[j] = next[j];
+      const bool is_last = chunk + 1 == chunks;
+      load(is_last ? later : at, is_last ? 0 : chunk + 1);
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        const u32 turned[2] = {__byte_perm(bytes[j].x, bytes[j].y, order[0]),
+                               __byte_perm(bytes[j].x, bytes[j].y, order[1])};
+#pragma unroll
+        for (u32 m = 0; m < SUBSPACES; m++) {
+          // A code in the place of its row's offset; the mask keeps a byte that is no code inside the table.
+          const u32 word = turned[m / 4], row = m % 4 == 0 ? word << 7 : word >> (m % 4 * 8 - 7);
+          u32 offset = (row & code_mask) | offsets[m % FLIP];
+          if (m >= FLIP) offset ^= FLIP * sizeof(Entry<HEADS>);
+          const Entry<HEADS> entry = *reinterpret_cast<const Entry<HEADS>*>(table + offset);
+#pragma unroll
+          for (int h = 0; h < HEADS; h++) x[j].x[h] += entry.x[h];
+        }
+      }
+    }
+    scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
+    if constexpr (BY_KV) {
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        float larger = stats[h].largest, product[EACH];
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) {
+          product[j] = at + j >= part.begin && at + j < part.end ? x[j].x[h] * scale : -INFINITY;
+          larger = fmaxf(larger, product[j]);
+        }
+        stats[h].sum *= exp2_approx(stats[h].largest - finite(larger));
+        stats[h].largest = larger;
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) stats[h].sum += exp2_approx(product[j] - finite(larger));
+      }
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        if (at + j < part.begin || at + j >= part.end) continue;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) atomicAdd(&histogram[h * BINS<false> + bins[h].of(x[j].x[h])], 1);
+      }
+    }
+    at = later;
+  }
+}
+
+// The softmax statistics of a bundle's head over all keys; to a whole warp.
+template <int HEADS>
+__device__ Stats find_stats(const Stats* stats, u32 bundle, u32 head, u32 splits) {
+  const u32 lane = threadIdx.x % 32;
+  Stats own[MAX_SPLITS / 32];
+#pragma unroll
+  for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
+    const u32 split = i * 32 + lane;
+    own[i] = {-INFINITY, 0};
+    if (split < splits) {
+      const float2 both = __ldcg(reinterpret_cast<const float2*>(&stats[(bundle * MAX_SPLITS + split) * HEADS + head]));
+      own[i] = {both.x, both.y};
+    }
+  }
+#pragma unroll
+  for (u32 i = 1; i < MAX_SPLITS / 32; i++) {
+    const float largest = fmaxf(own[0].largest, own[i].largest);
+    own[0] = {largest, own[0].sum * exp2_approx(own[0].largest - finite(largest)) +
+                           own[i].sum * exp2_approx(own[i].largest - finite(largest))};
+  }
+  return reduce<32>(own[0]);
+}
+
+// What turns a score into its share of the softmax, 2^(score * scale - shift).
+__device__ inline float shift_of(Stats all) { return all.largest + log2f(all.sum); }
+
+// Turns the scores of this block's keys into shares of their heads' softmax, 0 for those that are no candidates, and counts
+// the sums over a key's heads in `histogram`.
+template <int HEADS>
+__device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32* histogram, const MassBins& bins,
+                           const Part& part, const Decode& p) {
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float scale = p.scale * LOG2_E;
+  u32 at = part.position(0, WARPS, p.splits);
+  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i, WARPS, p.splits)) {
+    float mass[EACH] = {};
+    for (u32 bundle = 0; bundle < p.bundles; bundle++) {
+      Entry<HEADS> x[EACH];
+      scores.load(i * WARPS + warp, at / CHUNK, bundle, x);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        const float shift = shifts[bundle * HEADS + h];
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) {
+          const bool is_candidate = at + j >= part.begin && at + j < part.end;
+          x[j].x[h] = is_candidate ? exp2_approx(x[j].x[h] * scale - shift) : 0;
+          mass[j] += x[j].x[h];
+        }
+      }
+      scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
+    }
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) {
+      if (at + j >= part.begin && at + j < part.end) atomicAdd(&histogram[bins.of(mass[j])], 1);
+    }
+  }
+}
