@@ -139,9 +139,9 @@ impl PqAttention {
     /// each sees the keys before it and its own. For speculative decoding, which has a model judge a few drafted tokens in
     /// one call.
     ///
-    /// The same as `s` calls with one position each, to the bit; but if one fails the cache is as before all of them. Afterwards take
-    /// back the tokens that were refused by [`PqKvCache::truncate`]. It forgets a codebook that was trained on one of them:
-    /// call [`PqKvCache::build_index`] before the run, and rarely any is.
+    /// The same as `s` calls with one position each, to the bit; but if one fails the cache is as before all of them.
+    /// Afterwards take back the tokens that were refused by [`PqKvCache::truncate`]. It forgets a codebook that was trained
+    /// on one of them: call [`PqKvCache::build_index`] before the run, and rarely any is.
     ///
     /// A run costs what its steps do: only what surrounds attention gains from being one call. A prompt is
     /// [`forward`](Self::forward)'s.
