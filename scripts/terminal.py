@@ -28,8 +28,8 @@ class Terminal:
         if self.pid == 0:
             os.environ.pop("NO_COLOR", None)
             os.environ.update(environment, TERM="xterm-256color")
+            ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, COLUMNS, 0, 0))
             os.execv(command[0], command)
-        ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("4H", 24, COLUMNS, 0, 0))
 
     def read(self, until=None, seconds=120):
         """What it writes up to a pattern, or to its end."""

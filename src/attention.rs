@@ -170,16 +170,19 @@ impl PqAttention {
     /// ```
     pub fn forward_run(&self, query: &Tensor, keys: &Tensor, values: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
         self.check(query, keys, cache)?;
-        cache.check_new(keys, values)?;
+        let added = cache.check_new(keys, values)?;
+        cache.reserve(added)?;
         let before = cache.checkpoint();
         let step = |position| {
             let at = |tensor: &Tensor| tensor.narrow(2, position, 1);
             self.forward(&at(query)?, &at(keys)?, &at(values)?, cache)
         };
-        match (0..query.dims()[2]).map(step).collect::<Result<Vec<_>>>() {
-            Ok(outs) => Tensor::cat(&outs, 2),
-            Err(error) => cache.restore(before).and(Err(error)),
+        let outs: Result<Vec<_>> = (0..added).map(step).collect();
+        let out = outs.and_then(|outs| Tensor::cat(&outs, 2));
+        if out.is_err() {
+            cache.restore(before)?;
         }
+        out
     }
 
     fn append_and(

@@ -182,24 +182,25 @@ impl PqKvCache {
     /// Counted are keys, values and codes by [`capacity`](Self::capacity), and a codebook and sums of clusters as the config
     /// has them, whether they are there yet or not. Where doubling the capacity would exceed the budget it grows by what is
     /// left. Not counted are the sample of queries, which is small, and what is there for a moment: the old keys and
-    /// values while growth copies them, and a training's sample. A saved cache does not say what its budget was.
+    /// values while growth copies them, and a training's sample; nor the weighted half of a codebook that was handed in where
+    /// the config has no query weights. A saved cache does not say what its budget was.
     ///
     /// # Errors
-    /// A budget below what is reserved already.
+    /// A budget below what is reserved already; the one before stays.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
     /// use candle_pq_attn::{PqConfig, PqKvCache};
     ///
-    /// let cache = PqKvCache::new(PqConfig::default(), [1, 2, 64], 0, DType::F32, &Device::Cpu)?;
-    /// let mut cache = cache.with_max_bytes(2 << 20)?;
+    /// let mut cache = PqKvCache::new(PqConfig::default(), [1, 2, 64], 0, DType::F32, &Device::Cpu)?;
+    /// cache.set_max_bytes(2 << 20)?;
     /// let kv = Tensor::randn(0f32, 1., (1, 2, 1000, 64), &Device::Cpu)?;
     /// cache.append(&kv, &kv)?;
     /// assert!(cache.append(&kv, &kv).is_err());
     /// assert_eq!(cache.len(), 1000);
     /// # candle_core::Result::Ok(())
     /// ```
-    pub fn with_max_bytes(self, max_bytes: usize) -> Result<Self> {
+    pub fn set_max_bytes(&mut self, max_bytes: usize) -> Result<()> {
         let reserved = self.bytes_at(self.capacity());
         if reserved > max_bytes {
             bail!(
@@ -207,7 +208,8 @@ impl PqKvCache {
                 self.capacity()
             );
         }
-        Ok(Self { max_bytes: Some(max_bytes), ..self })
+        self.max_bytes = Some(max_bytes);
+        Ok(())
     }
 
     /// Appends keys and values, `[b, h_kv, s, head_dim]` each, any `s` and any strides.
@@ -286,7 +288,7 @@ impl PqKvCache {
     /// Makes room for `additional` more keys; doubles the capacity at least when it grows.
     ///
     /// # Errors
-    /// More memory than can be addressed, than [`with_max_bytes`](Self::with_max_bytes) allows, or than the device has (a
+    /// More memory than can be addressed, than [`set_max_bytes`](Self::set_max_bytes) allows, or than the device has (a
     /// CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
@@ -650,6 +652,7 @@ impl PqKvCache {
         self.truncate(before.len)?;
         let version = self.trained.as_ref().map(|trained| trained.version);
         match before.trained {
+            None if self.trained.is_none() => {}
             None => self.forget_codebook(),
             Some((_, _, before)) if version == Some(before) => {}
             Some((codebook, end, _)) => self.use_codebook(codebook, end)?,

@@ -72,6 +72,9 @@ impl Codebook {
             bail!("Codebook: keys: expected [b, h_kv, n, head_dim], got {:?}", keys.dims());
         };
         config.validate(head_dim)?;
+        if b == 0 || h_kv == 0 {
+            bail!("Codebook: keys: expected at least one sequence and one KV head, got batch {b}, h_kv {h_kv}");
+        }
         check_float(keys)?;
         if n < config.min_train_keys() {
             bail!("Codebook: keys: expected at least {} (n_centroids, coarse), got {n}", config.min_train_keys());
@@ -359,7 +362,7 @@ impl Codebook {
             let bytes = std::fs::read(path)?;
             let file = SafeTensors::deserialize(&bytes)?;
             Self::from_tensors(|name| match file.tensor(name) {
-                Ok(tensor) => check_shape(tensor.shape()).and_then(|()| tensor.load(device)).map(Some),
+                Ok(tensor) => check_shape(name, tensor.shape()).and_then(|()| tensor.load(device)).map(Some),
                 Err(_) => Ok(None),
             })
         };
@@ -402,10 +405,10 @@ pub(crate) fn at_path(op: &str, path: &Path, error: Error) -> Error {
 
 /// Fails where a shape that a file names cannot be counted in any order: where a tensor has no elements, its other
 /// dimensions may be any.
-pub(crate) fn check_shape(shape: &[usize]) -> Result<()> {
+pub(crate) fn check_shape(name: &str, shape: &[usize]) -> Result<()> {
     match shape.iter().filter(|dim| **dim > 0).try_fold(1usize, |product, dim| product.checked_mul(*dim)) {
         Some(_) => Ok(()),
-        None => bail!("expected a shape of at most {} elements, got {shape:?}", usize::MAX),
+        None => bail!("{name}: expected a shape of at most {} elements, got {shape:?}", usize::MAX),
     }
 }
 

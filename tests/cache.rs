@@ -347,7 +347,6 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     Ok(())
 }
 
-/// Views of a cache are keys like any others.
 /// Counted to the byte: what an index with everything takes, and keys and codes up to the capacity.
 #[test]
 fn a_budget_is_all_that_is_reserved() -> Result<()> {
@@ -369,8 +368,9 @@ fn a_budget_is_all_that_is_reserved() -> Result<()> {
         let key = config.pq_dim + usize::from(config.coarse > 0);
         let bytes = full.memory().kv_bytes + 2 * 2 * 400 * key + fixed;
 
-        assert!(attn.new_cache([2, 2, 16], 400, dtype, &Device::Cpu)?.with_max_bytes(bytes - 1).is_err());
-        let mut cache = attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu)?.with_max_bytes(bytes)?;
+        assert!(full.set_max_bytes(bytes - 1).is_err());
+        let mut cache = attn.new_cache([2, 2, 16], 0, dtype, &Device::Cpu)?;
+        cache.set_max_bytes(bytes)?;
         run(&mut cache, 0, 100)?;
         assert_eq!(cache.capacity(), 256);
         run(&mut cache, 100, 300)?;
@@ -438,10 +438,12 @@ fn a_run_that_fails_leaves_the_cache_as_it_was() -> Result<()> {
         cache.build_index()?;
         Ok(cache)
     };
-    // No room for the seventh.
-    let (mut cache, mut other) = (new()?.with_max_bytes(85_000)?, new()?);
+    // No room for the seventh: none of them is begun.
+    let (mut cache, mut other) = (new()?, new()?);
+    cache.set_max_bytes(85_000)?;
     let error = run(&mut cache, 250, 8).expect_err("no room").to_string();
-    assert!(error.starts_with("PqKvCache: max_bytes: expected 257 keys to take at most 85000 bytes"), "{error}");
+    assert!(error.starts_with("PqKvCache: max_bytes: expected 258 keys to take at most 85000 bytes"), "{error}");
+    assert_eq!(cache.capacity(), other.capacity());
     assert_same_cache(&mut cache, &mut other, "after a run that failed")?;
     assert_same_bits(&run(&mut cache, 250, 6)?, &run(&mut other, 250, 6)?, "a run that fits");
     Ok(())
@@ -480,6 +482,7 @@ fn a_call_that_fails_leaves_the_index_as_it_was() -> Result<()> {
     Ok(())
 }
 
+/// Views of a cache are keys like any others.
 #[test]
 fn a_cache_takes_its_own_keys() -> Result<()> {
     let keys = Rng(13).tensor(&[1, 2, 100, 16], DType::F32);

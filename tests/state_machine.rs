@@ -111,10 +111,11 @@ struct Machine {
 impl Machine {
     fn new(config: PqConfig, b: usize) -> Result<Self> {
         let attn = PqAttention::new(config, SCALE)?;
-        let cache = attn.new_cache([b, H_KV, D], 0, DType::F32, &Device::Cpu)?;
+        let mut cache = attn.new_cache([b, H_KV, D], 0, DType::F32, &Device::Cpu)?;
         // Room for an index, whatever the config, and for all that `MAX_KEYS` take.
         let max_bytes = b * H_KV * (MAX_KEYS * (2 * D * 4 + 5) + 8192);
-        let (cache, heads) = (cache.with_max_bytes(max_bytes)?, vec![Vec::new(); b * H_KV]);
+        cache.set_max_bytes(max_bytes)?;
+        let heads = vec![Vec::new(); b * H_KV];
         Ok(Self { attn, cache, b, max_bytes, rng: Rng(17), keys: heads.clone(), values: heads })
     }
 
@@ -190,7 +191,8 @@ impl Machine {
                 let file = tempfile::NamedTempFile::new()?;
                 save_caches(file.path(), [&self.cache], "state")?;
                 let SavedCaches { mut caches, about } = load_caches(file.path(), 0, &Device::Cpu)?;
-                let loaded = caches.remove(0).with_max_bytes(self.max_bytes)?;
+                let mut loaded = caches.remove(0);
+                loaded.set_max_bytes(self.max_bytes)?;
                 assert_eq!(about, "state");
                 assert_eq!(snapshot(&loaded)?, snapshot(&self.cache)?);
                 self.cache = loaded;

@@ -126,7 +126,9 @@ impl Architecture {
             };
             Ok(no_rope.into_iter().map(|no_rope| if no_rope { NoRope } else { Global }).collect())
         } else if let Some(usual) = self.global_interval {
-            let sliding = Sliding(stated.sliding_window.context("no sliding_window")?);
+            let window = stated.sliding_window.context("no sliding_window")?;
+            ensure!(window > 0, "sliding_window 0, expected at least 1");
+            let sliding = Sliding(window.min(context));
             match &stated.layer_types {
                 Some(types) => {
                     let kinds = types.iter().map(|name| match name.as_str() {
@@ -137,7 +139,8 @@ impl Architecture {
                     kinds.collect()
                 }
                 None => {
-                    let global = each_last(stated.sliding_window_pattern.unwrap_or(usual));
+                    let global =
+                        each_last(stated.sliding_window_pattern.or(stated._sliding_window_pattern).unwrap_or(usual));
                     Ok(global.map(|global| if global { Global } else { sliding }).collect())
                 }
             }
@@ -209,7 +212,8 @@ struct LayerPattern {
     no_rope_layers: Option<Vec<usize>>,
     no_rope_layer_interval: Option<usize>,
     sliding_window: Option<usize>,
-    #[serde(alias = "_sliding_window_pattern")]
     sliding_window_pattern: Option<usize>,
+    /// The same, as some files have it.
+    _sliding_window_pattern: Option<usize>,
     layer_types: Option<Vec<String>>,
 }

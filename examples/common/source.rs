@@ -51,7 +51,12 @@ impl Checkpoint {
             let content = Content::read(&mut file)?;
             for (name, info) in &content.tensor_infos {
                 // As f32. Candle compares with the size of the file, but by a product that may overflow.
-                let bytes = info.shape.dims().iter().try_fold(4usize, |bytes, dim| bytes.checked_mul(*dim));
+                let bytes = info
+                    .shape
+                    .dims()
+                    .iter()
+                    .filter(|dim| **dim > 0)
+                    .try_fold(4usize, |bytes, dim| bytes.checked_mul(*dim));
                 ensure!(bytes.is_some(), "the tensor {name} has shape {:?}", info.shape.dims());
             }
             Ok(Gguf { path: path.to_path_buf(), content, file })

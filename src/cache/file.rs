@@ -223,7 +223,7 @@ impl SavedFile {
     fn tensor(&mut self, name: &str, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
         let shape = info.shape.clone();
-        check_shape(&shape)?;
+        check_shape(name, &shape)?;
         if DType::try_from(info.dtype).ok() != Some(dtype) {
             bail!("{name}: expected dtype {}, got {:?}", dtype.as_str(), info.dtype);
         }

@@ -775,7 +775,7 @@ fn cache_and_attention(on: On) -> Result<()> {
             "PqKvCache: capacity: expected keys and values of less than 9223372036854775807 bytes, got 18446744073709551615 of [1, 2, 16]",
         ),
         (
-            attn.new_cache([1, 2, 16], 100, DType::F16, on.device)?.with_max_bytes(16 << 10).map(drop),
+            attn.new_cache([1, 2, 16], 100, DType::F16, on.device)?.set_max_bytes(16 << 10),
             "PqKvCache: max_bytes: expected at least 17920, which its capacity of 100 takes, got 16384",
         ),
         (attn.new_cache([0, 2, 16], 0, DType::F32, on.device).map(drop), "PqKvCache: expected at least one sequence and one KV head, got batch 0, h_kv 2"),
@@ -854,7 +854,7 @@ fn prefill_and_budget(on: On) -> Result<()> {
     assert_eq!(state(&cache)?, before);
 
     // Room for the 256 keys that there is room for, and no more.
-    let mut cache = cache.with_max_bytes(86_000)?;
+    cache.set_max_bytes(86_000)?;
     let many = on.f32s(&[1, 2, 200, 16]);
     let queries = on.f32s(&[1, 4, 200, 16]);
     on.assert_errors(vec![

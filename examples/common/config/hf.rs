@@ -9,7 +9,7 @@ use super::{Architecture, LayerPattern, ModelConfig, RopeScaling};
 impl ModelConfig {
     /// From the text of a Hugging Face `config.json`.
     pub fn from_json(text: &str) -> Result<Self> {
-        let json: HfConfig = serde_json::from_value(with_gemma_defaults(serde_json::from_str(text)?))?;
+        let json: HfConfig = serde_json::from_value(with_gemma_defaults(serde_json::from_str(text)?)?)?;
         let architecture = Architecture::named(&json.model_type)?;
         // Qwen states a window that it does not use.
         let uses_window = json.use_sliding_window.unwrap_or(architecture.all_slide || architecture.gemma);
@@ -94,9 +94,10 @@ struct HfConfig {
 }
 
 /// The text model's part of a Gemma 3, whose files leave out what is usual.
-fn with_gemma_defaults(mut json: Json) -> Json {
+fn with_gemma_defaults(mut json: Json) -> Result<Json> {
     if json["model_type"] == "gemma3" {
         json = json["text_config"].take();
+        ensure!(json.is_object(), "text_config: expected an object, got {json}");
         json["model_type"] = "gemma3_text".into();
     }
     if json["model_type"] == "gemma3_text" {
@@ -111,7 +112,7 @@ fn with_gemma_defaults(mut json: Json) -> Json {
             }
         }
     }
-    json
+    Ok(json)
 }
 
 /// `rope_scaling`, or `rope_parameters` in newer files.
@@ -328,6 +329,8 @@ mod tests {
             ),
             (json!({"model_type": "smollm3", "no_rope_layers": [1, 1]}), "kinds of 2 layers are listed, expected 16"),
             (json!({"model_type": "gemma3_text", "layer_types": ["chunked_attention"]}), "\"chunked_attention\""),
+            (json!({"model_type": "gemma3_text", "sliding_window": 0}), "sliding_window 0, expected at least 1"),
+            (json!({"model_type": "gemma3", "text_config": []}), "text_config: expected an object, got []"),
             (json!({"model_type": "gemma3_text", "hidden_activation": "silu"}), "\"silu\" is not gelu_pytorch_tanh"),
             (json!({"final_logit_softcapping": 30.0}), "final_logit_softcapping"),
             (json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
