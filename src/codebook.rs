@@ -400,7 +400,9 @@ impl Codebook {
 /// An error of a file's, in one line: without the backtrace that Candle puts below it where `RUST_BACKTRACE` is set.
 pub(crate) fn at_path(op: &str, path: &Path, error: Error) -> Error {
     let error = error.to_string();
-    Error::Msg(format!("{op}: {}: {}", path.display(), error.lines().next().unwrap_or_default()))
+    let line = error.lines().next().unwrap_or_default();
+    let what = line.strip_prefix(op).and_then(|line| line.strip_prefix(": ")).unwrap_or(line);
+    Error::Msg(format!("{op}: {}: {what}", path.display()))
 }
 
 /// Fails where a shape that a file names cannot be counted in any order: where a tensor has no elements, its other

@@ -287,7 +287,8 @@ fn weights_survive_a_file() -> Result<()> {
         assert_eq!(bits_of(loaded.coarse()), bits_of(codebook.coarse()));
         assert_same_bits(&loaded.encode(&keys)?.0, &codebook.encode(&keys)?.0, "codes");
         let error = zero.expect_err("a weight of 0").to_string();
-        assert!(error.starts_with("Codebook: weights: expected positive finite numbers, got 0"), "{error}");
+        let expected = format!("Codebook: {}: weights: expected positive finite numbers, got 0", path.display());
+        assert_eq!(error, expected);
         // Handed in, it stays, weights and all.
         let mut cache = PqKvCache::new(config.clone(), [1, 2, 16], 0, DType::F32, &Device::Cpu)?;
         cache.set_codebook(loaded)?;
