@@ -923,7 +923,7 @@ fn files(on: On) -> Result<()> {
     let what = "expected a file of save_caches, with \"caches\" in its metadata; got another";
     check(load_caches(&path, 0, on.device).map(drop), at("load_caches", &path, what));
     save_caches(&path, [&cache], "")?;
-    let what = "Codebook: expected a tensor `centroids`, found none";
+    let what = "expected a tensor `centroids`, found none";
     check(Codebook::load(&path, on.device).map(drop), at("Codebook", &path, what));
     std::fs::write(&path, "of some other kind")?;
     check(Codebook::load(&path, on.device).map(drop), at("Codebook", &path, "header too large"));
