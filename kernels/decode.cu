@@ -47,6 +47,7 @@
       const type* query,      /* [b, h, 1, head_dim] */                                                    \
       const type* keys,       /* [b, h_kv, capacity, head_dim] */                                          \
       const type* values,     /* [b, h_kv, capacity, head_dim] */                                          \
+      const type* prefix,     /* keys and values of the first `shared` positions */                        \
       const u8* clusters,     /* [b, h_kv, capacity], or null */                                           \
       const float* scores,    /* [b, h_kv, bundles, room, HEADS] */                                        \
       const float* masses,    /* [b, h_kv, room] */                                                        \
@@ -62,7 +63,7 @@
       u32* arrived,           /* [b, h_kv, bundles] */                                                     \
       type* out,              /* [b, h, head_dim] */                                                       \
       const Decode p) {                                                                                    \
-    attend<HEADS, BY_KV, D>(query, keys, values, clusters, scores, masses, lens, searches, lists, listed, sums, counts, \
+    attend<HEADS, BY_KV, D>(query, keys, values, prefix, clusters, scores, masses, lens, searches, lists, listed, sums, counts, \
                             tail, partials, partial_stats, arrived, out, p);                          \
   }
 

@@ -239,14 +239,27 @@ impl PqAttention {
     fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
         let _span = trace_span!("pq-attn-dense").entered();
         #[cfg(feature = "cuda")]
-        if cache.is_capturing()? {
-            cache.index_last_block()?;
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(sequences) = cache.on_gpu()? {
-            return ops::decode(query, &sequences, None, self.scale, &self.workspace);
+        if let Some(out) = self.decode_on_gpu(query, None, cache)? {
+            return Ok(out);
         }
         Ok(ops::dense_attend(query, &cache.keys()?, &cache.values()?, self.scale)?.out)
+    }
+
+    /// The same, or with an index a sparse step, if the cache is on a GPU. The kernels that suit any step read keys that lie in
+    /// one piece: a fork has a copy of its own then.
+    #[cfg(feature = "cuda")]
+    fn decode_on_gpu(&self, query: &Tensor, index: Option<&Index>, cache: &mut PqKvCache) -> Result<Option<Tensor>> {
+        if index.is_none() && cache.is_capturing()? {
+            cache.index_last_block()?;
+        }
+        let index = index.map(|index| (index, &self.config));
+        let Some(sequences) = cache.on_gpu()? else { return Ok(None) };
+        if let Some(out) = ops::decode(query, &sequences, index, self.scale, &self.workspace)? {
+            return Ok(Some(out));
+        }
+        cache.unshare()?;
+        let Some(sequences) = cache.on_gpu()? else { return Ok(None) };
+        ops::decode(query, &sequences, index, self.scale, &self.workspace)
     }
 
     /// One query a head over the keys that matter to it.
@@ -257,8 +270,8 @@ impl PqAttention {
         let index = cache.index()?;
         let _span = trace_span!("pq-attn-sparse").entered();
         #[cfg(feature = "cuda")]
-        if let Some(sequences) = cache.on_gpu()? {
-            return ops::decode(query, &sequences, Some((&index, &self.config)), self.scale, &self.workspace);
+        if let Some(out) = self.decode_on_gpu(query, Some(&index), cache)? {
+            return Ok(out);
         }
         let ([_, h_kv, _], n) = (cache.dims(), cache.len());
         let Index { codes, centroids, coarse, clusters } = &index;
@@ -276,12 +289,10 @@ impl PqAttention {
             }
             _ => None,
         };
-        let (keys, values) = (cache.keys()?, cache.values()?);
-        let attended = match tail {
-            None => ops::sparse_attend(query, &keys, &values, &selected, self.scale)?,
-            Some(tail) => ops::sparse_attend_with_tail(query, &keys, &values, &selected, &tail, self.scale)?,
-        };
-        Ok(attended.out)
+        let (prefix, [keys, values]) = cache.pieces()?;
+        let prefix = prefix.as_ref().map(|[keys, values]| [keys, values]);
+        let own = [&keys, &values];
+        Ok(ops::sparse_attend_to_both(query, prefix, own, &selected, tail.as_ref(), self.scale)?.out)
     }
 
     /// Lists what to attend to of `n` keys by the scores of the candidates.

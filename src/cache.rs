@@ -1,10 +1,12 @@
 //! The KV cache of one layer, with the index that a sparse decode searches.
 
 mod file;
+mod fork;
 
 pub use file::{load_caches, save_caches, SavedCaches};
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 use tracing::trace_span;
@@ -15,6 +17,7 @@ use crate::ops::{ClusterSums, Coarse};
 use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
 use crate::{cuda::Lens, ops};
+use fork::Prefix;
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
@@ -29,6 +32,8 @@ use crate::{cuda::Lens, ops};
 ///   they look at is what a codebook is to be good in.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
 ///   is forgotten too, so an index never remembers keys that are gone.
+/// - **Several continuations.** [`fork`](Self::fork) makes a cache that goes on from here by itself, with the same memory
+///   for what is there already.
 ///
 /// What [`keys`](Self::keys), [`values`](Self::values) and [`codes`](Self::codes) return are views: valid until the
 /// positions they show are truncated and written again or, for codes, the codebook is trained again.
@@ -50,8 +55,13 @@ use crate::{cuda::Lens, ops};
 #[derive(Debug)]
 pub struct PqKvCache {
     config: PqConfig,
-    /// Keys, then values: `[2, b, h_kv, capacity, head_dim]`.
+    /// The first keys and values, where the cache is a fork.
+    prefix: Option<Prefix>,
+    /// Keys, then values, behind those of the prefix: `[2, b, h_kv, own_capacity, head_dim]`.
     kv: Tensor,
+    /// Forks have clones of this as long as they read `kv`, of which they see `lent_len` keys at most.
+    lent: Arc<()>,
+    lent_len: usize,
     /// `[b, h_kv, capacity, pq_dim]`
     codes: Tensor,
     /// `[b, h_kv, capacity]`, with coarse clusters.
@@ -118,7 +128,7 @@ pub(crate) struct Index {
 /// Bytes in use, as opposed to reserved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// Keys and values.
+    /// Keys and values; of a [`fork`](PqKvCache::fork) its own.
     pub kv_bytes: usize,
     /// Codes, codebook, sums of clusters and sample of queries.
     pub index_bytes: usize,
@@ -162,7 +172,10 @@ impl PqKvCache {
         let encoded = config.init_offset();
         Ok(Self {
             config,
+            prefix: None,
             kv,
+            lent: Arc::default(),
+            lent_len: 0,
             codes,
             coarse_codes,
             len: 0,
@@ -180,7 +193,8 @@ impl PqKvCache {
     /// can refuse a sequence, or make room, rather than run out of memory.
     ///
     /// Counted are keys, values and codes by [`capacity`](Self::capacity), and a codebook and sums of clusters as the config
-    /// has them, whether they are there yet or not. Where doubling the capacity would exceed the budget it grows by what is
+    /// has them, whether they are there yet or not; of a [`fork`](Self::fork), which has the budget of the cache that it was
+    /// made of, its own. Where doubling the capacity would exceed the budget it grows by what is
     /// left. Not counted are the sample of queries, which is small, and what is there for a moment: the old keys and
     /// values while growth copies them, and a training's sample; nor the weighted half of a codebook that was handed in where
     /// the config has no query weights. A saved cache does not say what its budget was.
@@ -223,6 +237,7 @@ impl PqKvCache {
             return Ok(());
         }
         self.reserve(added)?;
+        self.reclaim()?;
         self.write(keys, values)?;
         self.len += added;
         Ok(())
@@ -239,13 +254,13 @@ impl PqKvCache {
 
     /// Writes keys and values behind the last ones, where there is room.
     fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let (keys, values) = (&self.apart(keys)?, &self.apart(values)?);
+        let (keys, values, shared) = (&self.apart(keys)?, &self.apart(values)?, self.shared());
         #[cfg(feature = "cuda")]
         if let Some(lens) = &mut self.lens {
-            return ops::append(&self.kv, lens, keys, values);
+            return ops::append(&self.kv, shared, lens, keys, values);
         }
-        self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len)?;
-        self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len)
+        self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len - shared)?;
+        self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len - shared)
     }
 
     /// `tensor`, or a copy where it is a view of these keys and values: Candle writes to no tensor what is in it.
@@ -292,28 +307,18 @@ impl PqKvCache {
     /// CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
-        let (needed, capacity) = (self.len.saturating_add(additional), self.capacity());
-        if needed <= capacity {
+        let (needed, shared) = (self.len.saturating_add(additional), self.shared());
+        if needed <= self.capacity() {
             return Ok(());
         }
-        let capacity = self.affordable(needed, capacity.saturating_mul(2).max(SMALLEST))?;
+        let wanted = self.own_capacity().saturating_mul(2).max(SMALLEST).saturating_add(shared);
+        let capacity = self.affordable(needed, wanted)?;
         check_capacity(self.dims(), capacity, self.dtype())?;
         self.forbid_capture("growth", "reserve room for all steps")?;
-        let grown = |old: &Tensor, dim: usize, capacity: usize| {
-            let mut dims = old.dims().to_vec();
-            dims[dim] = capacity;
-            let new = Tensor::zeros(dims, old.dtype(), old.device())?;
-            // Head by head: Candle's copy counts in 32 bits on a GPU.
-            let (from, to) = (old.flatten_to(dim - 1)?, new.flatten_to(dim - 1)?);
-            for head in 0..if self.len > 0 { from.dims()[0] } else { 0 } {
-                to.get(head)?.slice_set(&from.get(head)?, 0, 0)?;
-            }
-            Ok::<_, candle_core::Error>(new)
-        };
         let code_capacity = code_capacity(capacity);
-        let coarse_codes = self.coarse_codes.as_ref().map(|codes| grown(codes, 2, code_capacity)).transpose()?;
-        (self.kv, self.codes) = (grown(&self.kv, 3, capacity)?, grown(&self.codes, 2, code_capacity)?);
-        self.coarse_codes = coarse_codes;
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| with_room(codes, 2, code_capacity)).transpose()?;
+        (self.kv, self.codes) = (with_room(&self.kv, 3, capacity - shared)?, with_room(&self.codes, 2, code_capacity)?);
+        (self.coarse_codes, self.lent) = (coarse_codes, Arc::default());
         self.version = next_version();
         Ok(())
     }
@@ -324,8 +329,9 @@ impl PqKvCache {
         let Some(max_bytes) = self.max_bytes.filter(|max_bytes| self.bytes_at(wanted) > *max_bytes) else {
             return Ok(wanted);
         };
-        let room = max_bytes.saturating_sub(self.bytes_at(0)) / (self.bytes_at(16) - self.bytes_at(0)) * 16;
-        let capacity = room.max(needed);
+        let shared = self.shared();
+        let (least, sixteen) = (self.bytes_at(shared), self.bytes_at(shared + 16) - self.bytes_at(shared));
+        let capacity = (shared + max_bytes.saturating_sub(least) / sixteen * 16).max(needed);
         let bytes = self.bytes_at(capacity);
         if bytes > max_bytes {
             bail!("PqKvCache: max_bytes: expected {needed} keys to take at most {max_bytes} bytes, got {bytes}");
@@ -344,7 +350,10 @@ impl PqKvCache {
         let weighted = if query_weights { centroids + head_dim } else { 0 };
         let sums = if tail == Tail::ClusterMeans { coarse * (head_dim + 1) } else { 0 };
         let index = (centroids + augmented + weighted + sums) * size_of::<f32>();
-        let keys = capacity.saturating_mul(key).saturating_add(code_capacity(capacity).saturating_mul(code));
+        let keys = capacity
+            .saturating_sub(self.shared())
+            .saturating_mul(key)
+            .saturating_add(code_capacity(capacity).saturating_mul(code));
         keys.saturating_add(index).saturating_mul(b * h_kv)
     }
 
@@ -395,7 +404,11 @@ impl PqKvCache {
     pub(crate) fn on_gpu(&self) -> Result<Option<ops::Sequences<'_>>> {
         match &self.lens {
             None => Ok(None),
-            Some(lens) => Ok(Some(ops::Sequences { keys: self.kv.get(0)?, values: self.kv.get(1)?, lens })),
+            Some(lens) => {
+                let prefix = self.prefix.as_ref().map(|prefix| Ok([prefix.kv.get(0)?, prefix.kv.get(1)?]));
+                let (shared, prefix) = (self.shared(), prefix.transpose()?);
+                Ok(Some(ops::Sequences { prefix, shared, keys: self.kv.get(0)?, values: self.kv.get(1)?, lens }))
+            }
         }
     }
 
@@ -447,8 +460,7 @@ impl PqKvCache {
             let _span = trace_span!("pq-attn-train").entered();
             self.forbid_capture("training", "call build_index")?;
             let start = self.config.init_offset();
-            let trainable = self.len - start;
-            let keys = self.kv.get(0)?.narrow(2, start, trainable)?;
+            let keys = self.keys()?.narrow(2, start, self.len - start)?;
             let weights = self.queries.weights(self.dims(), keys.device())?;
             let codebook = Codebook::train_weighted(&keys, weights.as_ref(), &self.config)?;
             self.use_codebook(codebook, Some(self.len))?;
@@ -504,7 +516,10 @@ impl PqKvCache {
         if self.encoded < end {
             let _span = trace_span!("pq-attn-encode").entered();
             let codes = (&self.codes, self.coarse_codes.as_ref());
-            trained.codebook.encode_into(codes, &self.kv.get(0)?, self.encoded..end)?;
+            for (kv, first, positions) in self.segments(self.encoded..end) {
+                let keys = kv.get(0)?.narrow(2, positions.start - first, positions.len())?;
+                trained.codebook.encode_into(codes, &keys, positions.start)?;
+            }
             self.encoded = end;
         }
         Ok(())
@@ -512,13 +527,18 @@ impl PqKvCache {
 
     /// Adds the values up to `end`, whose keys have codes, to their clusters'.
     fn sum_values(&mut self, end: usize) -> Result<()> {
-        let Some(trained) = &mut self.trained else { return Ok(()) };
+        let Some(mut trained) = self.trained.take() else { return Ok(()) };
+        let added = self.add_values(&mut trained, end);
+        self.trained = Some(trained);
+        added
+    }
+
+    fn add_values(&self, trained: &mut Trained, end: usize) -> Result<()> {
         if let (Some(clusters), Some(codes)) = (&mut trained.clusters, &self.coarse_codes) {
-            if trained.summed < end {
-                let positions = (trained.summed, end - trained.summed);
-                let values = self.kv.get(1)?.narrow(2, positions.0, positions.1)?;
-                clusters.add(&values, &codes.narrow(2, positions.0, positions.1)?)?;
-                trained.summed = end;
+            for (kv, first, positions) in self.segments(trained.summed..end) {
+                let values = kv.get(1)?.narrow(2, positions.start - first, positions.len())?;
+                clusters.add(&values, &codes.narrow(2, positions.start, positions.len())?)?;
+                trained.summed = positions.end;
             }
         }
         Ok(())
@@ -539,15 +559,15 @@ impl PqKvCache {
         let _span = trace_span!("pq-attn-encode").entered();
         let (block, end) = (self.block(), self.blocks_end(self.len));
         let earlier = self.blocks_end(self.len.saturating_sub(1));
+        let (first, room) = (self.shared(), self.own_capacity());
         let (Some(trained), Some(lens)) = (&mut self.trained, &mut self.lens) else { return Ok(()) };
         if self.encoded < earlier || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
-        let due = ops::Due { lens, init_offset: self.config.init_offset(), block };
+        let due = ops::Due { lens, init_offset: self.config.init_offset(), block, first };
         let (keys, values) = (self.kv.get(0)?, self.kv.get(1)?);
-        let capacity = keys.dim(2)?;
-        let codes = self.codes.narrow(2, 0, capacity)?;
-        let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, 0, capacity)).transpose()?;
+        let codes = self.codes.narrow(2, first, room)?;
+        let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, first, room)).transpose()?;
         let (codes, clusters) = ((&codes, coarse_codes.as_ref()), trained.clusters.as_ref());
         trained.codebook.index_block(codes, [&keys, &values], clusters, due)?;
         (self.encoded, trained.summed) = (end, end);
@@ -613,7 +633,12 @@ impl PqKvCache {
         if len > self.len {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
         }
+        let shared = self.shared_until(len)?;
         self.set_len(len)?;
+        if let Some(shared) = shared {
+            (self.prefix, self.kv) = shared;
+            self.version = next_version();
+        }
         self.queries.truncate(len)?;
         if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {
             self.forget_codebook();
@@ -723,20 +748,20 @@ impl PqKvCache {
         Ok(())
     }
 
-    /// Keys so far, `[b, h_kv, n, head_dim]`: a view.
+    /// Keys so far, `[b, h_kv, n, head_dim]`: a view; of a [`fork`](Self::fork) a copy.
     ///
     /// # Errors
-    /// None in practice; narrowing a tensor returns a result.
+    /// What the device gives.
     pub fn keys(&self) -> Result<Tensor> {
-        self.kv.get(0)?.narrow(2, 0, self.len)
+        self.between(0, 0..self.len)
     }
 
-    /// Values so far, `[b, h_kv, n, head_dim]`: a view.
+    /// Values so far, `[b, h_kv, n, head_dim]`: a view; of a [`fork`](Self::fork) a copy.
     ///
     /// # Errors
-    /// None in practice; narrowing a tensor returns a result.
+    /// What the device gives.
     pub fn values(&self) -> Result<Tensor> {
-        self.kv.get(1)?.narrow(2, 0, self.len)
+        self.between(1, 0..self.len)
     }
 
     /// Codes of the keys that have some, `[b, h_kv, encoded - init_offset, pq_dim]` u8: a view.
@@ -786,6 +811,10 @@ impl PqKvCache {
 
     /// Keys that fit before the next growth.
     pub fn capacity(&self) -> usize {
+        self.shared() + self.own_capacity()
+    }
+
+    fn own_capacity(&self) -> usize {
         self.kv.dims()[3]
     }
 
@@ -813,13 +842,27 @@ impl PqKvCache {
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
         let [b, h_kv, head_dim] = self.dims();
-        let kv_bytes = 2 * b * h_kv * self.len * head_dim * self.dtype().size_in_bytes();
+        let kv_bytes = 2 * b * h_kv * (self.len - self.shared()) * head_dim * self.dtype().size_in_bytes();
         let encoded = if self.trained.is_some() { self.encoded - self.config.init_offset() } else { 0 };
         let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
         let (codebook, clusters) =
             (self.codebook().map_or(0, Codebook::bytes), self.clusters().map_or(0, ClusterSums::bytes));
         Memory { kv_bytes, index_bytes: b * h_kv * encoded * key + codebook + clusters + self.queries.bytes() }
     }
+}
+
+/// A copy of `old` with room for `capacity` positions along `dim`.
+fn with_room(old: &Tensor, dim: usize, capacity: usize) -> Result<Tensor> {
+    let mut dims = old.dims().to_vec();
+    // Codes of a fork that was cut into what it shares have more room than their keys.
+    let kept = std::mem::replace(&mut dims[dim], capacity).min(capacity);
+    let new = Tensor::zeros(dims, old.dtype(), old.device())?;
+    // Head by head: Candle's copy counts in 32 bits on a GPU.
+    let (from, to) = (old.flatten_to(dim - 1)?, new.flatten_to(dim - 1)?);
+    for head in 0..if kept > 0 { from.dims()[0] } else { 0 } {
+        to.get(head)?.slice_set(&from.get(head)?.narrow(0, 0, kept)?, 0, 0)?;
+    }
+    Ok(new)
 }
 
 /// Positions that codes have room for: a multiple of 16, so that those of every head can be read 16 bytes at a time.

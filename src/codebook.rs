@@ -1,7 +1,6 @@
 //! The centroids of one layer's keys.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::path::Path;
 
 use candle_core::safetensors::Load;
@@ -228,24 +227,22 @@ impl Codebook {
         Ok((Tensor::cat(&codes, 2)?, clusters.map(|clusters| Tensor::cat(&clusters, 2)).transpose()?))
     }
 
-    /// Writes the codes of the keys at `positions` of a cache in place, and their clusters; `[b, h_kv, capacity, ...]` each.
+    /// Writes the codes of a cache's keys in place from position `first` on, and their clusters; `[b, h_kv, capacity, ...]`.
     pub(crate) fn encode_into(
         &self,
         (codes, coarse_codes): (&Tensor, Option<&Tensor>),
         keys: &Tensor,
-        positions: Range<usize>,
+        first: usize,
     ) -> Result<()> {
-        let at_positions = |tensor: &Tensor| tensor.narrow(2, positions.start, positions.len());
-        let keys = at_positions(keys)?;
         #[cfg(feature = "cuda")]
         if keys.device().is_cuda() {
-            let coarse_codes = coarse_codes.map(at_positions).transpose()?;
-            return self.encode_on_gpu((&at_positions(codes)?, coarse_codes.as_ref()), &keys);
+            let of_keys = |codes: &Tensor| codes.narrow(2, first, keys.dim(2)?);
+            return self.encode_on_gpu((&of_keys(codes)?, coarse_codes.map(of_keys).transpose()?.as_ref()), keys);
         }
-        let (new, new_coarse) = self.encode(&keys)?;
-        codes.slice_set(&new, 2, positions.start)?;
+        let (new, new_coarse) = self.encode(keys)?;
+        codes.slice_set(&new, 2, first)?;
         match (coarse_codes, new_coarse) {
-            (Some(coarse_codes), Some(new)) => coarse_codes.slice_set(&new, 2, positions.start),
+            (Some(coarse_codes), Some(new)) => coarse_codes.slice_set(&new, 2, first),
             _ => Ok(()),
         }
     }

@@ -22,7 +22,7 @@ fn positions(range: Range<usize>) -> impl Iterator<Item = usize> {
 
 /// What queries of a prompt look at, kept by position: what it says depends on the positions in the cache, not on how they
 /// came there.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct QuerySample {
     /// For the sample's positions from a first one on, [`squares`] of their queries. In ascending order.
     pieces: Vec<(usize, Tensor)>,

@@ -1068,6 +1068,74 @@ fn graph_steps_of_a_layer_equal_eager_ones() -> Result<()> {
     Ok(())
 }
 
+/// Forks of a document go on as caches that read it themselves, to the bit: over shared memory where the fused kernels suit,
+/// in a copy where they do not.
+#[test]
+fn forks_equal_caches_of_their_own() -> Result<()> {
+    const STEPS: usize = 200;
+    let (_guard, gpu) = gpu_or_skip!(write);
+    let (h, h_kv, d, n) = (8, 2, 64, 3000);
+    for (pq_dim, selection, is_shared) in
+        [(8, Selection::PerQueryHead, true), (8, Selection::PerKvHead, true), (4, Selection::PerKvHead, false)]
+    {
+        let mut rng = Rng(25);
+        let config = PqConfig { pq_dim, pq_bits: 5, coarse: 32, selection, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 0.125)?;
+        let forward = |qkv: &Tensor, cache: &mut PqKvCache| {
+            let (q, k) = (qkv.narrow(1, 0, h)?, qkv.narrow(1, h, h_kv)?);
+            attn.forward(&q, &k, &qkv.narrow(1, h + h_kv, h_kv)?, cache)
+        };
+        let mut draw = |s| {
+            Ok::<_, candle_core::Error>(
+                pair(&mut rng, &gpu, &[1, h + 2 * h_kv, s, d], DType::BF16, STRIDES[0])?[0].clone(),
+            )
+        };
+        let (prompt, questions, steps) = (draw(n)?, [draw(30)?, draw(45)?], [draw(STEPS)?, draw(STEPS)?]);
+        // As many blocks share a row as in a fork: their number follows from the capacity.
+        let document = || -> Result<PqKvCache> {
+            let mut cache = attn.new_cache([1, h_kv, d], n + 500, DType::BF16, &gpu)?;
+            forward(&prompt, &mut cache)?;
+            cache.build_index()?;
+            Ok(cache)
+        };
+        let mut origin = document()?;
+        let mut forks = [origin.fork()?, origin.fork()?];
+        let mut alone = [document()?, document()?];
+        for (i, question) in questions.iter().enumerate() {
+            let (got, want) = (forward(question, &mut forks[i])?, forward(question, &mut alone[i])?);
+            assert_same_bits("question", &got, &want)?;
+        }
+        for step in 0..STEPS {
+            for i in 0..2 {
+                let qkv = steps[i].narrow(2, step, 1)?;
+                let (got, want) = (forward(&qkv, &mut forks[i])?, forward(&qkv, &mut alone[i])?);
+                assert_same_bits(&format!("{pq_dim} {selection:?} fork {i} step {step}"), &got, &want)?;
+            }
+        }
+        for (fork, alone) in forks.iter().zip(&alone) {
+            assert_same_bits("keys", &fork.keys()?, &alone.keys()?)?;
+            assert_same_bits("values", &fork.values()?, &alone.values()?)?;
+            assert_same_index("fork", fork, alone)?;
+            assert_eq!(fork.memory().kv_bytes < alone.memory().kv_bytes / 5, is_shared, "{:?}", fork.memory());
+        }
+        // A graph of a fork, and steps of what it was made of, which wrote behind what it lent.
+        let (mut caches, mut eager) = ([origin.fork()?], document()?);
+        caches[0].reserve(STEPS)?;
+        let mut graph =
+            DecodeGraph::new(|qkv: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| forward(qkv, &mut caches[0]));
+        let mut replays = 0;
+        for step in 0..STEPS {
+            let qkv = steps[0].narrow(2, step, 1)?;
+            replays += usize::from(graph.is_replay(&caches));
+            let (got, want) = (graph.step(&qkv, &mut caches)?, forward(&qkv, &mut eager)?);
+            assert_same_bits(&format!("{pq_dim} {selection:?} graph of a fork, step {step}"), &got, &want)?;
+            forward(&steps[1].narrow(2, step, 1)?, &mut origin)?;
+        }
+        assert!(replays > STEPS - 20, "{replays} of {STEPS} steps were replays");
+    }
+    Ok(())
+}
+
 /// A model of two layers, from token to likeliest token.
 struct TinyModel {
     embeddings: Tensor,

@@ -33,6 +33,11 @@ enum Op {
     BuildIndex,
     Reserve(usize),
     SaveAndLoad,
+    /// Goes on in the fork, or in what it was made of.
+    Fork(bool),
+    /// Goes on in another of the caches that forks left.
+    Switch(usize),
+    Drop(usize),
     Fail(Failure),
 }
 
@@ -60,6 +65,9 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::BuildIndex),
         1 => (0usize..300).prop_map(Op::Reserve),
         1 => Just(Op::SaveAndLoad),
+        2 => any::<bool>().prop_map(Op::Fork),
+        2 => (0usize..3).prop_map(Op::Switch),
+        1 => (0usize..3).prop_map(Op::Drop),
         2 => prop_oneof![Just(Query), Just(Keys), Just(Values), Just(Truncate), Just(Prefill), Just(Budget)].prop_map(Op::Fail),
     ]
 }
@@ -97,6 +105,9 @@ fn config() -> impl Strategy<Value = PqConfig> {
     )
 }
 
+/// The most caches beside the one that is worked with.
+const OTHERS: usize = 3;
+
 /// The cache, and what is in it: keys and values of each of `b * H_KV` heads.
 struct Machine {
     attn: PqAttention,
@@ -106,6 +117,8 @@ struct Machine {
     rng: Rng,
     keys: Vec<Vec<f64>>,
     values: Vec<Vec<f64>>,
+    /// Caches that forks left, with what is in them.
+    others: Vec<(PqKvCache, Snapshot, [Vec<Vec<f64>>; 2])>,
 }
 
 impl Machine {
@@ -116,7 +129,7 @@ impl Machine {
         let max_bytes = b * H_KV * (MAX_KEYS * (2 * D * 4 + 5) + 8192);
         cache.set_max_bytes(max_bytes)?;
         let heads = vec![Vec::new(); b * H_KV];
-        Ok(Self { attn, cache, b, max_bytes, rng: Rng(17), keys: heads.clone(), values: heads })
+        Ok(Self { attn, cache, b, max_bytes, rng: Rng(17), keys: heads.clone(), values: heads, others: Vec::new() })
     }
 
     fn len(&self) -> usize {
@@ -194,14 +207,46 @@ impl Machine {
                 let mut loaded = caches.remove(0);
                 loaded.set_max_bytes(self.max_bytes)?;
                 assert_eq!(about, "state");
-                assert_eq!(snapshot(&loaded)?, snapshot(&self.cache)?);
+                let (mut got, want) = (snapshot(&loaded)?, snapshot(&self.cache)?);
+                assert!(got.memory.kv_bytes >= want.memory.kv_bytes); // a fork's are its own
+                got.memory.kv_bytes = want.memory.kv_bytes;
+                assert_eq!(got, want);
                 self.cache = loaded;
             }
+            Op::Fork(_) if self.others.len() == OTHERS => {}
+            Op::Fork(goes_on_in_fork) => {
+                let before = snapshot(&self.cache)?;
+                let mut fork = self.cache.fork()?;
+                assert_eq!(snapshot(&self.cache)?, before, "fork");
+                let of_fork = snapshot(&fork)?;
+                assert!(of_fork.memory.kv_bytes <= before.memory.kv_bytes);
+                assert_eq!(
+                    (&of_fork.kv, &of_fork.codes, &of_fork.codebook),
+                    (&before.kv, &before.codes, &before.codebook)
+                );
+                if goes_on_in_fork {
+                    std::mem::swap(&mut fork, &mut self.cache);
+                }
+                let other = snapshot(&fork)?;
+                self.others.push((fork, other, [self.keys.clone(), self.values.clone()]));
+            }
+            Op::Switch(other) => {
+                let own = snapshot(&self.cache)?;
+                if let Some((cache, seen, [keys, values])) = self.others.get_mut(other) {
+                    std::mem::swap(cache, &mut self.cache);
+                    (std::mem::swap(keys, &mut self.keys), std::mem::swap(values, &mut self.values));
+                    *seen = own;
+                }
+            }
+            Op::Drop(other) => drop((other < self.others.len()).then(|| self.others.remove(other))),
             Op::Fail(ref failure) => {
                 let before = snapshot(&self.cache)?;
                 assert!(self.fail(failure).is_err(), "{failure:?} is no error");
                 assert_eq!(snapshot(&self.cache)?, before, "after {failure:?}");
             }
+        }
+        for (cache, seen, _) in &self.others {
+            assert_eq!(&snapshot(cache)?, seen, "another cache changed");
         }
         self.check_contents()
     }

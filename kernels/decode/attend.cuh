@@ -34,7 +34,7 @@ __device__ inline u32 segment_of(const u32* before, u32 i) {
 
 // Grid: (splits, b * h_kv * bundles). Groups of LANES threads take a key each, eight elements a thread.
 template <int HEADS, bool BY_KV, int D, class T>
-__device__ void attend(const T* query, const T* keys, const T* values, const u8* clusters, const float* scores,
+__device__ void attend(const T* query, const T* keys, const T* values, const T* prefix, const u8* clusters, const float* scores,
                        const float* masses, const u32* lens, Search* searches, const u32* lists,
                        const Listed* listed, const float* sums, const u32* counts, const u32* tail, float* partials,
                        float2* partial_stats, u32* arrived, T* out, const Decode& p) {
@@ -241,6 +241,8 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
   const u32 n_rows = n_sure + n_open + (edges > blockIdx.x ? (edges - blockIdx.x + p.splits - 1) / p.splits : 0);
   keys += p.keys.at(part.b, part.kv);
   values += p.values.at(part.b, part.kv);
+  const T* const prefix_keys = prefix + p.prefix_keys.at(part.b, part.kv);
+  const T* const prefix_values = prefix + p.prefix_values.at(part.b, part.kv);
   float acc[PER_GROUP][8], top[PER_GROUP], sum[PER_GROUP];
 #pragma unroll
   for (int h = 0; h < PER_GROUP; h++) {
@@ -268,8 +270,9 @@ __device__ void attend(const T* query, const T* keys, const T* values, const u8*
       }
       key[u] = value[u] = {};
       if (is_attended[u] && e < p.head_dim) {
-        key[u] = load_chunk(keys + position * p.keys.strides[2] + e);
-        value[u] = load_chunk(values + position * p.values.strides[2] + e);
+        const bool is_own = position >= p.shared;
+        key[u] = load_chunk((is_own ? keys + position * p.keys.strides[2] : prefix_keys + position * p.prefix_keys.strides[2]) + e);
+        value[u] = load_chunk((is_own ? values + position * p.values.strides[2] : prefix_values + position * p.prefix_values.strides[2]) + e);
       }
     }
     float product[AHEAD][PER_GROUP];

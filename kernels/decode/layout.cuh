@@ -30,6 +30,8 @@ struct Decode {
   View<4> query;
   View<4> keys;
   View<4> values;
+  View<4> prefix_keys;  // of the first `shared` positions
+  View<4> prefix_values;
   View<3> codes;     // of a position: pq_dim bytes, without gaps between positions
   View<3> clusters;  // of a position: a byte
   View<5> centroids;
@@ -52,6 +54,7 @@ struct Decode {
   u32 n_centroids;
   u32 n_clusters;  // 0 for none
   u32 has_tail;
+  u32 shared;
   float scale;
 };
 

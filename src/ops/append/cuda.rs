@@ -39,8 +39,8 @@ pub(super) fn run(
     let params = Params(Append {
         keys: plan.keys.device(),
         values: plan.values.device(),
-        cache: plan.cache.device(),
-        capacity: capacity as u64,
+        cache: plan.cache.device().from_position(3, plan.first),
+        capacity: (plan.first + capacity) as u64,
         added: u64::from(u32_of(OP, "keys", added)?),
         b: u32_of(OP, "b", b)?,
         h_kv: u32_of(OP, "h_kv", h_kv)?,

@@ -12,26 +12,28 @@ use crate::cuda::Lens;
 const OP: &str = "append";
 
 /// Writes `keys` and `values`, `[b, h_kv, added, head_dim]` of any strides, to `cache`,
-/// `[2, b, h_kv, capacity, head_dim]`, from the positions that `lens` says, which then grow by `added`.
+/// `[2, b, h_kv, capacity, head_dim]`, whose first position is `first`, from the positions that `lens` says, which then grow
+/// by `added`.
 ///
 /// A sequence without room for them stays as it is.
 ///
 /// # Errors
 /// Shapes or dtypes other than these.
-pub(crate) fn append(cache: &Tensor, lens: &mut Lens, keys: &Tensor, values: &Tensor) -> Result<()> {
-    let plan = Plan::new(cache, keys, values)?;
+pub(crate) fn append(cache: &Tensor, first: usize, lens: &mut Lens, keys: &Tensor, values: &Tensor) -> Result<()> {
+    let plan = Plan::new(cache, first, keys, values)?;
     cache.inplace_op3(keys, values, &Append { plan, lens: Mutex::new(lens) })
 }
 
 /// A checked call of [`append`].
 struct Plan {
     cache: View<5>,
+    first: usize,
     keys: View<4>,
     values: View<4>,
 }
 
 impl Plan {
-    fn new(cache: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Self> {
+    fn new(cache: &Tensor, first: usize, keys: &Tensor, values: &Tensor) -> Result<Self> {
         let (cache_arg, keys_arg) = (Arg::new(OP, "cache", cache), Arg::new(OP, "keys", keys));
         let values_arg = Arg::new(OP, "values", values);
         cache_arg.is_float()?;

@@ -1,6 +1,5 @@
 use candle_core::{CudaStorage, DType, Result};
 
-use super::fused::Fused;
 use super::workspace::Buffers;
 use super::{Decode, SelectionPlan, OP};
 use crate::cache::Index;
@@ -13,9 +12,9 @@ pub(super) fn run(op: &Decode, [query, keys, values]: [&CudaStorage; 3]) -> Resu
     let lens = Some(op.lens.storage());
     let [b, h, _, head_dim] = plan.attend.query.dims;
     let mut out = cuda::output(device, (b, h, 1, head_dim), dtype)?;
-    if let (Some(index), Some(fused)) = (op.index, Fused::new(plan, query)?) {
+    if let (Some(index), Some(fused)) = (op.index, &op.fused) {
         op.workspace.with(device, |buffers| {
-            let done = fused.run(op.lens.storage(), [query, keys, values], index, buffers, &mut out);
+            let done = fused.run(op.lens.storage(), [query, keys, values], op.prefix, index, buffers, &mut out);
             if done.is_err() {
                 buffers.forget_counts();
             }

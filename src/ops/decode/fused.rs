@@ -1,9 +1,9 @@
 //! A step over an index in the two launches of `kernels/decode.cu`, whose scores stay where they are made.
 
-use candle_core::{CudaStorage, DType, Result};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
-use super::{Plan, SelectionPlan, OP};
+use super::{Plan, SelectionPlan, View, OP};
 use crate::cache::Index;
 use crate::cuda::{self, u32_of, DeviceView, Gpu, Kernel, Module, Params, Step};
 
@@ -14,6 +14,8 @@ struct Decode {
     query: DeviceView<4>,
     keys: DeviceView<4>,
     values: DeviceView<4>,
+    prefix_keys: DeviceView<4>,
+    prefix_values: DeviceView<4>,
     codes: DeviceView<3>,
     clusters: DeviceView<3>,
     centroids: DeviceView<5>,
@@ -36,6 +38,7 @@ struct Decode {
     n_centroids: u32,
     n_clusters: u32,
     has_tail: u32,
+    shared: u32,
     scale: f32,
 }
 
@@ -91,8 +94,7 @@ pub(super) struct Fused {
 
 impl Fused {
     /// None where the kernels do not suit: for strides and sizes that they do not read, tables that do not fit.
-    pub(super) fn new(plan: &Plan, query: &CudaStorage) -> Result<Option<Self>> {
-        let (dtype, device) = cuda::kind(query);
+    pub(super) fn new(plan: &Plan, dtype: DType, device: &CudaDevice) -> Result<Option<Self>> {
         let gpu = cuda::prepare(device)?;
         let Some(selection) = &plan.selection else { return Ok(None) };
         let shape = Shape::new(plan, selection);
@@ -116,8 +118,10 @@ impl Fused {
         let [cb, ch, _, cc, ce] = coarse.map_or([0; 5], |coarse| coarse.centroids.device().strides);
         let params = Decode {
             query: plan.attend.query.device(),
-            keys: plan.attend.keys.device(),
-            values: plan.attend.values.device(),
+            keys: plan.attend.keys.device().from_position(2, plan.shared),
+            values: plan.attend.values.device().from_position(2, plan.shared),
+            prefix_keys: plan.prefix.map_or(DeviceView::NONE, |[keys, _]| keys.device()),
+            prefix_values: plan.prefix.map_or(DeviceView::NONE, |[_, values]| values.device()),
             codes: from_first_position(selection.score.codes.device(), init_offset),
             clusters: coarse.map_or(DeviceView::NONE, |coarse| from_first_position(coarse.codes.device(), init_offset)),
             centroids: selection.score.centroids.device(),
@@ -143,6 +147,7 @@ impl Fused {
             n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
             n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
             has_tail: u32::from(tail.is_some()),
+            shared: u32_of(OP, "capacity", plan.shared)?,
             scale: plan.attend.scale,
         };
         u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK * WARPS * MAX_SPLITS))?;
@@ -171,6 +176,7 @@ impl Fused {
         &self,
         lens: &CudaStorage,
         [query, keys, values]: [&CudaStorage; 3],
+        prefix: Option<&[Tensor; 2]>,
         index: &Index,
         buffers: &mut Buffers,
         out: &mut CudaStorage,
@@ -214,7 +220,11 @@ impl Fused {
         let partials = buffers.partials.of(device, all_heads * splits * self.padded_dim, DType::F32)?;
         let partial_stats = buffers.attend_stats.of(device, 2 * all_heads * splits, DType::F32)?;
         let arrived = buffers.arrived.zeroed(device, all_bundles, DType::U32)?;
-        let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input_or_null(clusters)?;
+        // Keys and values share a storage.
+        let prefix = prefix.map(|[keys, _]| keys.storage_and_layout().0);
+        let prefix = prefix.as_ref().map(|prefix| cuda::storage_of(OP, prefix)).transpose()?.unwrap_or(keys);
+        let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input(prefix)?;
+        let launch = launch.input_or_null(clusters)?;
         let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(lens)?;
         let launch = launch.output(searches)?.input(lists)?;
         let launch = launch.input(listed)?.input_or_null(sums)?.input_or_null(counts)?.input(tail)?;
@@ -248,7 +258,8 @@ struct Shape {
 
 impl Shape {
     fn new(plan: &Plan, selection: &SelectionPlan) -> Self {
-        let ([b, h, _, head_dim], [_, h_kv, capacity, _]) = (plan.attend.query.dims, plan.attend.keys.dims);
+        let ([b, h, _, head_dim], [_, h_kv, room, _]) = (plan.attend.query.dims, plan.attend.keys.dims);
+        let capacity = plan.shared + room;
         let [_, _, pq_dim, n_centroids, _] = selection.score.centroids.dims;
         let n_clusters = selection.score.coarse.as_ref().map_or(0, |coarse| coarse.centroids.dims[3]);
         let by_kv = selection.mass.is_some();
@@ -283,7 +294,8 @@ impl Shape {
 
     fn suits(&self, plan: &Plan, selection: &SelectionPlan, gpu: &Gpu) -> bool {
         let attend = &plan.attend;
-        let rows = [attend.keys.device(), attend.values.device()];
+        let mut rows = vec![attend.keys.device(), attend.values.device()];
+        rows.extend(plan.prefix.iter().flatten().map(View::device));
         let coarse = selection.score.coarse.as_ref();
         let (centroids, codes) = (selection.score.centroids.device(), selection.score.codes.device());
         let codes = from_first_position(codes, plan.step.init_offset);

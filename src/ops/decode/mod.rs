@@ -17,21 +17,28 @@ use super::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, 
 use crate::cache::Index;
 use crate::config::{PqConfig, Selection};
 use crate::cuda::{Lens, Step};
+use fused::Fused;
 pub(crate) use workspace::Workspace;
 
 const OP: &str = "decode";
 
 /// A cache as a step sees it: everything that there is room for, and how much of it there is.
 pub(crate) struct Sequences<'a> {
-    /// `[b, h_kv, capacity, head_dim]`
+    /// `[b, h_kv, room, head_dim]`
     pub(crate) keys: Tensor,
-    /// `[b, h_kv, capacity, head_dim]`
+    /// `[b, h_kv, room, head_dim]`
     pub(crate) values: Tensor,
+    /// Keys and values of the positions before these, `[b, h_kv, at least shared, head_dim]`.
+    pub(crate) prefix: Option<[Tensor; 2]>,
+    /// How many there are.
+    pub(crate) shared: usize,
     pub(crate) lens: &'a Lens,
 }
 
 /// Attends to all keys, or with an index (of all positions that there is room for) to those that matter to `query`,
 /// `[b, h, 1, head_dim]`.
+///
+/// None where there is a prefix and the fused launches do not suit.
 ///
 /// # Errors
 /// Shapes and dtypes that the single ops would refuse, or a step that is captured before one has been run: it would
@@ -42,11 +49,17 @@ pub(crate) fn decode(
     index: Option<(&Index, &PqConfig)>,
     scale: f32,
     workspace: &Workspace,
-) -> Result<Tensor> {
+) -> Result<Option<Tensor>> {
     let query = with_unit_rows(query)?;
     let plan = Plan::new(&query, sequences, index, scale)?;
-    let op = Decode { plan, lens: sequences.lens, index: index.map(|(index, _)| index), workspace };
-    query.apply_op3_no_bwd(&sequences.keys, &sequences.values, &op)
+    let device = query.device().as_cuda_device()?;
+    let fused = Fused::new(&plan, query.dtype(), device)?;
+    if fused.is_none() && plan.prefix.is_some() {
+        return Ok(None);
+    }
+    let prefix = sequences.prefix.as_ref();
+    let op = Decode { plan, fused, prefix, lens: sequences.lens, index: index.map(|(index, _)| index), workspace };
+    query.apply_op3_no_bwd(&sequences.keys, &sequences.values, &op).map(Some)
 }
 
 /// A checked call of [`decode`]: the plans of its ops, for as many keys as there is room for.
@@ -54,6 +67,9 @@ struct Plan {
     step: Step,
     selection: Option<SelectionPlan>,
     attend: sparse_attend::Plan,
+    /// Keys and values of the first `shared` positions.
+    prefix: Option<[View<4>; 2]>,
+    shared: usize,
 }
 
 struct SelectionPlan {
@@ -67,9 +83,17 @@ struct SelectionPlan {
 impl Plan {
     fn new(query: &Tensor, sequences: &Sequences, index: Option<(&Index, &PqConfig)>, scale: f32) -> Result<Self> {
         let mut attend = sparse_attend::Plan::new(OP, query, &sequences.keys, &sequences.values, None, None, scale)?;
-        let capacity = attend.keys.dims[2];
+        let shared = sequences.shared;
+        let prefix = match &sequences.prefix {
+            None => None,
+            Some([keys, values]) => {
+                let of_prefix = sparse_attend::Plan::new(OP, query, keys, values, None, None, scale)?;
+                Some([of_prefix.keys, of_prefix.values])
+            }
+        };
+        let capacity = shared + attend.keys.dims[2];
         let Some((index, config)) = index else {
-            return Ok(Self { step: Step::of_candidates(capacity, 0), selection: None, attend });
+            return Ok(Self { step: Step::of_candidates(capacity, 0), selection: None, attend, prefix, shared });
         };
         let selection = SelectionPlan::new(query, index, config, capacity, scale)?;
         attend.lists = Some(selection.attended());
@@ -77,7 +101,7 @@ impl Plan {
             let [b, h, ..] = attend.query.dims;
             attend.tail = Some((View::contiguous(attend.query.dims), View::contiguous([b, h])));
         }
-        Ok(Self { step: Step::of_config(config, capacity), selection: Some(selection), attend })
+        Ok(Self { step: Step::of_config(config, capacity), selection: Some(selection), attend, prefix, shared })
     }
 }
 
@@ -118,6 +142,8 @@ impl SelectionPlan {
 
 struct Decode<'a> {
     plan: Plan,
+    fused: Option<Fused>,
+    prefix: Option<&'a [Tensor; 2]>,
     lens: &'a Lens,
     index: Option<&'a Index>,
     workspace: &'a Workspace,

@@ -46,21 +46,22 @@ pub(super) fn run(
     let (into, encode) = (&plan.into, &plan.into.encode);
     let [b, h_kv, capacity, head_dim] = encode.keys.dims;
     let [_, _, pq_dim, n_centroids, _] = encode.centroids.dims;
-    let (of_clusters, of_coarse) = into
-        .coarse
-        .as_ref()
-        .map_or((DeviceView::NONE, DeviceView::NONE), |(codes, coarse)| (codes.device(), coarse.device()));
-    let values_view = plan.sums.as_ref().map_or(DeviceView::NONE, |sums| sums.values.device());
+    let (of_clusters, of_coarse) =
+        into.coarse.as_ref().map_or((DeviceView::NONE, DeviceView::NONE), |(codes, coarse)| {
+            (codes.device().from_position(2, due.first), coarse.device())
+        });
+    let values_view =
+        plan.sums.as_ref().map_or(DeviceView::NONE, |sums| sums.values.device().from_position(2, due.first));
     let params = Params(IndexBlock {
-        keys: encode.keys.device(),
+        keys: encode.keys.device().from_position(2, due.first),
         values: values_view,
-        codes: into.codes.device(),
+        codes: into.codes.device().from_position(2, due.first),
         clusters: of_clusters,
         centroids: encode.centroids.device(),
         coarse: of_coarse,
         phi: encode.phi.map_or(DeviceView::NONE, |phi| phi.device()),
         weights: into.weights.map_or(DeviceView::NONE, |weights| weights.device()),
-        step: Step { init_offset: due.init_offset as u64, ..Step::of_candidates(capacity, 0) },
+        step: Step { init_offset: due.init_offset as u64, ..Step::of_candidates(due.first + capacity, 0) },
         block: due.block as u64,
         b: u32_of(OP, "b", b)?,
         h_kv: u32_of(OP, "h_kv", h_kv)?,

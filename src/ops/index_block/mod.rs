@@ -16,6 +16,8 @@ pub(crate) struct Due<'a> {
     pub(crate) lens: &'a mut Lens,
     pub(crate) init_offset: usize,
     pub(crate) block: usize,
+    /// The position of the first key; a multiple of `block` behind `init_offset`, or 0.
+    pub(crate) first: usize,
 }
 
 /// Writes the codes of the block that the GPU finds due to `codes`, and of its keys' clusters to those of `options`, and
@@ -25,7 +27,7 @@ pub(crate) struct Due<'a> {
 /// launch: as a part of a captured step it is idle in most.
 ///
 /// # Shapes
-/// Of all positions that there is room for: `codes` `[b, h_kv, capacity, pq_dim]`, keys and values
+/// Of all positions that there is room for, from `due.first` on: `codes` `[b, h_kv, capacity, pq_dim]`, keys and values
 /// `[b, h_kv, capacity, head_dim]`, `centroids` as in [`encode`](super::encode()).
 ///
 /// # Errors

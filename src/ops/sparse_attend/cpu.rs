@@ -10,8 +10,9 @@ use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Attended, Lists, Plan, Selected};
+use super::{Attend, Lists, Plan, Selected};
 use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, held, max, slice, Elem};
+use crate::ops::arg::View;
 
 /// Positions of a block, for a parallel task.
 const BLOCK: usize = 256;
@@ -20,36 +21,54 @@ const BLOCK: usize = 256;
 const TILE: usize = 32;
 
 pub(super) fn run(
-    plan: &Plan,
-    selected: Option<&Selected>,
-    tail: Option<&Attended>,
+    op: &Attend,
     query: &CpuStorage,
     keys: &CpuStorage,
     values: &CpuStorage,
 ) -> Result<(CpuStorage, Vec<f32>)> {
-    dispatch_float!(query, run_for(plan, selected, tail, query, keys, values))
+    dispatch_float!(query, run_for(op, query, keys, values))
 }
 
 fn run_for<T: Elem>(
-    plan: &Plan,
-    selected: Option<&Selected>,
-    tail: Option<&Attended>,
+    op: &Attend,
     query: &CpuStorage,
     keys: &CpuStorage,
     values: &CpuStorage,
 ) -> Result<(CpuStorage, Vec<f32>)> {
-    let inputs = Inputs { plan, query: slice::<T>(query)?, keys: slice::<T>(keys)?, values: slice::<T>(values)? };
+    let Attend { plan, prefix, selected, tail, .. } = op;
+    // Keys and values share a storage in a cache, which may be read twice.
+    let of_prefix = prefix.as_ref().map(|prefix| prefix.tensors.each_ref().map(|tensor| tensor.storage_and_layout().0));
+    let of_prefix = match (prefix, &of_prefix) {
+        (Some(prefix), Some([keys, values])) => {
+            let [key_view, value_view] = &prefix.views;
+            Some([
+                Piece { data: held(plan.op, "prefix", keys)?, view: key_view },
+                Piece { data: held(plan.op, "prefix", values)?, view: value_view },
+            ])
+        }
+        _ => None,
+    };
+    let [prefix_keys, prefix_values] = match of_prefix {
+        Some([keys, values]) => [Some(keys), Some(values)],
+        None => [None, None],
+    };
+    let inputs = Inputs {
+        plan,
+        query: slice::<T>(query)?,
+        keys: Rows { prefix: prefix_keys, own: Piece { data: slice(keys)?, view: &plan.keys } },
+        values: Rows { prefix: prefix_values, own: Piece { data: slice(values)?, view: &plan.values } },
+    };
     let [b, h, _, head_dim] = plan.query.dims;
     let heads = plan.heads_per_list();
     let blocks = match (&plan.lists, selected) {
-        (Some(lists), Some(selected)) => listed_blocks(plan, lists, selected)?,
+        (Some(lists), Some(selected)) => listed_blocks(plan, lists, selected, inputs.keys.len())?,
         _ => all_blocks(plan),
     };
     let partials: Vec<Partial> = blocks.par_iter().map(|block| attend_block(&inputs, block, heads)).collect();
 
     let mut out = vec![T::zero(); b * h * head_dim];
     let mut lse = vec![f32::NEG_INFINITY; b * h];
-    let tail = tail.map(|tail| (tail.out.storage_and_layout().0, tail.lse.storage_and_layout().0));
+    let tail = tail.as_ref().map(|tail| (tail.out.storage_and_layout().0, tail.lse.storage_and_layout().0));
     let tail = match (&plan.tail, &tail) {
         (Some(views), Some((out, lse))) => Some((views, held(plan.op, "tail", out)?, held(plan.op, "tail", lse)?)),
         _ => None,
@@ -116,7 +135,7 @@ fn all_blocks(plan: &Plan) -> Vec<Block> {
     (0..b * h_kv).flat_map(ranges).collect()
 }
 
-fn listed_blocks(plan: &Plan, lists: &Lists, selected: &Selected) -> Result<Vec<Block>> {
+fn listed_blocks(plan: &Plan, lists: &Lists, selected: &Selected, n: usize) -> Result<Vec<Block>> {
     let heads = plan.heads_per_list();
     let of_list = |(list, attended): (usize, Vec<(u32, f32)>)| {
         let block = |part: &[(u32, f32)]| {
@@ -125,15 +144,51 @@ fn listed_blocks(plan: &Plan, lists: &Lists, selected: &Selected) -> Result<Vec<
         };
         attended.chunks(BLOCK).map(block).collect::<Vec<_>>()
     };
-    let attended = lists.attended(plan.op, selected, plan.keys.dims[2])?;
+    let attended = lists.attended(plan.op, selected, n)?;
     Ok(attended.into_iter().enumerate().flat_map(of_list).collect())
 }
 
 struct Inputs<'a, T> {
     plan: &'a Plan,
     query: &'a [T],
-    keys: &'a [T],
-    values: &'a [T],
+    keys: Rows<'a, T>,
+    values: Rows<'a, T>,
+}
+
+/// Rows that lie in one tensor.
+struct Piece<'a, T> {
+    data: &'a [T],
+    view: &'a View<4>,
+}
+
+/// Keys or values, in two pieces in a fork.
+struct Rows<'a, T> {
+    prefix: Option<Piece<'a, T>>,
+    own: Piece<'a, T>,
+}
+
+impl<'a, T> Rows<'a, T> {
+    fn len(&self) -> usize {
+        self.shared() + self.own.view.dims[2]
+    }
+
+    fn shared(&self) -> usize {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.view.dims[2])
+    }
+
+    fn are_adjacent(&self) -> bool {
+        self.prefix.is_none() && self.own.view.has_adjacent_rows()
+    }
+
+    /// The row of a position, and what follows it.
+    #[inline(always)]
+    fn at(&self, b: usize, kv: usize, position: usize) -> &'a [T] {
+        let (piece, position) = match &self.prefix {
+            Some(prefix) if position < prefix.view.dims[2] => (prefix, position),
+            _ => (&self.own, position - self.shared()),
+        };
+        &piece.data[piece.view.at(&[b, kv, position])..]
+    }
 }
 
 #[multiversion(targets = "simd")]
@@ -152,14 +207,14 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
         Positions::Listed { positions, .. } => positions.len(),
     };
 
-    let (keys, values) = (&inputs.plan.keys, &inputs.plan.values);
+    let (keys, values) = (&inputs.keys, &inputs.values);
     let in_range = matches!(block.positions, Positions::Range(_));
     let mut scores = vec![0f32; heads * len];
     let mut tile = vec![0f32; TILE * head_dim];
     for start in (0..len).step_by(TILE) {
         let count = TILE.min(len - start);
-        let at = |i| keys.at(&[b, kv, position(start + i)]);
-        let tile = rows(inputs.keys, &mut tile, [count, head_dim], in_range && keys.has_adjacent_rows(), at);
+        let at = |i| keys.at(b, kv, position(start + i));
+        let tile = rows(&mut tile, [count, head_dim], in_range && keys.are_adjacent(), at);
         for (query, scores) in query.chunks_exact(head_dim).zip(scores.chunks_exact_mut(len)) {
             for (score, key) in scores[start..start + count].iter_mut().zip(tile.chunks_exact(head_dim)) {
                 *score = dot(query, key);
@@ -181,8 +236,8 @@ fn attend_block<T: Elem>(inputs: &Inputs<T>, block: &Block, heads: usize) -> Par
 
     for start in (0..len).step_by(TILE) {
         let count = TILE.min(len - start);
-        let at = |i| values.at(&[b, kv, position(start + i)]);
-        let tile = rows(inputs.values, &mut tile, [count, head_dim], in_range && values.has_adjacent_rows(), at);
+        let at = |i| values.at(b, kv, position(start + i));
+        let tile = rows(&mut tile, [count, head_dim], in_range && values.are_adjacent(), at);
         for (scores, sums) in scores.chunks_exact(len).zip(partial.values.chunks_exact_mut(head_dim)) {
             add_weighted(tile, &scores[start..start + count], sums);
         }
@@ -204,24 +259,23 @@ impl<T: Elem> Inputs<'_, T> {
     }
 }
 
-/// `count` rows, the `i`-th from offset `at(i)`, one after the other as f32: where they lie so already (`adjacent`), or
+/// `count` rows, the `i`-th at the start of `at(i)`, one after the other as f32: where they lie so already (`adjacent`), or
 /// copied into the tile.
 ///
 /// Copying is a step of its own, with nothing else to wait for, so it keeps many cache misses in flight: the rows of a
 /// list are scattered over memory.
 #[inline(always)]
 fn rows<'a, T: Elem>(
-    from: &'a [T],
     tile: &'a mut [f32],
     [count, head_dim]: [usize; 2],
     adjacent: bool,
-    at: impl Fn(usize) -> usize,
+    at: impl Fn(usize) -> &'a [T],
 ) -> &'a [f32] {
-    if let (true, Some(rows)) = (adjacent, T::as_f32(&from[at(0)..])) {
+    if let (true, Some(rows)) = (adjacent, T::as_f32(at(0))) {
         return &rows[..count * head_dim];
     }
     for (i, row) in tile.chunks_exact_mut(head_dim).take(count).enumerate() {
-        T::widen(&from[at(i)..][..head_dim], row);
+        T::widen(&at(i)[..head_dim], row);
     }
     &tile[..count * head_dim]
 }

@@ -114,7 +114,25 @@ pub fn sparse_attend(
     selected: &Selected,
     scale: f32,
 ) -> Result<Attended> {
-    attend("sparse_attend", query, keys, values, Some(selected), None, scale)
+    attend("sparse_attend", query, [keys, values], None, Some(selected), None, scale)
+}
+
+/// As [`sparse_attend`], with a tail where there is one, over the keys and values of `prefix` and then those of `own`.
+///
+/// # Shapes
+/// - `prefix`: keys and values of the first positions, as `own`
+///
+/// # Errors
+/// As [`sparse_attend`]; with a prefix on a GPU.
+pub(crate) fn sparse_attend_to_both(
+    query: &Tensor,
+    prefix: Option<[&Tensor; 2]>,
+    own: [&Tensor; 2],
+    selected: &Selected,
+    tail: Option<&Attended>,
+    scale: f32,
+) -> Result<Attended> {
+    attend("sparse_attend", query, own, prefix, Some(selected), tail, scale)
 }
 
 /// As [`sparse_attend`], merged with attention over other keys before anything is rounded.
@@ -155,7 +173,7 @@ pub fn sparse_attend_with_tail(
     tail: &Attended,
     scale: f32,
 ) -> Result<Attended> {
-    attend("sparse_attend_with_tail", query, keys, values, Some(selected), Some(tail), scale)
+    attend("sparse_attend_with_tail", query, [keys, values], None, Some(selected), Some(tail), scale)
 }
 
 /// Attends to all keys; otherwise as [`sparse_attend`].
@@ -175,23 +193,31 @@ pub fn sparse_attend_with_tail(
 /// # candle_core::Result::Ok(())
 /// ```
 pub fn dense_attend(query: &Tensor, keys: &Tensor, values: &Tensor, scale: f32) -> Result<Attended> {
-    attend("dense_attend", query, keys, values, None, None, scale)
+    attend("dense_attend", query, [keys, values], None, None, None, scale)
 }
 
 fn attend(
     op: &'static str,
     query: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
+    [keys, values]: [&Tensor; 2],
+    prefix: Option<[&Tensor; 2]>,
     selected: Option<&Selected>,
     tail: Option<&Attended>,
     scale: f32,
 ) -> Result<Attended> {
     let (query, keys, values) = (with_unit_rows(query)?, with_unit_rows(keys)?, with_unit_rows(values)?);
+    let prefix = match prefix {
+        None => None,
+        Some([keys, values]) => {
+            let (keys, values) = (with_unit_rows(keys)?, with_unit_rows(values)?);
+            let views = Plan::new(op, &query, &keys, &values, None, None, scale)?;
+            Some(Prefix { tensors: [keys, values], views: [views.keys, views.values] })
+        }
+    };
     let selected = selected.map(Selected::with_unit_rows).transpose()?;
     let tail = tail.map(Attended::with_unit_rows).transpose()?;
     let plan = Plan::new(op, &query, &keys, &values, selected.as_ref(), tail.as_ref(), scale)?;
-    let op = Attend { plan, selected, tail, lse: SideOutput::default() };
+    let op = Attend { plan, prefix, selected, tail, lse: SideOutput::default() };
     let out = query.apply_op3_no_bwd(&keys, &values, &op)?;
     Ok(Attended { out, lse: op.lse.take(op.plan.op)? })
 }
@@ -251,8 +277,15 @@ impl Plan {
     }
 }
 
+/// Keys and values of the first positions, where they do not lie with the others.
+struct Prefix {
+    tensors: [Tensor; 2],
+    views: [View<4>; 2],
+}
+
 struct Attend {
     plan: Plan,
+    prefix: Option<Prefix>,
     selected: Option<Selected>,
     tail: Option<Attended>,
     lse: SideOutput,
@@ -273,7 +306,7 @@ impl CustomOp3 for Attend {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        let (out, lse) = cpu::run(&self.plan, self.selected.as_ref(), self.tail.as_ref(), query, keys, values)?;
+        let (out, lse) = cpu::run(self, query, keys, values)?;
         self.lse.put_cpu(CpuStorage::F32(lse), (b, h));
         Ok((out, self.plan.query.dims.as_slice().into()))
     }
@@ -289,6 +322,9 @@ impl CustomOp3 for Attend {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
+        if self.prefix.is_some() {
+            bail!("{}: prefix: expected none on a GPU", self.plan.op);
+        }
         let (selected, tail) = (self.selected.as_ref(), self.tail.as_ref());
         let (out, lse) = cuda::run(&self.plan, selected, tail, query, keys, values)?;
         self.lse.put_cuda(lse, (b, h));
