@@ -405,9 +405,10 @@ impl PqKvCache {
         match &self.lens {
             None => Ok(None),
             Some(lens) => {
-                let prefix = self.prefix.as_ref().map(|prefix| Ok([prefix.kv.get(0)?, prefix.kv.get(1)?]));
-                let (shared, prefix) = (self.shared(), prefix.transpose()?);
-                Ok(Some(ops::Sequences { prefix, shared, keys: self.kv.get(0)?, values: self.kv.get(1)?, lens }))
+                let of = |kv: &Tensor| Ok::<_, candle_core::Error>([kv.get(0)?, kv.get(1)?]);
+                let prefix = self.prefix.as_ref().map(|prefix| of(&prefix.kv)).transpose()?;
+                let ([keys, values], shared) = (of(&self.kv)?, self.shared());
+                Ok(Some(ops::Sequences { keys, values, prefix, shared, lens }))
             }
         }
     }

@@ -118,7 +118,14 @@ struct Machine {
     keys: Vec<Vec<f64>>,
     values: Vec<Vec<f64>>,
     /// Caches that forks left, with what is in them.
-    others: Vec<(PqKvCache, Snapshot, [Vec<Vec<f64>>; 2])>,
+    others: Vec<Other>,
+}
+
+struct Other {
+    cache: PqKvCache,
+    seen: Snapshot,
+    keys: Vec<Vec<f64>>,
+    values: Vec<Vec<f64>>,
 }
 
 impl Machine {
@@ -227,15 +234,16 @@ impl Machine {
                 if goes_on_in_fork {
                     std::mem::swap(&mut fork, &mut self.cache);
                 }
-                let other = snapshot(&fork)?;
-                self.others.push((fork, other, [self.keys.clone(), self.values.clone()]));
+                let (seen, keys, values) = (snapshot(&fork)?, self.keys.clone(), self.values.clone());
+                self.others.push(Other { cache: fork, seen, keys, values });
             }
             Op::Switch(other) => {
                 let own = snapshot(&self.cache)?;
-                if let Some((cache, seen, [keys, values])) = self.others.get_mut(other) {
-                    std::mem::swap(cache, &mut self.cache);
-                    (std::mem::swap(keys, &mut self.keys), std::mem::swap(values, &mut self.values));
-                    *seen = own;
+                if let Some(other) = self.others.get_mut(other) {
+                    std::mem::swap(&mut other.cache, &mut self.cache);
+                    std::mem::swap(&mut other.keys, &mut self.keys);
+                    std::mem::swap(&mut other.values, &mut self.values);
+                    other.seen = own;
                 }
             }
             Op::Drop(other) => drop((other < self.others.len()).then(|| self.others.remove(other))),
@@ -245,7 +253,7 @@ impl Machine {
                 assert_eq!(snapshot(&self.cache)?, before, "after {failure:?}");
             }
         }
-        for (cache, seen, _) in &self.others {
+        for Other { cache, seen, .. } in &self.others {
             assert_eq!(&snapshot(cache)?, seen, "another cache changed");
         }
         self.check_contents()

@@ -45,7 +45,7 @@ impl Plan {
         cache_arg.has_dims(&[2, b, h_kv, capacity, head_dim])?;
         keys_arg.has_dims(&[b, h_kv, keys.dims[2], head_dim])?;
         values_arg.has_dims(&keys.dims)?;
-        Ok(Self { cache, keys, values: values_arg.view("[b, h_kv, added, head_dim]")? })
+        Ok(Self { cache, first, keys, values: values_arg.view("[b, h_kv, added, head_dim]")? })
     }
 }
 
