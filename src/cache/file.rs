@@ -374,7 +374,7 @@ impl Layer {
 
 impl PqKvCache {
     /// All of it that is in use, but the sums.
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+    pub(super) fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors: HashMap<String, Tensor> =
             HashMap::from([("keys".to_string(), self.keys()?), ("values".to_string(), self.values()?)]);
         tensors.extend(self.queries.pieces().map(|(first, squares)| (format!("queries.{first}"), squares.clone())));
