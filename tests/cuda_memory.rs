@@ -10,6 +10,7 @@ mod soak;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::{Heavy, PqAttention, PqConfig, PqKvCache};
 use common::{integers, numbers, with_tail, Rng};
@@ -35,7 +36,7 @@ fn gpu() -> Option<(MutexGuard<'static, ()>, Device)> {
 fn used(gpu: &Device) -> Result<usize> {
     gpu.synchronize()?;
     let stream = gpu.as_cuda_device()?.cuda_stream();
-    let (free, total) = stream.context().mem_get_info().map_err(candle_core::Error::wrap)?;
+    let (free, total) = stream.context().mem_get_info().w()?;
     Ok(total - free)
 }
 
