@@ -29,7 +29,7 @@ needle *args:
 
 # The tests on this machine's GPU
 test-cuda *args:
-    REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda {{args}}
+    REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda --test cuda_memory {{args}}
 
 # The same under compute-sanitizer; racecheck takes many minutes
 sanitize:
@@ -48,6 +48,10 @@ fuzz seconds="60":
 # Fifty thousand decode steps: memory stays what it is
 soak:
     cargo test --release --test soak -- --ignored --nocapture
+
+# The same on this machine's GPU
+soak-cuda:
+    REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda_memory -- --ignored --nocapture
 
 # Ten thousand random sequences of everything that can be done to a cache
 state-machine cases="10000":

@@ -1,4 +1,5 @@
-//! The search of one query on a CPU: scores of all keys and the k best of them, as a vector index does it.
+//! The search of one query on a CPU: scores of all keys and the k best of them, as a vector index does it. And a cache in a
+//! file.
 //!
 //! `cargo bench --bench cpu -- [--json] [--case NAME] [--threads N]`; a case runs if its name starts with NAME; N is 1
 //! unless said otherwise. `benches/peers/cpu.py` runs it beside FAISS.
@@ -6,12 +7,16 @@
 //! `search` is a whole query, `score` and `topk` are its parts, `fast_scan` is the search of 4-bit codes from their packed
 //! form, whose result is checked to be that of `search`. `bytes` is the least that a call must read, and the percentage
 //! is of the bandwidth of a large copy.
+//!
+//! `save` and `load` are those of a cache of 32,768 keys, `write` and `read` of the same bytes by `std::fs`; the file stays
+//! in the system's memory, so that what they say is of the processor and not of a disk. What was loaded is checked to go on
+//! as what was saved.
 
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, KmeansOptions};
-use candle_pq_attn::Metric;
+use candle_pq_attn::{load_caches, save_caches, Metric, PqAttention, PqConfig};
 use serde_json::json;
 
 const KEYS: usize = 131_072;
@@ -60,16 +65,57 @@ fn run(name: &str, pq_dim: usize, pq_bits: usize, report: Report) -> Result<()> 
     Ok(())
 }
 
+/// A layer's cache of 8 KV heads in bf16, with room to go on, to a file and back.
+fn file(report: Report) -> Result<()> {
+    const KEYS: usize = 32_768;
+    const CAPACITY: usize = KEYS + 1024;
+    let random = |n| Tensor::randn(0f32, 1.0, (1, 8, n, HEAD_DIM), &Device::Cpu)?.to_dtype(DType::BF16);
+    let attn = PqAttention::new(PqConfig::default(), 0.1)?;
+    let mut cache = attn.new_cache([1, 8, HEAD_DIM], CAPACITY, DType::BF16, &Device::Cpu)?;
+    cache.append(&random(KEYS)?, &random(KEYS)?)?;
+    cache.build_index()?;
+    let directory = tempfile::tempdir()?;
+    let saved = directory.path().join("saved");
+    save_caches(&saved, [&cache], "")?;
+    let bytes = std::fs::read(&saved)?;
+    // Taken away when the clock has stopped, as are what was read and loaded.
+    let new = |i: usize| tempfile::TempPath::try_from_path(directory.path().join(i.to_string()));
+    let write = |i| {
+        let path = new(i)?;
+        std::fs::write(&path, &bytes)?;
+        Ok(path)
+    };
+    let save = |i| {
+        let path = new(i)?;
+        save_caches(&path, [&cache], "")?;
+        Ok(path)
+    };
+    let report = |what, us| report("file-32k", what, bytes.len(), us);
+    report("write", times(CALLS, &write)?);
+    report("save", times(CALLS, &save)?);
+    report("read", times(CALLS, &|_| Ok(std::fs::read(&saved)?))?);
+    report("load", times(CALLS, &|_| load_caches(&saved, CAPACITY, &Device::Cpu))?);
+    let mut loaded = load_caches(&saved, CAPACITY, &Device::Cpu)?.caches.remove(0);
+    for _ in 0..100 {
+        let [q, k, v] = [random(1)?, random(1)?, random(1)?];
+        let step = |cache| attn.forward(&q, &k, &v, cache)?.flatten_all()?.to_vec1::<half::bf16>();
+        assert_eq!(step(&mut loaded)?, step(&mut cache)?, "a step after loading");
+    }
+    Ok(())
+}
+
 /// The wall time of single calls, in µs, ascending.
-fn times(calls: usize, call: &dyn Fn(usize) -> Result<()>) -> Result<Vec<f64>> {
+fn times<T>(calls: usize, call: &dyn Fn(usize) -> Result<T>) -> Result<Vec<f64>> {
     for i in 0..5 {
         call(i)?;
     }
     let mut us: Vec<f64> = (0..calls)
         .map(|i| {
             let start = Instant::now();
-            call(i)?;
-            Ok(start.elapsed().as_secs_f64() * 1e6)
+            let result = call(i)?;
+            let us = start.elapsed().as_secs_f64() * 1e6;
+            drop(result);
+            Ok(us)
         })
         .collect::<Result<_>>()?;
     us.sort_by(f64::total_cmp);
@@ -115,6 +161,9 @@ fn main() -> Result<()> {
     let wanted = option("--case").map_or("", String::as_str);
     for (name, pq_dim, pq_bits) in CASES.into_iter().filter(|(name, ..)| name.starts_with(wanted)) {
         run(name, pq_dim, pq_bits, &report)?;
+    }
+    if "file-32k".starts_with(wanted) {
+        file(&report)?;
     }
     Ok(())
 }

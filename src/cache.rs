@@ -13,6 +13,7 @@ use tracing::trace_span;
 
 use crate::codebook::Codebook;
 use crate::config::{Metric, PqConfig, Tail};
+use crate::fault::point_of_failure;
 use crate::ops::{ClusterSums, Coarse};
 use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
@@ -93,10 +94,8 @@ pub(crate) struct Replayable {
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     len: usize,
-    /// The codebook, the end of the keys it was trained on, and its [`Trained::version`].
-    trained: Option<(Codebook, Option<usize>, u64)>,
+    trained: Option<Trained>,
     encoded: usize,
-    summed: usize,
 }
 
 fn next_version() -> u64 {
@@ -104,7 +103,7 @@ fn next_version() -> u64 {
     VERSIONS.fetch_add(1, Ordering::Relaxed)
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Trained {
     codebook: Codebook,
     /// End of the keys it was trained on; None for a codebook that was handed in.
@@ -115,6 +114,14 @@ struct Trained {
     summed: usize,
     /// The cache's when it was taken into use.
     version: u64,
+}
+
+impl Trained {
+    /// Has no values summed from `start` on, the first key that is encoded. Subtracting would leave traces in the last bits.
+    fn forget_values(&mut self, start: usize) -> Result<()> {
+        self.summed = start;
+        self.clusters.as_ref().map_or(Ok(()), ClusterSums::clear)
+    }
 }
 
 /// What a decode step searches.
@@ -259,7 +266,9 @@ impl PqKvCache {
         if let Some(lens) = &mut self.lens {
             return ops::append(&self.kv, shared, lens, keys, values);
         }
+        point_of_failure()?;
         self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len - shared)?;
+        point_of_failure()?;
         self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len - shared)
     }
 
@@ -645,55 +654,46 @@ impl PqKvCache {
             self.forget_codebook();
         }
         self.encoded = self.encoded.min(self.blocks_end(len));
+        let start = self.config.init_offset();
         match &mut self.trained {
-            // Summed again by the next step: subtracting would leave traces in the last bits.
-            Some(Trained { clusters: Some(clusters), summed, .. }) if *summed > self.encoded => {
-                *summed = self.config.init_offset();
-                clusters.clear()
-            }
+            // Summed again by the next step.
+            Some(trained) if trained.summed > self.encoded => trained.forget_values(start),
             _ => Ok(()),
         }
     }
 
     /// What [`restore`](Self::restore) goes back to. Copies no numbers.
     pub(crate) fn checkpoint(&self) -> Checkpoint {
-        Checkpoint {
-            len: self.len,
-            trained: self.trained.as_ref().map(|t| (t.codebook.clone(), t.end, t.version)),
-            encoded: self.encoded,
-            summed: self.trained.as_ref().map_or(0, |trained| trained.summed),
-        }
+        Checkpoint { len: self.len, trained: self.trained.clone(), encoded: self.encoded }
     }
 
     /// Takes back what was appended and trained since, whether it ran or was only recorded for a graph.
+    ///
+    /// Codes and sums, which were written in place, are made anew at the end. On a GPU that takes no memory; where it fails
+    /// all the same the next step does it.
     pub(crate) fn restore(&mut self, before: Checkpoint) -> Result<()> {
+        let summed = before.trained.as_ref().map_or(0, |trained| trained.summed);
         if self.is_capturing()? {
             // Nothing ran, and nothing was trained.
             (self.len, self.encoded) = (before.len, before.encoded);
             if let Some(trained) = &mut self.trained {
-                trained.summed = before.summed;
+                trained.summed = summed;
             }
             return self.queries.truncate(before.len);
         }
         self.truncate(before.len)?;
-        let version = self.trained.as_ref().map(|trained| trained.version);
-        match before.trained {
-            None if self.trained.is_none() => {}
-            None => self.forget_codebook(),
-            Some((_, _, before)) if version == Some(before) => {}
-            Some((codebook, end, _)) => self.use_codebook(codebook, end)?,
+        let (start, version) = (self.config.init_offset(), |trained: &Trained| trained.version);
+        let is_another = self.trained.as_ref().map(version) != before.trained.as_ref().map(version);
+        if is_another {
+            self.forget_codebook();
+            self.trained = before.trained;
         }
-        // Codes are written in place: those of a codebook that is back are made anew, and are the same.
         self.encoded = self.encoded.min(before.encoded);
-        self.encode(before.encoded)?;
-        match &mut self.trained {
-            Some(Trained { clusters: Some(clusters), summed, .. }) if *summed > before.summed => {
-                *summed = self.config.init_offset();
-                clusters.clear()?;
-            }
-            _ => {}
+        if let Some(trained) = self.trained.as_mut().filter(|trained| is_another || trained.summed > summed) {
+            trained.forget_values(start)?;
         }
-        self.sum_values(before.summed)
+        self.encode(before.encoded)?;
+        self.sum_values(summed)
     }
 
     fn set_len(&mut self, len: usize) -> Result<()> {
@@ -857,6 +857,7 @@ fn with_room(old: &Tensor, dim: usize, capacity: usize) -> Result<Tensor> {
     let mut dims = old.dims().to_vec();
     // Codes of a fork that was cut into what it shares have more room than their keys.
     let kept = std::mem::replace(&mut dims[dim], capacity).min(capacity);
+    point_of_failure()?;
     let new = Tensor::zeros(dims, old.dtype(), old.device())?;
     // Head by head: Candle's copy counts in 32 bits on a GPU.
     let (from, to) = (old.flatten_to(dim - 1)?, new.flatten_to(dim - 1)?);
@@ -884,3 +885,6 @@ fn check_capacity(dims: [usize; 3], capacity: usize, dtype: DType) -> Result<()>
         ),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use safetensors::SafeTensors;
 
 use crate::config::{Metric, PqConfig};
+use crate::fault::point_of_failure;
 #[cfg(feature = "cuda")]
 use crate::ops::Coarse;
 use crate::ops::{self, KmeansOptions, MAX_HEAD_DIM};
@@ -186,6 +187,7 @@ impl Codebook {
         let ([b, h_kv, pq_dim, _], pq_len) = (self.dims(), self.pq_len());
         let head_dim = pq_dim * pq_len;
         let numbers = check_weights(&weights, [b, h_kv, head_dim], self.metric())?;
+        point_of_failure()?;
         // Inverted here, so that every device multiplies by the same numbers.
         let inverse: Vec<f32> = numbers.into_iter().map(f32::recip).collect();
         let inverse = Tensor::from_vec(inverse, (b, h_kv, head_dim), weights.device())?;
@@ -241,6 +243,7 @@ impl Codebook {
         }
         let (new, new_coarse) = self.encode(keys)?;
         codes.slice_set(&new, 2, first)?;
+        point_of_failure()?;
         match (coarse_codes, new_coarse) {
             (Some(coarse_codes), Some(new)) => coarse_codes.slice_set(&new, 2, first),
             _ => Ok(()),

@@ -56,6 +56,7 @@ mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod fault;
 mod graph;
 mod kv_cache;
 pub mod ops;

@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
+use crate::fault::point_of_failure;
+
 /// Distance of a position of the sample to the next: 32 positions are of each doubling, so that a long prompt costs little
 /// more than a short one.
 fn stride(position: usize) -> usize {
@@ -97,6 +99,7 @@ impl QuerySample {
         if count == 0 {
             return Ok(None);
         }
+        point_of_failure()?;
         let weights: Vec<f32> = sums.chunks_exact(columns).flat_map(|sums| weigh(sums, head_dim, count)).collect();
         Tensor::from_vec(weights, (b, h_kv, head_dim), device).map(Some)
     }
@@ -108,6 +111,7 @@ impl QuerySample {
 ///
 /// One addition after the other, which is the same on every device.
 fn squares(queries: &Tensor, h_kv: usize) -> Result<Tensor> {
+    point_of_failure()?;
     let (b, h, count, d) = queries.dims4()?;
     let queries = queries.to_dtype(DType::F32)?;
     let squares = (&queries * &queries)?.reshape((b, h_kv, h / h_kv, count, d))?;

@@ -32,7 +32,7 @@ PEERS = [
 
 def ours():
     """Rows of one run of our bench."""
-    command = ["cargo", "bench", "--quiet", "--bench", "cpu", "--", "--json"]
+    command = ["cargo", "bench", "--quiet", "--bench", "cpu", "--", "--json", "--case", "pq"]
     root = pathlib.Path(__file__).resolve().parents[2]
     lines = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     return [{**json.loads(line), "by": "candle-pq-attn"} for line in lines if line.startswith("{")]

@@ -1,28 +1,41 @@
 //! Caches in a file: a document is read once and asked again on another day.
 //!
-//! A safetensors file with the tensors of each layer, `0.keys`, `0.values` and so on, as far as they are in use, and three
-//! entries of metadata: `caches`, this format and what is no tensor as JSON; `about`, the caller's; and `xxh3`, a checksum of
-//! all that. Sums of values are not in it: they are those of the codes, and adding them up costs next to nothing.
+//! A safetensors file with the tensors of each layer, `0.keys`, `0.values` and so on, as far as they are in use; two entries
+//! of metadata: `caches`, this format and what is no tensor as JSON, and `about`, the caller's; and at the end a tensor
+//! `xxh3`, `[1 + tensors, 16]` u8: the 128-bit XXH3 of the header and of each other tensor, in the order of the file, so that
+//! it is read and written once from its beginning to its end. Sums of values are not in it: they are those of the codes, and
+//! adding them up costs next to nothing.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use candle_core::{bail, DType, Device, Result, Tensor};
-use safetensors::tensor::{Metadata, View};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
+use tempfile::NamedTempFile;
+use xxhash_rust::xxh3::{xxh3_128, Xxh3};
 
 use super::PqKvCache;
 use crate::codebook::{at_path, check_shape, Codebook};
 use crate::config::PqConfig;
 
 /// Raised by what an older version would read wrongly.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The most bytes of a header, as the format of safetensors has it.
-const MAX_HEADER: u64 = 100_000_000;
+const MAX_HEADER: usize = 100_000_000;
+
+/// Bytes that are read or written at a time: few enough to stay in the processor's cache until all is done with them, and to
+/// need no memory that is fresh, which costs more than anything else.
+const BLOCK: usize = 1 << 19;
+
+/// The name of the checksums.
+const SUMS: &str = "xxh3";
+
+/// Bytes of a checksum.
+const SUM: usize = 16;
 
 /// What [`load_caches`] found.
 #[derive(Debug)]
@@ -61,8 +74,7 @@ struct Trained {
 /// Writes caches, those of a model's layers say, to one file, from which [`load_caches`] makes caches that go on as these
 /// do, bit for bit. `about` is given back with them: what they are of.
 ///
-/// The file takes the place of another only when it is complete. A tensor at a time is copied, and on a GPU read back,
-/// twice: for the checksum, and to be written.
+/// The file takes the place of another only when it is complete. Little more than the caches is in memory at any time.
 ///
 /// # Errors
 /// What reading tensors back and writing the file give, or a capture of a CUDA graph that is under way.
@@ -93,16 +105,70 @@ pub fn save_caches<'a>(
         tensors.extend(cache.tensors()?.into_iter().map(|(name, tensor)| (format!("{index}.{name}"), tensor)));
     }
     let caches = serde_json::to_string(&Saved { format: FORMAT, layers }).map_err(candle_core::Error::wrap)?;
-    tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut sum = Checksum::new(&caches, about);
-    for (name, tensor) in &tensors {
-        sum.add(name, &tensor.data());
-    }
-    let metadata = [("caches", caches), ("about", about.to_string()), ("xxh3", sum.hex())];
-    let metadata = metadata.map(|(name, text)| (name.to_string(), text)).into();
     let path = path.as_ref();
-    safetensors::serialize_to_file(tensors, Some(metadata), path)
-        .map_err(|error| at_path("save_caches", path, error.into()))
+    write(path, caches, about, tensors).map_err(|error| at_path("save_caches", path, error))
+}
+
+/// Writes the file, with `caches` and `about` for its metadata.
+fn write(path: &Path, caches: String, about: &str, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
+    // Large elements first, so that all lie at multiples of their size.
+    let size = |tensor: &Tensor| tensor.dtype().size_in_bytes();
+    tensors.sort_by(|(a, x), (b, y)| (size(y), a).cmp(&(size(x), b)));
+    let mut end = 0;
+    let mut info = |name: &str, dtype: Dtype, shape: &[usize], bytes: usize| {
+        let begin = end;
+        end += bytes;
+        (name.to_string(), TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (begin, end) })
+    };
+    let mut infos: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| info(name, tensor.dtype().into(), tensor.dims(), tensor.data_len()))
+        .collect();
+    let sums = 1 + tensors.len();
+    infos.push(info(SUMS, Dtype::U8, &[sums, SUM], sums * SUM));
+    let metadata = HashMap::from([("caches".to_string(), caches), ("about".to_string(), about.to_string())]);
+    let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?).map_err(candle_core::Error::wrap)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    if header.len() > MAX_HEADER {
+        bail!("about: expected a header of at most {MAX_HEADER} bytes with it, got {}", header.len());
+    }
+    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    let mut sums = xxh3_128(&header).to_le_bytes().to_vec();
+    for (_, tensor) in &tensors {
+        let mut sum = Xxh3::new();
+        for_each_block(tensor, &mut |block| {
+            let bytes = block.data();
+            sum.update(&bytes);
+            Ok(file.write_all(&bytes)?)
+        })?;
+        sums.extend(sum.digest128().to_le_bytes());
+    }
+    file.write_all(&sums)?;
+    match file.persist(path) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.error.into()),
+    }
+}
+
+/// The parts of a tensor one after the other, without gaps and of at most [`BLOCK`] bytes each.
+fn for_each_block(tensor: &Tensor, run: &mut impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+    let count = match *tensor.dims() {
+        // Dimensions beside an empty one may be of any size.
+        _ if tensor.elem_count() == 0 => return Ok(()),
+        [count, ..] => count,
+        [] => return run(tensor),
+    };
+    let row = tensor.data_len() / count;
+    match tensor.is_contiguous() && row <= BLOCK {
+        true => {
+            let rows = BLOCK / row;
+            (0..count).step_by(rows).try_for_each(|start| run(&tensor.narrow(0, start, rows.min(count - start))?))
+        }
+        // Not `get`, which copies.
+        false => (0..count).try_for_each(|index| for_each_block(&tensor.get_on_dim(0, index)?, run)),
+    }
 }
 
 /// Reads what [`save_caches`] wrote, into caches with room for `capacity` keys, or for those that they have.
@@ -122,10 +188,7 @@ pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> 
         if saved.format != FORMAT {
             bail!("expected caches of format {FORMAT}, got format {}", saved.format);
         }
-        // Before anything is made of it.
-        if file.checksum(&caches, &about)? != file.metadata("xxh3")? {
-            bail!("expected the bytes that were saved, got others: the checksum differs");
-        }
+        file.read_sums()?;
         let layers = saved.layers.iter().enumerate();
         let caches =
             layers.map(|(index, layer)| layer.load(&mut file, index, capacity, device)).collect::<Result<_>>()?;
@@ -134,34 +197,16 @@ pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> 
     load().map_err(|error| at_path("load_caches", path, error))
 }
 
-struct Checksum(Xxh3);
-
-impl Checksum {
-    fn new(caches: &str, about: &str) -> Self {
-        let mut sum = Self(Xxh3::new());
-        sum.add(caches, about.as_bytes());
-        sum
-    }
-
-    /// Lengths come first, so that no byte can move from one part to the next.
-    fn add(&mut self, name: &str, bytes: &[u8]) {
-        self.0.update(&(name.len() as u64).to_le_bytes());
-        self.0.update(&(bytes.len() as u64).to_le_bytes());
-        self.0.update(name.as_bytes());
-        self.0.update(bytes);
-    }
-
-    fn hex(&self) -> String {
-        format!("{:032x}", self.0.digest128())
-    }
-}
-
 /// A safetensors file, read tensor by tensor.
 struct SavedFile {
     file: File,
     header: Metadata,
+    header_sum: [u8; SUM],
     /// Where the tensors begin.
     start: u64,
+    /// Of each tensor, by its name.
+    sums: HashMap<String, [u8; SUM]>,
+    block: Vec<u8>,
 }
 
 impl SavedFile {
@@ -175,11 +220,12 @@ impl SavedFile {
         }
         file.read_exact(&mut len)?;
         let len = u64::from_le_bytes(len);
-        if len > MAX_HEADER || len > size - 8 {
+        if len > MAX_HEADER as u64 || len > size - 8 {
             bail!("{FOREIGN}, or one that was cut off: {size} bytes, with a header of {len}");
         }
         let mut header = vec![0; usize::try_from(len)?];
         file.read_exact(&mut header)?;
+        let header_sum = xxh3_128(&header).to_le_bytes();
         let header: Metadata = match serde_json::from_slice(&header) {
             Ok(header) => header,
             Err(error) => bail!("{FOREIGN}: {error}"),
@@ -188,7 +234,26 @@ impl SavedFile {
         if size - start != expected {
             bail!("expected {expected} bytes of tensors, got {}: the file was cut off or changed", size - start);
         }
-        Ok(Self { file, header, start })
+        Ok(Self { file, header, header_sum, start, sums: HashMap::new(), block: vec![0; BLOCK] })
+    }
+
+    /// Reads the checksums, and finds the header to be what was saved.
+    fn read_sums(&mut self) -> Result<()> {
+        let names = self.header.offset_keys();
+        let expected = (Dtype::U8, vec![names.len(), SUM]);
+        let info = self.header.info(SUMS).filter(|info| (info.dtype, &info.shape) == (expected.0, &expected.1));
+        let (Some(info), true) = (info, names.last().is_some_and(|name| name == SUMS)) else {
+            bail!("expected a tensor {SUMS:?} of {:?} at the end, found none", expected.1);
+        };
+        let mut sums = vec![0; names.len() * SUM];
+        self.file.seek(SeekFrom::Start(self.start + info.data_offsets.0 as u64))?;
+        self.file.read_exact(&mut sums)?;
+        let (sums, _) = sums.as_chunks::<SUM>();
+        if sums[0] != self.header_sum {
+            bail!("expected the header that was saved, got another: the checksum differs");
+        }
+        self.sums = names.into_iter().zip(sums[1..].iter().copied()).collect();
+        Ok(())
     }
 
     fn metadata(&self, name: &str) -> Result<String> {
@@ -198,37 +263,49 @@ impl SavedFile {
         }
     }
 
-    /// The checksum of what is in the file.
-    fn checksum(&mut self, caches: &str, about: &str) -> Result<String> {
-        let mut names = self.header.offset_keys();
-        names.sort();
-        let mut sum = Checksum::new(caches, about);
-        for name in names {
-            sum.add(&name, &self.bytes(&name)?);
+    /// The shape of a tensor of that dtype, if there is one of that name.
+    fn shape(&self, name: &str, dtype: DType) -> Result<Option<&[usize]>> {
+        let Some(info) = self.header.info(name) else { return Ok(None) };
+        check_shape(name, &info.shape)?;
+        if DType::try_from(info.dtype).ok() != Some(dtype) {
+            bail!("{name}: expected dtype {}, got {:?}", dtype.as_str(), info.dtype);
         }
-        Ok(sum.hex())
+        Ok(Some(&info.shape))
     }
 
-    fn bytes(&mut self, name: &str) -> Result<Vec<u8>> {
-        let Some(info) = self.header.info(name) else { bail!("expected a tensor {name:?}, found none") };
-        let (begin, end) = info.data_offsets;
-        // As many as the file has: its length is that of all tensors together.
-        let mut bytes = vec![0; end - begin];
+    /// Fails unless there is a tensor of that name, dtype and shape.
+    fn expect(&self, name: &str, dtype: DType, dims: &[usize]) -> Result<()> {
+        match self.shape(name, dtype)? {
+            Some(shape) if shape == dims => Ok(()),
+            Some(shape) => bail!("{name}: expected shape {dims:?}, got {shape:?}"),
+            None => bail!("expected a tensor {name:?}, found none"),
+        }
+    }
+
+    /// Reads a tensor into `to`, which has its shape. It is to be used only if this succeeds.
+    fn read_into(&mut self, name: &str, to: &Tensor) -> Result<()> {
+        self.expect(name, to.dtype(), to.dims())?;
+        let begin = self.header.info(name).map_or(0, |info| info.data_offsets.0);
         self.file.seek(SeekFrom::Start(self.start + begin as u64))?;
-        self.file.read_exact(&mut bytes)?;
-        Ok(bytes)
+        let mut sum = Xxh3::new();
+        for_each_block(to, &mut |to| {
+            let bytes = &mut self.block[..to.data_len()];
+            self.file.read_exact(bytes)?;
+            sum.update(bytes);
+            to.slice_set(&Tensor::from_raw_buffer(bytes, to.dtype(), to.dims(), to.device())?, 0, 0)
+        })?;
+        if self.sums.get(name) != Some(&sum.digest128().to_le_bytes()) {
+            bail!("{name}: expected the bytes that were saved, got others: the checksum differs");
+        }
+        Ok(())
     }
 
     /// A tensor of that dtype, if there is one of that name.
     fn tensor(&mut self, name: &str, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
-        let Some(info) = self.header.info(name) else { return Ok(None) };
-        let shape = info.shape.clone();
-        check_shape(name, &shape)?;
-        if DType::try_from(info.dtype).ok() != Some(dtype) {
-            bail!("{name}: expected dtype {}, got {:?}", dtype.as_str(), info.dtype);
-        }
-        let bytes = self.bytes(name)?;
-        Tensor::from_raw_buffer(&bytes, dtype, &shape, device).map(Some)
+        let Some(shape) = self.shape(name, dtype)? else { return Ok(None) };
+        let tensor = Tensor::zeros(shape, dtype, device)?;
+        self.read_into(name, &tensor)?;
+        Ok(Some(tensor))
     }
 }
 
@@ -249,32 +326,23 @@ impl Layer {
     /// out accidents, not intent.
     fn load(&self, file: &mut SavedFile, index: usize, capacity: usize, device: &Device) -> Result<PqKvCache> {
         let ([b, h_kv, head_dim], len) = (self.dims, self.len);
-        let mut tensor = |name: &str, dtype, dims: Option<&[usize]>| -> Result<Option<Tensor>> {
-            let name = format!("{index}.{name}");
-            let tensor = file.tensor(&name, dtype, device)?;
-            match (&tensor, dims) {
-                (Some(tensor), Some(dims)) if tensor.dims() != dims => {
-                    bail!("{name}: expected shape {dims:?}, got {:?}", tensor.dims())
-                }
-                (None, Some(_)) => bail!("expected a tensor {name:?}, found none"),
-                _ => Ok(tensor),
-            }
-        };
+        let name = |name: &str| format!("{index}.{name}");
         let dtype: DType = match self.dtype.parse() {
             Ok(dtype) => dtype,
             Err(_) => bail!("{index}.dtype: expected f32, f16 or bf16, got {:?}", self.dtype),
         };
-        let kv_dims = [b, h_kv, len, head_dim];
-        let keys = tensor("keys", dtype, Some(&kv_dims))?;
-        let values = tensor("values", dtype, Some(&kv_dims))?;
+        // Before room is made for them.
+        for part in ["keys", "values"] {
+            file.expect(&name(part), dtype, &[b, h_kv, len, head_dim])?;
+        }
         // A file without keys has no bytes that its heads were counted by.
         let capacity = if len == 0 { 0 } else { capacity.max(len) };
         let mut cache = PqKvCache::new(self.config.clone(), self.dims, capacity, dtype, device)?;
-        if let (Some(keys), Some(values)) = (keys, values) {
-            cache.append(&keys, &values)?;
-        }
+        cache.set_len(len)?;
+        file.read_into(&name("keys"), &cache.keys()?)?;
+        file.read_into(&name("values"), &cache.values()?)?;
         for &first in &self.queries {
-            match tensor(&format!("queries.{first}"), DType::F32, None)? {
+            match file.tensor(&name(&format!("queries.{first}")), DType::F32, device)? {
                 Some(squares) => cache.queries.push(first, squares, self.dims, len)?,
                 None => bail!("expected a tensor \"{index}.queries.{first}\", found none"),
             }
@@ -288,20 +356,13 @@ impl Layer {
         if !(start..=cache.blocks_end(len)).contains(&encoded) || !(encoded - start).is_multiple_of(block) {
             bail!("{index}.encoded: expected {start} and blocks of {block} up to {len}, got {encoded}");
         }
-        let codebook = Codebook::from_tensors(|name| tensor(name, DType::F32, None))?;
+        let codebook = Codebook::from_tensors(|part| file.tensor(&name(part), DType::F32, device))?;
         cache.check_codebook(&codebook)?;
         cache.use_codebook(codebook, end)?;
         if encoded > start {
-            let pq_dim = cache.config.pq_dim;
-            let codes = tensor("codes", DType::U8, Some(&[b, h_kv, encoded - start, pq_dim]))?;
-            let coarse_codes = match cache.coarse_codes {
-                None => None,
-                Some(_) => tensor("coarse_codes", DType::U8, Some(&[b, h_kv, encoded - start]))?,
-            };
-            for (to, from) in [(Some(&cache.codes), codes), (cache.coarse_codes.as_ref(), coarse_codes)] {
-                if let (Some(to), Some(from)) = (to, from) {
-                    to.slice_set(&from, 2, start)?;
-                }
+            file.read_into(&name("codes"), &cache.codes.narrow(2, start, encoded - start)?)?;
+            if let Some(codes) = &cache.coarse_codes {
+                file.read_into(&name("coarse_codes"), &codes.narrow(2, start, encoded - start)?)?;
             }
             cache.encoded = encoded;
         }
@@ -313,7 +374,7 @@ impl Layer {
 
 impl PqKvCache {
     /// All of it that is in use, but the sums.
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+    pub(super) fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors: HashMap<String, Tensor> =
             HashMap::from([("keys".to_string(), self.keys()?), ("values".to_string(), self.values()?)]);
         tensors.extend(self.queries.pieces().map(|(first, squares)| (format!("queries.{first}"), squares.clone())));

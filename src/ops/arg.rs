@@ -3,6 +3,8 @@
 
 use candle_core::{bail, DType, Layout, Result, Tensor};
 
+use crate::fault::point_of_failure;
+
 /// One tensor argument of an op, on its way to being checked.
 pub(crate) struct Arg<'a> {
     op: &'static str,
@@ -21,6 +23,7 @@ impl<'a> Arg<'a> {
         let (Ok(dims), Ok(strides)) = (self.layout.dims().try_into(), self.layout.stride().try_into()) else {
             return self.fail(shape, format_args!("{:?}", self.layout.dims()));
         };
+        point_of_failure()?;
         Ok(View { offset: self.layout.start_offset(), dims, strides })
     }
 

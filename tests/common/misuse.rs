@@ -916,7 +916,7 @@ fn files(on: On) -> Result<()> {
     };
     check(load_caches(&nowhere, 0, on.device).map(drop), at("load_caches", &nowhere, missing));
     check(Codebook::load(&nowhere, on.device).map(drop), at("Codebook", &nowhere, missing));
-    check(save_caches(&nowhere, [&cache], ""), at("save_caches", &nowhere, "I/O error: "));
+    check(save_caches(&nowhere, [&cache], ""), at("save_caches", &nowhere, missing));
     check(codebook.save(&nowhere), at("Codebook", &nowhere, "I/O error: "));
     // What was saved by the other.
     codebook.save(&path)?;

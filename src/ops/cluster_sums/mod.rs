@@ -11,6 +11,7 @@ use candle_core::{CudaStorage, InplaceOp2, InplaceOp3};
 use super::arg::{with_unit_rows, Arg, View};
 use super::side_output::SideOutput;
 use super::MAX_HEAD_DIM;
+use crate::fault::point_of_failure;
 
 const OP: &str = "cluster_sums";
 
@@ -34,6 +35,7 @@ impl ClusterSums {
         if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
             bail!("ClusterSums: expected sums of less than {} bytes, got {dims:?} numbers", isize::MAX);
         }
+        point_of_failure()?;
         Ok(Self {
             sums: Tensor::zeros((b, h_kv, n_clusters, head_dim), DType::F32, device)?,
             counts: Tensor::zeros((b, h_kv, n_clusters), DType::U32, device)?,
