@@ -332,12 +332,12 @@ impl PqAttention {
         }
         let ([b, h_kv, head_dim], n) = (cache.dims(), cache.len());
         let (_, h, s, _) = query.dims4()?;
-        let group = h / h_kv;
+        let (group, keys, values) = (h / h_kv, cache.keys()?, cache.values()?);
         let outs: Result<Vec<_>> = (0..h_kv)
             .map(|kv| {
                 // Candle's CPU has no matmul for bf16, and f16 scores would lose digits: f32 throughout.
-                let keys = cache.keys()?.narrow(1, kv, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
-                let values = cache.values()?.narrow(1, kv, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
+                let keys = keys.narrow(1, kv, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
+                let values = values.narrow(1, kv, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
                 let query = query.narrow(1, kv * group, group)?;
                 let blocks: Result<Vec<_>> = query_blocks(s, b * group * n)
                     .map(|block| {

@@ -203,7 +203,8 @@ impl PqKvCache {
     /// has them, whether they are there yet or not; of a [`fork`](Self::fork), which has the budget of the cache that it was
     /// made of, its own. Where doubling the capacity would exceed the budget it grows by what is
     /// left. Not counted are the sample of queries, which is small, and what is there for a moment: the old keys and
-    /// values while growth copies them, and a training's sample; nor the weighted half of a codebook that was handed in where
+    /// values while growth copies them, and a training's sample; nor the keys of one block, which a fork takes over when it is
+    /// truncated into what it shares; nor the weighted half of a codebook that was handed in where
     /// the config has no query weights. A saved cache does not say what its budget was.
     ///
     /// # Errors
@@ -327,7 +328,7 @@ impl PqKvCache {
         let code_capacity = code_capacity(capacity);
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| with_room(codes, 2, code_capacity)).transpose()?;
         (self.kv, self.codes) = (with_room(&self.kv, 3, capacity - shared)?, with_room(&self.codes, 2, code_capacity)?);
-        (self.coarse_codes, self.lent) = (coarse_codes, Arc::default());
+        (self.coarse_codes, self.lent, self.lent_len) = (coarse_codes, Arc::default(), 0);
         self.version = next_version();
         Ok(())
     }
@@ -445,7 +446,7 @@ impl PqKvCache {
     /// What a graph of the next step, of one key, relies on; None if that step does more than a replay can: it grows the
     /// cache, finds blocks of earlier keys without codes, or, where steps train at all, trains.
     pub(crate) fn replayable(&self, trains: bool) -> Option<Replayable> {
-        let len = self.len.checked_add(1).filter(|len| *len <= self.capacity())?;
+        let len = self.len.checked_add(1).filter(|len| *len <= self.capacity() && !self.is_read_behind())?;
         let is_trained = !(trains && self.is_training_due_at(len));
         (self.is_indexed(self.len) && is_trained)
             .then(|| Replayable { is_dense: self.config.is_dense(len), ..self.last_step() })
@@ -559,7 +560,9 @@ impl PqKvCache {
     fn is_last_block_due(&self) -> bool {
         let is_summed = |trained: &Trained| trained.clusters.is_none() || trained.summed == self.encoded;
         let open = self.len.saturating_sub(self.encoded);
-        open == self.block() && self.lens.is_some() && self.trained.as_ref().is_some_and(is_summed)
+        // Those that a fork shares lie elsewhere.
+        let is_own = self.encoded >= self.shared();
+        open == self.block() && is_own && self.lens.is_some() && self.trained.as_ref().is_some_and(is_summed)
     }
 
     /// Has the GPU encode the last block of keys if it finds it full: now, or in each replay of the graph that is being
@@ -571,7 +574,7 @@ impl PqKvCache {
         let earlier = self.blocks_end(self.len.saturating_sub(1));
         let (first, room) = (self.shared(), self.own_capacity());
         let (Some(trained), Some(lens)) = (&mut self.trained, &mut self.lens) else { return Ok(()) };
-        if self.encoded < earlier || (trained.clusters.is_some() && trained.summed != self.encoded) {
+        if self.encoded < earlier.max(first) || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
         let due = ops::Due { lens, init_offset: self.config.init_offset(), block, first };
@@ -638,7 +641,7 @@ impl PqKvCache {
     /// Forgets all keys from position `len` on.
     ///
     /// # Errors
-    /// A `len` beyond the end; the cache is then as before.
+    /// A `len` beyond the end, or what the device gives; the cache is then as before.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         if len > self.len {
             bail!("PqKvCache: truncate: expected at most the {} keys there are, got {len}", self.len);
@@ -719,12 +722,12 @@ impl PqKvCache {
     ///
     /// A step of [`PqAttention`](crate::PqAttention) reads lengths from the device, so that it can be captured once and
     /// replayed as the sequence grows. What the host needs is its own count, for the next step that is no replay. The
-    /// capture itself counts as the first replay. A graph is valid until the cache grows, is truncated or trains, so
-    /// reserve room for all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
+    /// capture itself counts as the first replay. A graph is valid until the cache grows, is truncated or trains, or a
+    /// [`fork`](Self::fork) takes a copy of its own, so reserve room for all steps, and capture after [`build_index`](Self::build_index) and a first eager step.
     ///
     /// # Errors
-    /// More steps than there is room for: replays beyond the capacity append nothing. Or full blocks of keys without codes,
-    /// which no replay encodes. The cache is then as before.
+    /// More steps than there is room for: replays beyond the capacity append nothing. Full blocks of keys without codes, which
+    /// no replay encodes. Or a fork that reads what a replay would write to. The cache is then as before.
     pub fn advance(&mut self, steps: usize) -> Result<()> {
         let (len, room) = (self.len, self.capacity() - self.len);
         if steps > room {
@@ -735,6 +738,9 @@ impl PqKvCache {
         }
         if steps == 0 {
             return Ok(());
+        }
+        if self.is_read_behind() {
+            bail!("PqKvCache: advance: expected no fork to read what comes next, got {len} keys: append one first");
         }
         if !self.is_indexed(len) {
             let (end, encoded) = (self.blocks_end(len), self.encoded);
@@ -865,6 +871,16 @@ fn with_room(old: &Tensor, dim: usize, capacity: usize) -> Result<Tensor> {
         to.get(head)?.slice_set(&from.get(head)?.narrow(0, 0, kept)?, 0, 0)?;
     }
     Ok(new)
+}
+
+/// Copies `from`, `[b, h_kv, n, head_dim]`, to `to` from position `first` on, head by head as in [`with_room`].
+fn copy_to(to: &Tensor, first: usize, from: &Tensor) -> Result<()> {
+    let (b, h_kv, n, _) = from.dims4()?;
+    for head in 0..if n > 0 { b * h_kv } else { 0 } {
+        let of = |tensor: &Tensor| tensor.get(head / h_kv)?.get(head % h_kv);
+        of(to)?.slice_set(&of(from)?, 0, first)?;
+    }
+    Ok(())
 }
 
 /// Positions that codes have room for: a multiple of 16, so that those of every head can be read 16 bytes at a time.

@@ -1075,11 +1075,13 @@ fn forks_equal_caches_of_their_own() -> Result<()> {
     const STEPS: usize = 200;
     let (_guard, gpu) = gpu_or_skip!(write);
     let (h, h_kv, d, n) = (8, 2, 64, 3000);
-    for (pq_dim, selection, is_shared) in
-        [(8, Selection::PerQueryHead, true), (8, Selection::PerKvHead, true), (4, Selection::PerKvHead, false)]
-    {
+    for (pq_dim, selection, tail, is_shared) in [
+        (8, Selection::PerQueryHead, Tail::None, true),
+        (8, Selection::PerKvHead, Tail::ClusterMeans, true),
+        (4, Selection::PerKvHead, Tail::ClusterMeans, false),
+    ] {
         let mut rng = Rng(25);
-        let config = PqConfig { pq_dim, pq_bits: 5, coarse: 32, selection, ..PqConfig::default() };
+        let config = PqConfig { pq_dim, pq_bits: 5, coarse: 32, tail, selection, ..PqConfig::default() };
         let attn = PqAttention::new(config, 0.125)?;
         let forward = |qkv: &Tensor, cache: &mut PqKvCache| {
             let (q, k) = (qkv.narrow(1, 0, h)?, qkv.narrow(1, h, h_kv)?);
@@ -1132,6 +1134,29 @@ fn forks_equal_caches_of_their_own() -> Result<()> {
             forward(&steps[1].narrow(2, step, 1)?, &mut origin)?;
         }
         assert!(replays > STEPS - 20, "{replays} of {STEPS} steps were replays");
+        // A block that a fork shares and that has no codes yet.
+        let (mut cache, block) = (document()?, attn.config().window + 1);
+        cache.truncate(cache.len() - (cache.len() - attn.config().init_offset()) % block)?;
+        cache.build_index()?;
+        let more = draw(block)?;
+        cache.append(&more.narrow(1, h, h_kv)?, &more.narrow(1, h + h_kv, h_kv)?)?;
+        let mut fork = cache.fork()?;
+        fork.build_index()?;
+        cache.build_index()?;
+        assert_same_index("a fork's first block", &fork, &cache)?;
+        // A graph of what lends: replays would write where the fork reads.
+        let keys = fork.keys()?.copy()?;
+        let mut caches = [cache];
+        let mut graph =
+            DecodeGraph::new(|qkv: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| forward(qkv, &mut caches[0]));
+        for step in 0..10 {
+            graph.step(&steps[0].narrow(2, step, 1)?, &mut caches)?;
+        }
+        caches[0].truncate(caches[0].len() - 20)?;
+        for step in 0..10 {
+            graph.step(&steps[1].narrow(2, step, 1)?, &mut caches)?;
+        }
+        assert_same_bits("keys of a fork", &fork.keys()?, &keys)?;
     }
     Ok(())
 }

@@ -117,3 +117,35 @@ fn continuations_cost_what_they_add() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn threads_go_on_with_forks() -> Result<()> {
+    let attn = attention()?;
+    let mut cache = document(&attn, 1000)?;
+    let forks = [cache.fork()?, cache.fork()?];
+    let want = go_on(&attn, &mut document(&attn, 1000)?, 6, [10, 200])?;
+    std::thread::scope(|scope| {
+        let threads = forks.map(|mut fork| {
+            scope.spawn(|| {
+                go_on(
+                    &attention()?,
+                    &mut {
+                        fork.reserve(300)?;
+                        fork
+                    },
+                    6,
+                    [10, 200],
+                )
+            })
+        });
+        let mut rng = Rng(11);
+        for _ in 0..500 {
+            let [_, k, v] = draw(&mut rng, 1);
+            cache.append(&k, &v)?;
+        }
+        threads.into_iter().try_for_each(|thread| {
+            assert_same("fork", &thread.join().expect("a thread that ends")?, &want);
+            Ok(())
+        })
+    })
+}

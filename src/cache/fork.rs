@@ -3,9 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use candle_core::bail;
 use candle_core::{Result, Tensor};
 
-use super::{next_version, with_room, PqKvCache, Trained};
+use super::{copy_to, next_version, with_room, PqKvCache, Trained};
 use crate::ops::ClusterSums;
 
 /// The first keys and values of a fork, in the memory of the cache that it was made of.
@@ -29,11 +31,15 @@ impl PqKvCache {
     /// its own with its next append. A fork of a fork copies what the first one has added.
     ///
     /// A fork grows from the first append: [`reserve`](Self::reserve) room for what is to come.
-    /// What reads all keys at once makes a copy of them for as long as it takes: a prefill, dense decode steps, training,
-    /// [`keys`](Self::keys) and saving. On a GPU a step that its fused kernels do not suit has the fork take a copy of its own.
+    /// What reads all keys at once makes a copy of them for as long as it takes: a prefill, training, [`keys`](Self::keys),
+    /// saving, and on a CPU dense decode steps. On a GPU a dense step, or one that its fused kernels do not suit, has the fork
+    /// take a copy of its own for good. Shared memory stays as long as one of them uses a part of it.
+    ///
+    /// They may be on different threads. On a CPU an append to one waits for a step of another, so do not run them as tasks of
+    /// rayon's own pool, which a step uses; on a GPU work with them in one stream, as with any two tensors that share memory.
     ///
     /// # Errors
-    /// What the device gives, or a capture of a CUDA graph that is under way.
+    /// What the device gives, a capture of a CUDA graph that is under way, or a budget without room for one more key.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -52,6 +58,9 @@ impl PqKvCache {
     /// ```
     pub fn fork(&mut self) -> Result<Self> {
         self.forbid_capture("fork", "fork")?;
+        if Arc::strong_count(&self.lent) == 1 {
+            self.lent_len = 0;
+        }
         let prefix = match &self.prefix {
             Some(prefix) => prefix.clone(),
             None => {
@@ -108,7 +117,15 @@ impl PqKvCache {
         match pieces.len() {
             0 => self.kv.get(which)?.narrow(2, 0, 0),
             1 => Ok(pieces.remove(0)),
-            _ => Tensor::cat(&pieces, 2),
+            _ => {
+                let [b, h_kv, head_dim] = self.dims();
+                let n = pieces.iter().map(|piece| piece.dims()[2]).sum::<usize>();
+                let whole = Tensor::zeros((b, h_kv, n, head_dim), self.dtype(), self.device())?;
+                pieces
+                    .iter()
+                    .try_fold(0, |first, piece| copy_to(&whole, first, piece).map(|()| first + piece.dims()[2]))?;
+                Ok(whole)
+            }
         }
     }
 
@@ -123,8 +140,7 @@ impl PqKvCache {
 
     /// Before keys are written behind the last: where forks read what was there, this cache goes on in a copy.
     pub(super) fn reclaim(&mut self) -> Result<()> {
-        let is_read = self.len - self.shared() < self.lent_len && Arc::strong_count(&self.lent) > 1;
-        if is_read {
+        if self.is_read_behind() {
             self.forbid_capture("an append to what a fork reads", "append a key")?;
             self.kv = with_room(&self.kv, 3, self.own_capacity())?;
             (self.lent, self.lent_len, self.version) = (Arc::default(), 0, next_version());
@@ -132,10 +148,16 @@ impl PqKvCache {
         Ok(())
     }
 
+    /// Whether forks read the memory behind the last key.
+    pub(super) fn is_read_behind(&self) -> bool {
+        self.len - self.shared() < self.lent_len && Arc::strong_count(&self.lent) > 1
+    }
+
     /// What a fork of which `len` keys are left shares, whole blocks again, and its own memory with the others; None where
     /// it shares no less than before.
     pub(super) fn shared_until(&self, len: usize) -> Result<Option<(Option<Prefix>, Tensor)>> {
         let Some(prefix) = self.prefix.as_ref().filter(|prefix| len < prefix.len) else { return Ok(None) };
+        self.forbid_capture("truncate", "call it")?;
         let shared = self.blocks_end(len).min(len);
         let own = with_room(&prefix.kv.narrow(3, shared, len - shared)?, 3, self.own_capacity().max(len - shared))?;
         Ok(Some(((shared > 0).then(|| Prefix { len: shared, ..prefix.clone() }), own)))
@@ -146,19 +168,21 @@ impl PqKvCache {
     pub(crate) fn unshare(&mut self) -> Result<()> {
         if let Some(prefix) = &self.prefix {
             self.forbid_capture("a step that reads all keys of a fork", "take one such step")?;
-            let (shared, capacity) = (prefix.len, self.capacity());
-            let own = self.kv.narrow(3, 0, self.len - shared)?;
-            let whole = Tensor::cat(&[&prefix.kv.narrow(3, 0, shared)?, &own], 3)?;
-            self.kv = with_room(&whole, 3, capacity)?;
-            (self.prefix, self.version) = (None, next_version());
+            let (shared, [b, h_kv, head_dim]) = (prefix.len, self.dims());
+            let key = 2 * b * h_kv * head_dim * self.dtype().size_in_bytes();
+            let bytes = self.bytes_at(self.capacity()).saturating_add(shared * key);
+            if self.max_bytes.is_some_and(|max_bytes| bytes > max_bytes) {
+                bail!("PqKvCache: max_bytes: expected at least {bytes} for a fork's own copy of all keys, which this step reads");
+            }
+            let kv = Tensor::zeros((2, b, h_kv, self.capacity(), head_dim), self.dtype(), self.device())?;
+            for which in 0..2 {
+                let to = kv.get(which)?;
+                copy_to(&to, 0, &prefix.kv.get(which)?.narrow(2, 0, shared)?)?;
+                copy_to(&to, shared, &self.kv.get(which)?.narrow(2, 0, self.len - shared)?)?;
+            }
+            (self.kv, self.prefix, self.version) = (kv, None, next_version());
         }
         Ok(())
-    }
-
-    /// Whether its first keys are in another cache's memory.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn is_fork(&self) -> bool {
-        self.prefix.is_some()
     }
 }
 

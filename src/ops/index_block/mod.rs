@@ -16,7 +16,7 @@ pub(crate) struct Due<'a> {
     pub(crate) lens: &'a mut Lens,
     pub(crate) init_offset: usize,
     pub(crate) block: usize,
-    /// The position of the first key; a multiple of `block` behind `init_offset`, or 0.
+    /// The position of the first key; no block begins before it.
     pub(crate) first: usize,
 }
 

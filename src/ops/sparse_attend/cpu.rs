@@ -36,11 +36,12 @@ fn run_for<T: Elem>(
     values: &CpuStorage,
 ) -> Result<(CpuStorage, Vec<f32>)> {
     let Attend { plan, prefix, selected, tail, .. } = op;
-    // Keys and values share a storage in a cache, which may be read twice.
-    let of_prefix = prefix.as_ref().map(|prefix| prefix.tensors.each_ref().map(|tensor| tensor.storage_and_layout().0));
+    // One guard for both: they are views of one tensor, and a second read would wait for a writer who waits for the first.
+    let of_prefix = prefix.as_ref().map(|prefix| prefix.keys.storage_and_layout().0);
     let of_prefix = match (prefix, &of_prefix) {
-        (Some(prefix), Some([keys, values])) => {
+        (Some(prefix), Some(storage)) => {
             let [key_view, value_view] = &prefix.views;
+            let (keys, values) = (storage, storage);
             Some([
                 Piece { data: held(plan.op, "prefix", keys)?, view: key_view },
                 Piece { data: held(plan.op, "prefix", values)?, view: value_view },

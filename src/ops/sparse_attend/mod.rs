@@ -120,7 +120,7 @@ pub fn sparse_attend(
 /// As [`sparse_attend`], with a tail where there is one, over the keys and values of `prefix` and then those of `own`.
 ///
 /// # Shapes
-/// - `prefix`: keys and values of the first positions, as `own`
+/// - `prefix`: keys and values of the first positions, as `own`: views of one tensor
 ///
 /// # Errors
 /// As [`sparse_attend`]; with a prefix on a GPU.
@@ -209,9 +209,8 @@ fn attend(
     let prefix = match prefix {
         None => None,
         Some([keys, values]) => {
-            let (keys, values) = (with_unit_rows(keys)?, with_unit_rows(values)?);
-            let views = Plan::new(op, &query, &keys, &values, None, None, scale)?;
-            Some(Prefix { tensors: [keys, values], views: [views.keys, views.values] })
+            let views = Plan::new(op, &query, keys, values, None, None, scale)?;
+            Some(Prefix { keys: keys.clone(), views: [views.keys, views.values] })
         }
     };
     let selected = selected.map(Selected::with_unit_rows).transpose()?;
@@ -279,7 +278,8 @@ impl Plan {
 
 /// Keys and values of the first positions, where they do not lie with the others.
 struct Prefix {
-    tensors: [Tensor; 2],
+    /// In the same storage as the values.
+    keys: Tensor,
     views: [View<4>; 2],
 }
 
