@@ -3,8 +3,8 @@
 //! A safetensors file with the tensors of each layer, `0.keys`, `0.values` and so on, as far as they are in use; two entries
 //! of metadata: `caches`, this format and what is no tensor as JSON, and `about`, the caller's; and at the end a tensor
 //! `xxh3`, `[1 + tensors, 16]` u8: the 128-bit XXH3 of the header and of each other tensor, in the order of the file, so that
-//! it is read and written once from its beginning to its end. Sums of values are not in it: they are those of the codes, and
-//! adding them up costs next to nothing.
+//! all of it is written, and read, once. Sums of values are not in it: they are those of the codes, and adding them up costs
+//! next to nothing.
 
 use std::collections::HashMap;
 use std::fs::File;
