@@ -349,8 +349,13 @@ impl PqKvCache {
         Ok(capacity)
     }
 
-    /// Bytes of a cache with room for `capacity` keys and with an index.
+    /// Bytes of this cache if it had room for `capacity` keys, and an index.
     fn bytes_at(&self, capacity: usize) -> usize {
+        self.bytes_of(capacity.saturating_sub(self.shared()), capacity)
+    }
+
+    /// Bytes of a cache with room for so many keys of its own, for the codes of `capacity`, and with an index.
+    fn bytes_of(&self, own: usize, capacity: usize) -> usize {
         let PqConfig { pq_dim, coarse, tail, query_weights, metric, .. } = self.config;
         let [b, h_kv, head_dim] = self.dims();
         let key = 2 * head_dim * self.dtype().size_in_bytes();
@@ -360,10 +365,7 @@ impl PqKvCache {
         let weighted = if query_weights { centroids + head_dim } else { 0 };
         let sums = if tail == Tail::ClusterMeans { coarse * (head_dim + 1) } else { 0 };
         let index = (centroids + augmented + weighted + sums) * size_of::<f32>();
-        let keys = capacity
-            .saturating_sub(self.shared())
-            .saturating_mul(key)
-            .saturating_add(code_capacity(capacity).saturating_mul(code));
+        let keys = own.saturating_mul(key).saturating_add(code_capacity(capacity).saturating_mul(code));
         keys.saturating_add(index).saturating_mul(b * h_kv)
     }
 

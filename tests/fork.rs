@@ -125,19 +125,7 @@ fn threads_go_on_with_forks() -> Result<()> {
     let forks = [cache.fork()?, cache.fork()?];
     let want = go_on(&attn, &mut document(&attn, 1000)?, 6, [10, 200])?;
     std::thread::scope(|scope| {
-        let threads = forks.map(|mut fork| {
-            scope.spawn(|| {
-                go_on(
-                    &attention()?,
-                    &mut {
-                        fork.reserve(300)?;
-                        fork
-                    },
-                    6,
-                    [10, 200],
-                )
-            })
-        });
+        let threads = forks.map(|mut fork| scope.spawn(move || go_on(&attention()?, &mut fork, 6, [10, 200])));
         let mut rng = Rng(11);
         for _ in 0..500 {
             let [_, k, v] = draw(&mut rng, 1);

@@ -121,9 +121,11 @@ impl PqKvCache {
                 let [b, h_kv, head_dim] = self.dims();
                 let n = pieces.iter().map(|piece| piece.dims()[2]).sum::<usize>();
                 let whole = Tensor::zeros((b, h_kv, n, head_dim), self.dtype(), self.device())?;
-                pieces
-                    .iter()
-                    .try_fold(0, |first, piece| copy_to(&whole, first, piece).map(|()| first + piece.dims()[2]))?;
+                let mut first = 0;
+                for piece in &pieces {
+                    copy_to(&whole, first, piece)?;
+                    first += piece.dims()[2];
+                }
                 Ok(whole)
             }
         }
@@ -166,22 +168,23 @@ impl PqKvCache {
     /// Takes a copy of what it shares.
     #[cfg(feature = "cuda")]
     pub(crate) fn unshare(&mut self) -> Result<()> {
-        if let Some(prefix) = &self.prefix {
-            self.forbid_capture("a step that reads all keys of a fork", "take one such step")?;
-            let (shared, [b, h_kv, head_dim]) = (prefix.len, self.dims());
-            let key = 2 * b * h_kv * head_dim * self.dtype().size_in_bytes();
-            let bytes = self.bytes_at(self.capacity()).saturating_add(shared * key);
-            if self.max_bytes.is_some_and(|max_bytes| bytes > max_bytes) {
-                bail!("PqKvCache: max_bytes: expected at least {bytes} for a fork's own copy of all keys, which this step reads");
-            }
-            let kv = Tensor::zeros((2, b, h_kv, self.capacity(), head_dim), self.dtype(), self.device())?;
-            for which in 0..2 {
-                let to = kv.get(which)?;
-                copy_to(&to, 0, &prefix.kv.get(which)?.narrow(2, 0, shared)?)?;
-                copy_to(&to, shared, &self.kv.get(which)?.narrow(2, 0, self.len - shared)?)?;
-            }
-            (self.kv, self.prefix, self.version) = (kv, None, next_version());
+        if self.prefix.is_none() {
+            return Ok(());
         }
+        self.forbid_capture("a step that reads all keys of a fork", "take one such step")?;
+        let (capacity, [b, h_kv, head_dim]) = (self.capacity(), self.dims());
+        let bytes = self.bytes_of(capacity, capacity);
+        if self.max_bytes.is_some_and(|max_bytes| bytes > max_bytes) {
+            bail!("PqKvCache: max_bytes: expected at least {bytes} for a fork's own copy of all keys, which this step reads");
+        }
+        let kv = Tensor::zeros((2, b, h_kv, capacity, head_dim), self.dtype(), self.device())?;
+        for which in 0..2 {
+            for (from, first, positions) in self.segments(0..self.len) {
+                let piece = from.get(which)?.narrow(2, positions.start - first, positions.len())?;
+                copy_to(&kv.get(which)?, positions.start, &piece)?;
+            }
+        }
+        (self.kv, self.prefix, self.version) = (kv, None, next_version());
         Ok(())
     }
 }

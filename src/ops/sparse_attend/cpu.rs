@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Attend, Lists, Plan, Selected};
+use super::{Attend, Lists, Plan, Prefix, Selected};
 use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, held, max, slice, Elem};
 use crate::ops::arg::View;
 
@@ -37,21 +37,13 @@ fn run_for<T: Elem>(
 ) -> Result<(CpuStorage, Vec<f32>)> {
     let Attend { plan, prefix, selected, tail, .. } = op;
     // One guard for both: they are views of one tensor, and a second read would wait for a writer who waits for the first.
-    let of_prefix = prefix.as_ref().map(|prefix| prefix.keys.storage_and_layout().0);
-    let of_prefix = match (prefix, &of_prefix) {
-        (Some(prefix), Some(storage)) => {
-            let [key_view, value_view] = &prefix.views;
-            let (keys, values) = (storage, storage);
-            Some([
-                Piece { data: held(plan.op, "prefix", keys)?, view: key_view },
-                Piece { data: held(plan.op, "prefix", values)?, view: value_view },
-            ])
+    let storage = prefix.as_ref().map(|prefix| prefix.keys.storage_and_layout().0);
+    let (prefix_keys, prefix_values) = match (prefix, &storage) {
+        (Some(Prefix { views: [keys, values], .. }), Some(storage)) => {
+            let data: &[T] = held(plan.op, "prefix", storage)?;
+            (Some(Piece { data, view: keys }), Some(Piece { data, view: values }))
         }
-        _ => None,
-    };
-    let [prefix_keys, prefix_values] = match of_prefix {
-        Some([keys, values]) => [Some(keys), Some(values)],
-        None => [None, None],
+        _ => (None, None),
     };
     let inputs = Inputs {
         plan,
