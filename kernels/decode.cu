@@ -43,7 +43,7 @@
                          listed, tail, p);                                                                 \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
-  extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
+  extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>, ATTEND_BLOCKS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
       const type* query,      /* [b, h, 1, head_dim] */                                                    \
       const type* keys,       /* [b, h_kv, capacity, head_dim] */                                          \
       const type* values,     /* [b, h_kv, capacity, head_dim] */                                          \

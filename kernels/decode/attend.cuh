@@ -7,6 +7,11 @@
 template <int D>
 constexpr int ATTEND_THREADS = D > 128 ? 256 : 512;
 
+// Blocks of a multiprocessor that registers must leave room for. Left to itself ptxas makes it three of 256 threads in
+// some kernels, at the price of spills.
+template <int D>
+constexpr int ATTEND_BLOCKS = D > 128 ? 2 : 0;
+
 // Positions of a list that a block resolves before it attends.
 constexpr u32 RESOLVED = 256;
 
