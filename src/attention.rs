@@ -1,5 +1,7 @@
 //! Attention as a language model calls it: dense for the prompt, sparse for every token after.
 
+mod packed;
+
 use std::fmt;
 use std::sync::Arc;
 

@@ -7,6 +7,8 @@
 mod common;
 #[path = "common/misuse.rs"]
 mod misuse;
+#[path = "common/packed.rs"]
+mod packed;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -1336,6 +1338,12 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     let full = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
     assert!(full.contains("growth"), "{full}");
     Ok(())
+}
+
+#[test]
+fn packed_sequences_equal_the_same_alone() -> Result<()> {
+    let (_lock, gpu) = gpu_or_skip!(read);
+    packed::equal_the_same_alone(&gpu, &[DType::F32, DType::BF16])
 }
 
 #[test]

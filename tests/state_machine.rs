@@ -28,6 +28,8 @@ enum Op {
     Step,
     DenseStep,
     Run(usize),
+    /// So many positions of this cache, and one of each of the others.
+    Packed(usize),
     Truncate(f64),
     Reset,
     BuildIndex,
@@ -60,6 +62,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => Just(Op::Step),
         1 => Just(Op::DenseStep),
         2 => (1usize..9).prop_map(Op::Run),
+        2 => (1usize..4).prop_map(Op::Packed),
         2 => (0f64..=1.).prop_map(|share| Op::Truncate(1. - share * share)),
         1 => Just(Op::Reset),
         2 => Just(Op::BuildIndex),
@@ -191,6 +194,7 @@ impl Machine {
                 self.push(&k, &v);
                 self.check_step(&q.narrow(2, s - 1, 1)?, &out.narrow(2, s - 1, 1)?)?;
             }
+            Op::Packed(s) => self.packed(s)?,
             Op::Truncate(share) => self.truncate((share * self.len() as f64).round() as usize)?,
             Op::Reset => {
                 self.cache.reset()?;
@@ -237,14 +241,10 @@ impl Machine {
                 let (seen, keys, values) = (snapshot(&fork)?, self.keys.clone(), self.values.clone());
                 self.others.push(Other { cache: fork, seen, keys, values });
             }
+            Op::Switch(other) if other >= self.others.len() => {}
             Op::Switch(other) => {
-                let own = snapshot(&self.cache)?;
-                if let Some(other) = self.others.get_mut(other) {
-                    std::mem::swap(&mut other.cache, &mut self.cache);
-                    std::mem::swap(&mut other.keys, &mut self.keys);
-                    std::mem::swap(&mut other.values, &mut self.values);
-                    other.seen = own;
-                }
+                self.others[other].seen = snapshot(&self.cache)?;
+                self.swap(other);
             }
             Op::Drop(other) => drop((other < self.others.len()).then(|| self.others.remove(other))),
             Op::Fail(ref failure) => {
@@ -257,6 +257,47 @@ impl Machine {
             assert_eq!(&snapshot(cache)?, seen, "another cache changed");
         }
         self.check_contents()
+    }
+
+    /// Makes one of the others the cache that is worked with.
+    fn swap(&mut self, other: usize) {
+        let other = &mut self.others[other];
+        std::mem::swap(&mut other.cache, &mut self.cache);
+        std::mem::swap(&mut other.keys, &mut self.keys);
+        std::mem::swap(&mut other.values, &mut self.values);
+    }
+
+    fn packed(&mut self, s: usize) -> Result<()> {
+        let is_full = |keys: &[Vec<f64>], s| keys[0].len() / D + s > MAX_KEYS;
+        let counts: Vec<_> = std::iter::once(s).chain(self.others.iter().map(|_| 1)).collect();
+        if self.b > 1 || is_full(&self.keys, s) || self.others.iter().any(|other| is_full(&other.keys, 1)) {
+            return Ok(());
+        }
+        let [q, k, v] = self.draw(counts.iter().sum());
+        let caches = std::iter::once(&mut self.cache).chain(self.others.iter_mut().map(|other| &mut other.cache));
+        let out = self.attn.forward_packed(&q, &k, &v, caches.zip(counts.iter().copied()))?;
+        let mut first = 0;
+        for (i, &count) in counts.iter().enumerate() {
+            let of = |tensor: &Tensor| tensor.narrow(2, first, count);
+            let (q, k, v, out) = (of(&q)?, of(&k)?, of(&v)?, of(&out)?);
+            first += count;
+            if i > 0 {
+                self.swap(i - 1);
+            }
+            self.push(&k, &v);
+            match count {
+                1 => self.check_step(&q, &out)?,
+                _ => {
+                    self.check_dense(&q.narrow(2, count - 1, 1)?, &out.narrow(2, count - 1, 1)?, self.len(), "packed")?
+                }
+            }
+            self.check_contents()?;
+            if i > 0 {
+                self.swap(i - 1);
+                self.others[i - 1].seen = snapshot(&self.others[i - 1].cache)?;
+            }
+        }
+        Ok(())
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {

@@ -238,7 +238,7 @@ pub(crate) fn is_capturing(device: &CudaDevice) -> Result<bool> {
 
 impl<const N: usize> DeviceView<N> {
     /// Of a tensor of which the first element along dimension `dim` is the `first`: as if it were element 0.
-    pub(crate) fn from_position(mut self, dim: usize, first: usize) -> Self {
+    pub(crate) fn starting_at(mut self, dim: usize, first: usize) -> Self {
         self.offset = self.offset.wrapping_sub(first as u64 * self.strides[dim]);
         self
     }

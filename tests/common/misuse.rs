@@ -54,6 +54,7 @@ pub fn all(on: On) -> Result<()> {
     config(on)?;
     cache_and_attention(on)?;
     prefill_and_budget(on)?;
+    packed(on)?;
     drop_in(on)?;
     files(on)?;
     graph(on)
@@ -866,6 +867,59 @@ fn prefill_and_budget(on: On) -> Result<()> {
         (cache.reserve(usize::MAX), "PqKvCache: max_bytes: expected 18446744073709551615 keys to take at most 86000 bytes, got 18446744073709551615"),
     ]);
     assert_eq!(state(&cache)?, before);
+    Ok(())
+}
+
+fn packed(on: On) -> Result<()> {
+    let (attn, mut cache) = with_index(on)?;
+    let new = |attn: &PqAttention, b| attn.new_cache([b, 2, 16], 0, DType::F32, on.device);
+    let (mut other, mut batch) = (new(&attn, 1)?, new(&attn, 2)?);
+    let mut stranger = new(&PqAttention::new(small(), 0.25)?, 1)?;
+    let before = state(&cache)?;
+    let (q, kv) = (on.f32s(&[1, 4, 2, 16]), on.f32s(&[1, 2, 2, 16]));
+    on.assert_errors(vec![
+        (
+            attn.forward_packed(&q, &kv, &kv, []).map(drop),
+            "PqAttention: sequences: expected at least a position each, 2 in all as the query has, got []",
+        ),
+        (
+            attn.forward_packed(&q, &kv, &kv, [(&mut cache, 1)]).map(drop),
+            "PqAttention: sequences: expected at least a position each, 2 in all as the query has, got [1]",
+        ),
+        (
+            attn.forward_packed(&q, &kv, &kv, [(&mut cache, 0), (&mut other, 2)]).map(drop),
+            "PqAttention: sequences: expected at least a position each, 2 in all as the query has, got [0, 2]",
+        ),
+        (
+            attn.forward_packed(&q, &kv, &kv, [(&mut cache, usize::MAX), (&mut other, 3)]).map(drop),
+            "PqAttention: sequences: expected at least a position each, 2 in all as the query has, got \
+             [18446744073709551615, 3]",
+        ),
+        (
+            attn.forward_packed(&q, &kv, &kv, [(&mut cache, 1), (&mut batch, 1)]).map(drop),
+            "PqAttention: sequences: expected caches of one sequence, got one of 2",
+        ),
+        (
+            attn.forward_packed(&on.f32s(&[2, 4, 2, 16]), &kv, &kv, [(&mut cache, 2)]).map(drop),
+            "PqAttention: query: expected [1, heads, s, head_dim] of one s, got [2, 4, 2, 16]",
+        ),
+        (
+            attn.forward_packed(&q, &on.f32s(&[1, 2, 3, 16]), &kv, [(&mut cache, 2)]).map(drop),
+            "PqAttention: keys: expected [1, heads, s, head_dim] of one s, got [1, 2, 3, 16]",
+        ),
+        (
+            attn.forward_packed(&q, &kv, &on.f32s(&[2, 2, 16]), [(&mut cache, 2)]).map(drop),
+            "PqAttention: values: expected [1, heads, s, head_dim] of one s, got [2, 2, 16]",
+        ),
+        (
+            attn.forward_packed(&q, &on.f32s(&[1, 3, 2, 16]), &kv, [(&mut cache, 2)]).map(drop),
+            "PqKvCache: keys: expected [1, 2, s, 16], got [1, 3, 2, 16]",
+        ),
+    ]);
+    let error = attn.forward_packed(&q, &kv, &kv, [(&mut cache, 1), (&mut stranger, 1)]).expect_err("another config");
+    assert!(first_line(&error).starts_with("PqAttention: cache: expected one made with this attention's config, got"));
+    assert_eq!(state(&cache)?, before);
+    assert_eq!((other.len(), batch.len(), stranger.len()), (0, 0, 0));
     Ok(())
 }
 

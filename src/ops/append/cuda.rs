@@ -39,7 +39,7 @@ pub(super) fn run(
     let params = Params(Append {
         keys: plan.keys.device(),
         values: plan.values.device(),
-        cache: plan.cache.device().from_position(3, plan.first),
+        cache: plan.cache.device().starting_at(3, plan.first),
         capacity: (plan.first + capacity) as u64,
         added: u64::from(u32_of(OP, "keys", added)?),
         b: u32_of(OP, "b", b)?,

@@ -118,8 +118,8 @@ impl Fused {
         let [cb, ch, _, cc, ce] = coarse.map_or([0; 5], |coarse| coarse.centroids.device().strides);
         let params = Decode {
             query: plan.attend.query.device(),
-            keys: plan.attend.keys.device().from_position(2, plan.shared),
-            values: plan.attend.values.device().from_position(2, plan.shared),
+            keys: plan.attend.keys.device().starting_at(2, plan.shared),
+            values: plan.attend.values.device().starting_at(2, plan.shared),
             prefix_keys: plan.prefix.map_or(DeviceView::NONE, |[keys, _]| keys.device()),
             prefix_values: plan.prefix.map_or(DeviceView::NONE, |[_, values]| values.device()),
             codes: from_first_position(selection.score.codes.device(), init_offset),

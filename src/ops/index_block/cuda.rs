@@ -48,14 +48,14 @@ pub(super) fn run(
     let [_, _, pq_dim, n_centroids, _] = encode.centroids.dims;
     let (of_clusters, of_coarse) =
         into.coarse.as_ref().map_or((DeviceView::NONE, DeviceView::NONE), |(codes, coarse)| {
-            (codes.device().from_position(2, due.first), coarse.device())
+            (codes.device().starting_at(2, due.first), coarse.device())
         });
     let values_view =
-        plan.sums.as_ref().map_or(DeviceView::NONE, |sums| sums.values.device().from_position(2, due.first));
+        plan.sums.as_ref().map_or(DeviceView::NONE, |sums| sums.values.device().starting_at(2, due.first));
     let params = Params(IndexBlock {
-        keys: encode.keys.device().from_position(2, due.first),
+        keys: encode.keys.device().starting_at(2, due.first),
         values: values_view,
-        codes: into.codes.device().from_position(2, due.first),
+        codes: into.codes.device().starting_at(2, due.first),
         clusters: of_clusters,
         centroids: encode.centroids.device(),
         coarse: of_coarse,

@@ -1,0 +1,111 @@
+//! Steps of several sequences at once.
+
+use candle_core::{bail, Result, Tensor};
+
+use super::PqAttention;
+use crate::cache::PqKvCache;
+
+/// A sequence's share of a packed step.
+struct Part<'a> {
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cache: &'a mut PqKvCache,
+}
+
+impl PqAttention {
+    /// As [`forward`](Self::forward) for each of several sequences, of any lengths, in one call: continuous batching, where
+    /// some sequences decode a token while others read their prompts.
+    ///
+    /// New positions are packed along `s`, those of one sequence behind those of the one before, as a model computes what
+    /// surrounds attention: `sequences` gives each one's cache and how many of them are its own. One with a single position
+    /// decodes, sparsely; one with more is in prefill, densely. Each has a cache of its own, of one sequence, with
+    /// its own length, codebook and [budget](PqKvCache::set_max_bytes), so that sequences come and go between steps; it may be
+    /// a [`fork`](PqKvCache::fork) of another.
+    ///
+    /// The same as a call of [`forward`](Self::forward) for each, to the bit, whatever else is in the batch; but if one fails
+    /// all caches are as before.
+    ///
+    /// # Shapes
+    /// - `query`: `[1, h, s, head_dim]`, `keys` and `values`: `[1, h_kv, s, head_dim]`, with `s` the sum of the sequences'
+    ///   positions
+    /// - returns `[1, h, s, head_dim]`, the dtype of the query
+    ///
+    /// # Errors
+    /// No sequence, one without a position, positions that do not add up to `s`, a cache of a batch; and as
+    /// [`forward`](Self::forward).
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_pq_attn::{PqAttention, PqConfig};
+    ///
+    /// let attn = PqAttention::new(PqConfig::default(), 0.125)?;
+    /// let cache = || attn.new_cache([1, 2, 64], 0, DType::F32, &Device::Cpu);
+    /// let random = |heads, s| Tensor::randn(0f32, 1., (1, heads, s, 64), &Device::Cpu);
+    /// let (mut old, mut new) = (cache()?, cache()?);
+    /// attn.forward(&random(8, 1500)?, &random(2, 1500)?, &random(2, 1500)?, &mut old)?;
+    ///
+    /// // a token of the one, and the prompt of the other
+    /// let (q, k, v) = (random(8, 301)?, random(2, 301)?, random(2, 301)?);
+    /// let out = attn.forward_packed(&q, &k, &v, [(&mut old, 1), (&mut new, 300)])?;
+    /// assert_eq!(out.dims(), [1, 8, 301, 64]);
+    /// assert_eq!((old.len(), new.len()), (1501, 300));
+    /// # candle_core::Result::Ok(())
+    /// ```
+    pub fn forward_packed<'a>(
+        &self,
+        query: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        sequences: impl IntoIterator<Item = (&'a mut PqKvCache, usize)>,
+    ) -> Result<Tensor> {
+        let mut parts = cut([query, keys, values], sequences)?;
+        for part in &parts {
+            self.check(&part.query, &part.keys, part.cache)?;
+            part.cache.check_new(&part.keys, &part.values)?;
+        }
+        for part in &mut parts {
+            part.cache.reserve(part.keys.dims()[2])?;
+        }
+        let before: Vec<_> = parts.iter().map(|part| part.cache.checkpoint()).collect();
+        let outs: Result<Vec<_>> =
+            parts.iter_mut().map(|part| self.forward(&part.query, &part.keys, &part.values, part.cache)).collect();
+        let out = outs.and_then(|outs| Tensor::cat(&outs, 2));
+        if out.is_err() {
+            // All of them, even where one cannot be.
+            let restored: Vec<_> =
+                parts.into_iter().zip(before).map(|(part, before)| part.cache.restore(before)).collect();
+            restored.into_iter().collect::<Result<()>>()?;
+        }
+        out
+    }
+}
+
+/// Cuts queries, keys and values, packed along dimension 2, into what is each sequence's.
+fn cut<'a>(
+    qkv: [&Tensor; 3],
+    sequences: impl IntoIterator<Item = (&'a mut PqKvCache, usize)>,
+) -> Result<Vec<Part<'a>>> {
+    for (tensor, name) in qkv.into_iter().zip(["query", "keys", "values"]) {
+        match *tensor.dims() {
+            [1, _, s, _] if s == qkv[0].dims()[2] => {}
+            _ => bail!("PqAttention: {name}: expected [1, heads, s, head_dim] of one s, got {:?}", tensor.dims()),
+        }
+    }
+    let sequences: Vec<_> = sequences.into_iter().collect();
+    let (s, counts): (_, Vec<_>) = (qkv[0].dims()[2], sequences.iter().map(|(_, count)| *count).collect());
+    if counts.contains(&0) || counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count)) != Some(s) || s == 0
+    {
+        bail!("PqAttention: sequences: expected at least a position each, {s} in all as the query has, got {counts:?}");
+    }
+    let mut first = 0;
+    let part = |(cache, count): (&'a mut PqKvCache, usize)| {
+        if cache.dims()[0] != 1 {
+            bail!("PqAttention: sequences: expected caches of one sequence, got one of {}", cache.dims()[0]);
+        }
+        let [query, keys, values] = qkv.map(|tensor| tensor.narrow(2, first, count));
+        first += count;
+        Ok(Part { query: query?, keys: keys?, values: values?, cache })
+    };
+    sequences.into_iter().map(part).collect()
+}
