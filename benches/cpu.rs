@@ -8,7 +8,8 @@
 //! form, whose result is checked to be that of `search`. `bytes` is the least that a call must read, and the percentage
 //! is of the bandwidth of a large copy.
 //!
-//! `save` and `load` are those of a cache of 32,768 keys, `write` and `read` of the same bytes by `std::fs`; the file stays
+//! `save` and `load` are those of caches of 32,768 keys, of one layer or of four, `write` and `read` of the same bytes by
+//! `std::fs`; the file stays
 //! in the system's memory, so that what they say is of the processor and not of a disk. What was loaded is checked to go on
 //! as what was saved.
 
@@ -65,18 +66,22 @@ fn run(name: &str, pq_dim: usize, pq_bits: usize, report: Report) -> Result<()> 
     Ok(())
 }
 
-/// A layer's cache of 8 KV heads in bf16, with room to go on, to a file and back.
-fn file(report: Report) -> Result<()> {
+/// Caches of 8 KV heads in bf16, one a layer, with room to go on, to a file and back.
+fn file(name: &str, layers: usize, report: Report) -> Result<()> {
     const KEYS: usize = 32_768;
     const CAPACITY: usize = KEYS + 1024;
     let random = |n| Tensor::randn(0f32, 1.0, (1, 8, n, HEAD_DIM), &Device::Cpu)?.to_dtype(DType::BF16);
     let attn = PqAttention::new(PqConfig::default(), 0.1)?;
-    let mut cache = attn.new_cache([1, 8, HEAD_DIM], CAPACITY, DType::BF16, &Device::Cpu)?;
-    cache.append(&random(KEYS)?, &random(KEYS)?)?;
-    cache.build_index()?;
+    let mut caches = Vec::new();
+    for _ in 0..layers {
+        let mut cache = attn.new_cache([1, 8, HEAD_DIM], CAPACITY, DType::BF16, &Device::Cpu)?;
+        cache.append(&random(KEYS)?, &random(KEYS)?)?;
+        cache.build_index()?;
+        caches.push(cache);
+    }
     let directory = tempfile::tempdir()?;
     let saved = directory.path().join("saved");
-    save_caches(&saved, [&cache], "")?;
+    save_caches(&saved, &caches, "")?;
     let bytes = std::fs::read(&saved)?;
     // Taken away when the clock has stopped, as are what was read and loaded.
     let new = |i: usize| tempfile::TempPath::try_from_path(directory.path().join(i.to_string()));
@@ -87,19 +92,21 @@ fn file(report: Report) -> Result<()> {
     };
     let save = |i| {
         let path = new(i)?;
-        save_caches(&path, [&cache], "")?;
+        save_caches(&path, &caches, "")?;
         Ok(path)
     };
-    let report = |what, us| report("file-32k", what, bytes.len(), us);
-    report("write", times(CALLS, &write)?);
-    report("save", times(CALLS, &save)?);
-    report("read", times(CALLS, &|_| Ok(std::fs::read(&saved)?))?);
-    report("load", times(CALLS, &|_| load_caches(&saved, CAPACITY, &Device::Cpu))?);
-    let mut loaded = load_caches(&saved, CAPACITY, &Device::Cpu)?.caches.remove(0);
+    let report = |what, us| report(name, what, bytes.len(), us);
+    report("write", times(CALLS / layers, &write)?);
+    report("save", times(CALLS / layers, &save)?);
+    report("read", times(CALLS / layers, &|_| Ok(std::fs::read(&saved)?))?);
+    report("load", times(CALLS / layers, &|_| load_caches(&saved, CAPACITY, &Device::Cpu))?);
+    let mut loaded = load_caches(&saved, CAPACITY, &Device::Cpu)?.caches;
     for _ in 0..100 {
         let [q, k, v] = [random(1)?, random(1)?, random(1)?];
-        let step = |cache| attn.forward(&q, &k, &v, cache)?.flatten_all()?.to_vec1::<half::bf16>();
-        assert_eq!(step(&mut loaded)?, step(&mut cache)?, "a step after loading");
+        for (loaded, cache) in loaded.iter_mut().zip(&mut caches) {
+            let step = |cache| attn.forward(&q, &k, &v, cache)?.flatten_all()?.to_vec1::<half::bf16>();
+            assert_eq!(step(loaded)?, step(cache)?, "a step after loading");
+        }
     }
     Ok(())
 }
@@ -162,8 +169,10 @@ fn main() -> Result<()> {
     for (name, pq_dim, pq_bits) in CASES.into_iter().filter(|(name, ..)| name.starts_with(wanted)) {
         run(name, pq_dim, pq_bits, &report)?;
     }
-    if "file-32k".starts_with(wanted) {
-        file(&report)?;
+    for (name, layers) in [("file-32k", 1), ("file-4x32k", 4)] {
+        if name.starts_with(wanted) {
+            file(name, layers, &report)?;
+        }
     }
     Ok(())
 }

@@ -10,8 +10,11 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{bail, CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
+use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
@@ -189,15 +192,19 @@ pub fn load_caches(path: impl AsRef<Path>, capacity: usize, device: &Device) -> 
             bail!("expected caches of format {FORMAT}, got format {}", saved.format);
         }
         file.read_sums()?;
-        let layers = saved.layers.iter().enumerate();
-        let caches =
-            layers.map(|(index, layer)| layer.load(&mut file, index, capacity, device)).collect::<Result<_>>()?;
-        Ok(SavedCaches { caches, about })
+        let load = |(index, layer): (usize, &Layer)| layer.load(&mut file.reader(path)?, index, capacity, device);
+        let layers = &saved.layers;
+        // Layer by layer on a GPU, whose stream may be this thread's own.
+        let caches: Vec<_> = match device.is_cpu() {
+            true => layers.par_iter().enumerate().map(load).collect(),
+            false => layers.iter().enumerate().map(load).collect(),
+        };
+        Ok(SavedCaches { caches: caches.into_iter().collect::<Result<_>>()?, about })
     };
     load().map_err(|error| at_path("load_caches", path, error))
 }
 
-/// A safetensors file, read tensor by tensor.
+/// A safetensors file.
 struct SavedFile {
     file: File,
     header: Metadata,
@@ -206,6 +213,12 @@ struct SavedFile {
     start: u64,
     /// Of each tensor, by its name.
     sums: HashMap<String, [u8; SUM]>,
+}
+
+/// Reads it tensor by tensor, beside others that do.
+struct Reader<'a> {
+    of: &'a SavedFile,
+    file: File,
     block: Vec<u8>,
 }
 
@@ -234,7 +247,7 @@ impl SavedFile {
         if size - start != expected {
             bail!("expected {expected} bytes of tensors, got {}: the file was cut off or changed", size - start);
         }
-        Ok(Self { file, header, header_sum, start, sums: HashMap::new(), block: vec![0; BLOCK] })
+        Ok(Self { file, header, header_sum, start, sums: HashMap::new() })
     }
 
     /// Reads the checksums, and finds the header to be what was saved.
@@ -282,19 +295,30 @@ impl SavedFile {
         }
     }
 
+    /// One that reads from `path`, where this file is.
+    fn reader(&self, path: &Path) -> Result<Reader<'_>> {
+        Ok(Reader { of: self, file: File::open(path)?, block: vec![0; BLOCK] })
+    }
+}
+
+impl Reader<'_> {
     /// Reads a tensor into `to`, which has its shape. It is to be used only if this succeeds.
     fn read_into(&mut self, name: &str, to: &Tensor) -> Result<()> {
-        self.expect(name, to.dtype(), to.dims())?;
-        let begin = self.header.info(name).map_or(0, |info| info.data_offsets.0);
-        self.file.seek(SeekFrom::Start(self.start + begin as u64))?;
+        let Self { of, file, block } = self;
+        of.expect(name, to.dtype(), to.dims())?;
+        let begin = of.header.info(name).map_or(0, |info| info.data_offsets.0);
+        file.seek(SeekFrom::Start(of.start + begin as u64))?;
         let mut sum = Xxh3::new();
         for_each_block(to, &mut |to| {
-            let bytes = &mut self.block[..to.data_len()];
-            self.file.read_exact(bytes)?;
+            if to.device().is_cpu() {
+                return to.inplace_op1(&ReadBlock(Mutex::new((&mut *file, &mut sum))));
+            }
+            let bytes = &mut block[..to.data_len()];
+            file.read_exact(bytes)?;
             sum.update(bytes);
             to.slice_set(&Tensor::from_raw_buffer(bytes, to.dtype(), to.dims(), to.device())?, 0, 0)
         })?;
-        if self.sums.get(name) != Some(&sum.digest128().to_le_bytes()) {
+        if of.sums.get(name) != Some(&sum.digest128().to_le_bytes()) {
             bail!("{name}: expected the bytes that were saved, got others: the checksum differs");
         }
         Ok(())
@@ -302,10 +326,34 @@ impl SavedFile {
 
     /// A tensor of that dtype, if there is one of that name.
     fn tensor(&mut self, name: &str, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
-        let Some(shape) = self.shape(name, dtype)? else { return Ok(None) };
+        let Some(shape) = self.of.shape(name, dtype)? else { return Ok(None) };
         let tensor = Tensor::zeros(shape, dtype, device)?;
         self.read_into(name, &tensor)?;
         Ok(Some(tensor))
+    }
+}
+
+/// Reads a block into the memory of a tensor on the CPU, and adds it to a checksum.
+struct ReadBlock<'a>(Mutex<(&'a mut File, &'a mut Xxh3)>);
+
+impl InplaceOp1 for ReadBlock<'_> {
+    fn name(&self) -> &'static str {
+        "load_caches"
+    }
+
+    fn cpu_fwd(&self, to: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a block without gaps") };
+        let bytes = match to {
+            CpuStorage::F32(to) => bytemuck::must_cast_slice_mut(&mut to[start..end]),
+            CpuStorage::F16(to) => bytemuck::must_cast_slice_mut(&mut to[start..end]),
+            CpuStorage::BF16(to) => bytemuck::must_cast_slice_mut(&mut to[start..end]),
+            CpuStorage::U8(to) => &mut to[start..end],
+            _ => bail!("expected f32, f16, bf16 or u8, got {:?}", to.dtype()),
+        };
+        let (file, sum) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        file.read_exact(bytes)?;
+        sum.update(bytes);
+        Ok(())
     }
 }
 
@@ -324,7 +372,7 @@ impl Layer {
 
     /// The cache that this and its tensors are of. All that the file says is checked against the rest of it: a checksum keeps
     /// out accidents, not intent.
-    fn load(&self, file: &mut SavedFile, index: usize, capacity: usize, device: &Device) -> Result<PqKvCache> {
+    fn load(&self, file: &mut Reader, index: usize, capacity: usize, device: &Device) -> Result<PqKvCache> {
         let ([b, h_kv, head_dim], len) = (self.dims, self.len);
         let name = |name: &str| format!("{index}.{name}");
         let dtype: DType = match self.dtype.parse() {
@@ -333,7 +381,7 @@ impl Layer {
         };
         // Before room is made for them.
         for part in ["keys", "values"] {
-            file.expect(&name(part), dtype, &[b, h_kv, len, head_dim])?;
+            file.of.expect(&name(part), dtype, &[b, h_kv, len, head_dim])?;
         }
         // A file without keys has no bytes that its heads were counted by.
         let capacity = if len == 0 { 0 } else { capacity.max(len) };
