@@ -26,6 +26,9 @@ pub struct Args {
     /// A question, instead of asking at the terminal; may be given several times
     #[arg(long, short, value_name = "TEXT")]
     pub question: Vec<String>,
+    /// Answer up to N of the questions at a time, each in a fork of what was read: the weights are read once for all of them
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one, requires = "question")]
+    pub at_once: usize,
     /// Keep what was read in FILE
     #[arg(long, value_name = "FILE")]
     pub save: Option<PathBuf>,
@@ -44,6 +47,7 @@ pub struct Args {
 const EXAMPLES: &str = "\
 EXAMPLES
   ask README.md -q \"What is it for?\" -q \"How is it installed?\"
+  ask README.md --at-once 3 -q \"What is it for?\" -q \"How is it installed?\" -q \"Who may use it?\"
   ask --save manual.pq manual.txt -q \"Is there an index?\"
   ask --load manual.pq";
 

@@ -23,7 +23,7 @@ use rustyline::{Config, Editor};
 use cli::Args;
 use common::cli::print;
 use common::terminal::{self, note};
-use session::{Answer, Session};
+use session::{Answer, Session, Together};
 
 fn main() -> ExitCode {
     // Within the thread pool: work that one of its threads hands out costs no switch to another thread.
@@ -39,12 +39,12 @@ fn run(args: &Args) -> Result<()> {
         let megabytes = std::fs::metadata(file).map_or(0, |file| file.len()) as f64 / 1e6;
         note(&format!("kept in {}, {megabytes:.0} MB", file.display()));
     }
-    for question in &args.question {
-        answer(&mut session, question, args.sample_len, || false)?;
-    }
-    match args.question.is_empty() {
-        true => converse(&mut session, args.sample_len),
-        false => Ok(()),
+    match (&args.question[..], args.at_once) {
+        ([], _) => converse(&mut session, args.sample_len),
+        (questions, 1) => {
+            questions.iter().try_for_each(|question| answer(&mut session, question, args.sample_len, || false))
+        }
+        (questions, at_once) => answer_together(&mut session, questions, at_once, args.sample_len),
     }
 }
 
@@ -104,5 +104,13 @@ fn answer(session: &mut Session, question: &str, limit: usize, is_stopped: impl 
         steps.tokens_per_s(),
         100. * steps.attended_fraction()
     ));
+    Ok(())
+}
+
+fn answer_together(session: &mut Session, questions: &[String], at_once: usize, limit: usize) -> Result<()> {
+    let Together { tokens, time } =
+        session.ask_together(questions, at_once, limit, |answer| print(&format!("{answer}\n")))?;
+    let (seconds, rate) = (time.as_secs_f64(), tokens as f64 / time.as_secs_f64());
+    note(&format!("{} answers, {tokens} tokens in {seconds:.1} s, {rate:.1} tokens/s", questions.len()));
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! A document that has been read, and questions about it.
 
+mod together;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,6 +17,8 @@ use crate::common::model::Model;
 use crate::common::sampling::Sampler;
 use crate::common::source::Checkpoint;
 use crate::common::tokenizer::Codec;
+
+pub use together::Together;
 
 /// A model that has read a document.
 pub struct Session {
@@ -112,14 +116,8 @@ impl Session {
         self.about.tokens
     }
 
-    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes, and says whether
-    /// to go on.
-    pub fn ask(
-        &mut self,
-        question: &str,
-        limit: usize,
-        emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
-    ) -> Result<Answer> {
+    /// The tokens of a question, and how many an answer may have.
+    fn closing(&self, question: &str) -> Result<(Vec<u32>, usize)> {
         let question = self.codec.encode_closing(question)?;
         let room = (self.context + 1).saturating_sub(self.tokens() + question.len());
         ensure!(
@@ -128,6 +126,18 @@ impl Session {
             self.tokens() + question.len(),
             self.context
         );
+        Ok((question, room))
+    }
+
+    /// Answers a question about the document, whatever was asked before; `emit` sees the text as it comes, and says whether
+    /// to go on.
+    pub fn ask(
+        &mut self,
+        question: &str,
+        limit: usize,
+        emit: impl FnMut(&str) -> Result<ControlFlow<()>>,
+    ) -> Result<Answer> {
+        let (question, room) = self.closing(question)?;
         let start = Instant::now();
         let answer = self.model.forward(&question, true).and_then(|logits| {
             let until_first_token = start.elapsed();

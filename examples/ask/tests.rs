@@ -64,6 +64,27 @@ fn answers_depend_on_document_and_question_alone() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn answers_together_are_those_of_one_by_one() -> Result<()> {
+    let files = Files::new()?;
+    let questions = ["who?", "and why is that so?", "zzzz", "0 1 2 3", "XYZ", "w"].map(String::from);
+    for layers in [["--dense-layers", "0"], ["--dense-layers", "1"], ["--heavy-layers", "1=30"]] {
+        let mut session = files.session(&[&[files.path("story.txt").as_str()][..], &layers].concat())?;
+        let want: Vec<_> = questions.iter().map(|question| ask(&mut session, question)).collect::<Result<_>>()?;
+        for at_once in [1, 2, 4, 9] {
+            let mut got = Vec::new();
+            let together = session.ask_together(&questions, at_once, 12, |answer| {
+                got.push(answer.to_string());
+                Ok(())
+            })?;
+            assert_eq!(got, want, "{at_once} at once");
+            assert!(together.tokens > 12);
+        }
+        assert_eq!(ask(&mut session, &questions[0])?, want[0], "forks left no trace");
+    }
+    Ok(())
+}
+
 /// As by Ctrl-C.
 #[test]
 fn a_stopped_answer_leaves_no_trace() -> Result<()> {
@@ -145,6 +166,8 @@ fn errors_say_what_to_do() -> Result<()> {
         (&[][..], "required arguments were not provided: <FILE>..."),
         (&["a.txt", "--load", "b"], "cannot be used with"),
         (&["--save", "a", "--load", "b"], "cannot be used with"),
+        (&["a.txt", "--at-once", "2"], "required arguments were not provided: --question <TEXT>"),
+        (&["a.txt", "-q", "a", "--at-once", "0"], "expected a number from 1 up"),
         (&["a.txt", "--sample-len", "0"], "expected a number from 1 up"),
     ] {
         let line = usage_error(&Args::try_parse_from([&["ask"], args].concat()).unwrap_err().to_string());

@@ -31,16 +31,16 @@ impl Matrix {
 
     /// `x · selfᵀ`, in the type of `x`.
     ///
-    /// A single row, as in every decode step, reads the weights as they are and on all cores, as fast as memory gives
-    /// them: Candle's matrix product takes one core for it. Several rows widen them first, for which they pay little.
+    /// A few rows, as in every decode step, read the weights as they are and on all cores, as fast as memory gives them:
+    /// Candle's matrix product takes one core for a row. Many widen them first, for which they pay little.
     fn times(&self, x: &Tensor) -> Result<Tensor> {
-        // Up to here a quantised product is faster than widening the matrix for it.
+        // Up to here the products are faster one by one than by Candle's, or than widening a quantised matrix.
         const FEW: usize = 8;
         let rows = x.elem_count() / x.dim(D::Minus1)?.max(1);
         let is_cpu = x.device().is_cpu();
         let product = |weight: Tensor| candle_nn::Linear::new(weight, None).forward(x);
         match self {
-            Self::Plain(weight) if rows == 1 && is_cpu => x.apply_op2_no_bwd(weight, &OneRow),
+            Self::Plain(weight) if rows <= FEW && is_cpu => x.contiguous()?.apply_op2_no_bwd(weight, &FewRows),
             Self::Plain(weight) => product(weight.to_dtype(x.dtype())?),
             Self::Quantized(weight) if rows > FEW && is_cpu => product(weight.dequantize(x.device())?),
             Self::Quantized(weight) => {
@@ -88,24 +88,24 @@ impl Module for Linear {
     }
 }
 
-/// `x · weightᵀ` in f32, for an `x` of one row.
-struct OneRow;
+/// `x · weightᵀ` in f32, for an `x` of few rows, of which each gets the bits that it gets alone.
+struct FewRows;
 
-impl CustomOp2 for OneRow {
+impl CustomOp2 for FewRows {
     fn name(&self) -> &'static str {
-        "one-row-linear"
+        "few-rows-linear"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = contiguous(x, x_l)?;
+        let (x, (outputs, inputs)) = (contiguous(x, x_l)?, w_l.shape().dims2()?);
         let y = match w {
-            CpuStorage::BF16(_) => products::<bf16>(x, contiguous(w, w_l)?),
-            CpuStorage::F16(_) => products::<f16>(x, contiguous(w, w_l)?),
-            _ => products::<f32>(x, contiguous(w, w_l)?),
+            CpuStorage::BF16(_) => products::<bf16>(x, contiguous(w, w_l)?, inputs),
+            CpuStorage::F16(_) => products::<f16>(x, contiguous(w, w_l)?, inputs),
+            _ => products::<f32>(x, contiguous(w, w_l)?, inputs),
         };
         let mut dims = x_l.dims().to_vec();
         if let Some(last) = dims.last_mut() {
-            *last = y.len();
+            *last = outputs;
         }
         Ok((CpuStorage::F32(y), dims.into()))
     }
@@ -114,24 +114,32 @@ impl CustomOp2 for OneRow {
 fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice()?[start..end]),
-        None => candle_core::bail!("one-row-linear: expected contiguous tensors, got {layout:?}"),
+        None => candle_core::bail!("few-rows-linear: expected contiguous tensors, got {layout:?}"),
     }
 }
 
-/// The product of `x` with each row of `weight`.
-fn products<T: Element>(x: &[f32], weight: &[T]) -> Vec<f32> {
-    let mut y = vec![0f32; weight.len() / x.len()];
-    // Two tasks a core balance cores of unequal speed; fewer than 16 rows are not worth a task.
-    let rows = y.len().div_ceil(2 * rayon::current_num_threads()).max(16);
-    y.par_chunks_mut(rows).zip(weight.par_chunks(rows * x.len())).for_each(|(y, weight)| dot_each(x, weight, y));
-    y
+/// The products of the rows of `x` with those of `weight`, a row of them for each of `x`.
+fn products<T: Element>(x: &[f32], weight: &[T], inputs: usize) -> Vec<f32> {
+    let (rows, outputs) = (x.len() / inputs, weight.len() / inputs);
+    let mut by_output = vec![0f32; outputs * rows];
+    // Two tasks a core balance cores of unequal speed; fewer than 16 rows of weights are not worth a task.
+    let chunk = outputs.div_ceil(2 * rayon::current_num_threads()).max(16);
+    let tasks = by_output.par_chunks_mut(chunk * rows).zip(weight.par_chunks(chunk * inputs));
+    tasks.for_each(|(y, weight)| dot_each(x, weight, inputs, y));
+    match rows {
+        1 => by_output,
+        _ => (0..rows).flat_map(|row| by_output.iter().skip(row).step_by(rows)).copied().collect(),
+    }
 }
 
 #[multiversion(targets = "simd")]
-fn dot_each<T: Element>(x: &[f32], weight: &[T], y: &mut [f32]) {
-    let mut buffer = vec![0f32; x.len()];
-    for (y, row) in y.iter_mut().zip(weight.chunks_exact(x.len())) {
-        *y = dot(x, T::widen(row, &mut buffer));
+fn dot_each<T: Element>(x: &[f32], weight: &[T], inputs: usize, y: &mut [f32]) {
+    let mut buffer = vec![0f32; inputs];
+    for (y, weight) in y.chunks_exact_mut(x.len() / inputs).zip(weight.chunks_exact(inputs)) {
+        let weight = T::widen(weight, &mut buffer);
+        for (y, x) in y.iter_mut().zip(x.chunks_exact(inputs)) {
+            *y = dot(x, weight);
+        }
     }
 }
 
@@ -188,19 +196,23 @@ mod tests {
     use candle_core::quantized::GgmlDType;
     use candle_core::Device;
 
+    /// By one product and by Candle's, and the same bits beside other rows.
     #[test]
-    fn one_row_equals_the_row_of_a_product() -> Result<()> {
+    fn few_rows_equal_those_of_a_product() -> Result<()> {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             for (inputs, outputs) in [(1, 1), (7, 3), (32, 16), (100, 131)] {
                 let weight = Tensor::randn(0f32, 1., (outputs, inputs), &Device::Cpu)?.to_dtype(dtype)?;
                 let bias = Tensor::randn(0f32, 1., outputs, &Device::Cpu)?;
-                let x = Tensor::randn(0f32, 1., (1, 2, inputs), &Device::Cpu)?;
+                let x = Tensor::randn(0f32, 1., (1, 20, inputs), &Device::Cpu)?;
                 let linear = Linear::new(vec![Matrix::Plain(weight)], Some(bias))?;
-                let both = linear.forward(&x)?;
-                for row in 0..2 {
+                let (all, eight) = (linear.forward(&x)?, linear.forward(&x.narrow(1, 0, 8)?)?);
+                assert_eq!(eight.dims(), [1, 8, outputs]);
+                for row in 0..8 {
                     let one = linear.forward(&x.narrow(1, row, 1)?)?;
                     assert_eq!(one.dims(), [1, 1, outputs]);
-                    let off = (one - both.narrow(1, row, 1)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                    let numbers = |y: &Tensor| y.flatten_all()?.to_vec1::<f32>();
+                    assert_eq!(numbers(&one)?, numbers(&eight.narrow(1, row, 1)?)?);
+                    let off = (one - all.narrow(1, row, 1)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
                     assert!(off < 1e-4, "{dtype:?}, {inputs} x {outputs}, row {row}: off by {off}");
                 }
             }

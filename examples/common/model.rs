@@ -1,5 +1,7 @@
 //! A language model and its caches, with sparse and with dense attention.
 
+mod packed;
+
 use std::path::Path;
 use std::rc::Rc;
 
@@ -12,6 +14,8 @@ use crate::common::config::{LayerKind, ModelConfig};
 use crate::common::decoder::Decoder;
 use crate::common::sliding;
 use crate::common::weights::Weights;
+
+pub use packed::Sequence;
 
 /// Weights, and the cache of the one sequence that they work on.
 pub struct Model {
