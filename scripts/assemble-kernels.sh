@@ -7,18 +7,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 [ $# -gt 0 ] || set -- 80 90
-work=$(mktemp -d)
+export work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-failed=0
 
-for source in kernels/*.cu; do
+# assemble SOURCE CAPABILITY...
+assemble() {
+  local source=$1 name failed=0 capability kernels bad
+  shift
   name=$(basename "$source" .cu)
   # The same PTX as build.rs embeds, assembled for each device.
   nvcc -gencode=arch=compute_80,code=sm_80 --ptx -std=c++17 -O3 "$source" -o "$work/$name.ptx"
   for capability in "$@"; do
-    ptxas -v -arch="sm_$capability" "$work/$name.ptx" -o "$work/$name.cubin" 2>"$work/log" || { cat "$work/log"; exit 1; }
-    kernels=$(grep -c 'Compiling entry function' "$work/log")
-    bad=$(grep -B1 'bytes stack frame' "$work/log" | grep -v ' 0 bytes stack frame, 0 bytes spill stores' |
+    log=$work/$name.$capability.log
+    ptxas -v -arch="sm_$capability" "$work/$name.ptx" -o "$work/$name.$capability.cubin" 2>"$log" || { cat "$log"; return 1; }
+    kernels=$(grep -c 'Compiling entry function' "$log")
+    bad=$(grep -B1 'bytes stack frame' "$log" | grep -v ' 0 bytes stack frame, 0 bytes spill stores' |
       grep -B1 'bytes stack frame' || true)
     if [ -n "$bad" ]; then
       echo "sm_$capability $name:"
@@ -28,5 +31,9 @@ for source in kernels/*.cu; do
       echo "sm_$capability $name: $kernels kernels, no spills, no local memory"
     fi
   done
-done
-exit $failed
+  return $failed
+}
+export -f assemble
+
+# The longest first.
+printf '%s\n' kernels/*.cu | xargs ls -S | xargs -P "$(nproc)" -I{} bash -ec 'assemble "$@"' _ {} "$@"

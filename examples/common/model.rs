@@ -1,6 +1,6 @@
 //! A language model and its caches, with sparse and with dense attention.
 
-mod packed;
+pub mod packed;
 
 use std::path::Path;
 use std::rc::Rc;
@@ -14,8 +14,6 @@ use crate::common::config::{LayerKind, ModelConfig};
 use crate::common::decoder::Decoder;
 use crate::common::sliding;
 use crate::common::weights::Weights;
-
-pub use packed::Sequence;
 
 /// Weights, and the cache of the one sequence that they work on.
 pub struct Model {

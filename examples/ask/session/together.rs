@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::Session;
-use crate::common::model::Sequence;
+use crate::common::model::packed::Sequence;
 use crate::common::sampling::Sampler;
 use crate::common::tokenizer::Codec;
 
