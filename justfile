@@ -40,10 +40,10 @@ sanitize:
             REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda -- --skip four_million
     done
 
-# Random files of caches and arguments of ops, for so many seconds each; needs a nightly compiler and cargo-fuzz
+# Files of caches, ops and caches in use, changed at random towards code that was not reached: so many seconds each
 fuzz seconds="60":
-    cargo +nightly fuzz run load_caches -- -max_total_time={{seconds}}
-    cargo +nightly fuzz run ops -- -len_control=0 -max_total_time={{seconds}}
+    scripts/fuzz.sh load_caches -max_total_time={{seconds}}
+    scripts/fuzz.sh ops -max_total_time={{seconds}}
 
 # Fifty thousand decode steps: memory stays what it is
 soak:

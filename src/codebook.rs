@@ -9,6 +9,7 @@ use safetensors::SafeTensors;
 
 use crate::config::{Metric, PqConfig};
 use crate::fault::point_of_failure;
+use crate::ops::arg::own_if_empty;
 #[cfg(feature = "cuda")]
 use crate::ops::Coarse;
 use crate::ops::{self, KmeansOptions, MAX_HEAD_DIM};
@@ -148,6 +149,7 @@ impl Codebook {
                 centroids.dims()
             );
         }
+        let (centroids, phi) = (own_if_empty(&centroids)?, phi.as_ref().map(own_if_empty).transpose()?);
         Ok(Self { centroids, phi, coarse: None, weights: None })
     }
 
@@ -175,7 +177,7 @@ impl Codebook {
         if self.weights.is_some() {
             bail!("Codebook: coarse: expected a codebook that gets its weights afterwards, got one that has some");
         }
-        Ok(Self { coarse: Some(coarse), ..self })
+        Ok(Self { coarse: Some(own_if_empty(&coarse)?), ..self })
     }
 
     /// The same centroids, of keys whose elements have been multiplied by `weights`, `[b, h_kv, head_dim]` f32.
@@ -186,6 +188,7 @@ impl Codebook {
     pub fn with_weights(self, weights: Tensor) -> Result<Self> {
         let ([b, h_kv, pq_dim, _], pq_len) = (self.dims(), self.pq_len());
         let head_dim = pq_dim * pq_len;
+        let weights = own_if_empty(&weights)?;
         let numbers = check_weights(&weights, [b, h_kv, head_dim], self.metric())?;
         point_of_failure()?;
         // Inverted here, so that every device multiplies by the same numbers.
@@ -215,6 +218,7 @@ impl Codebook {
             _ => bail!("Codebook: keys: expected [{b}, {h_kv}, n, {}], got {:?}", pq_dim * pq_len, keys.dims()),
         };
         check_float(keys)?;
+        let keys = own_if_empty(keys)?;
         let block = |start: usize| {
             let keys = weigh(&keys.narrow(2, start, BLOCK.min(n - start))?, self.weights())?;
             let Some(coarse) = &self.coarse else { return Ok((ops::encode(&keys, &self.centroids, None)?, None)) };

@@ -3,8 +3,8 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected, PADDING};
-use candle_pq_attn::Metric;
+use candle_pq_attn::ops::{self, Attended, ClusterSums, Geometry, KmeansOptions, Selected, PADDING};
+use candle_pq_attn::{Codebook, Metric};
 use common::*;
 
 /// `(b, h, h_kv, n, head_dim)`: MHA, GQA of even, odd and large groups, MQA; head_dims off every vector width; n around
@@ -522,5 +522,53 @@ fn unused_capacity_may_hold_anything() -> Result<()> {
     let scores = ops::score(&query, &codes, &centroids)?;
     let poisoned_codes = lay_out(&codes, Strides::Capacity)?;
     assert_same_bits(&scores, &ops::score(&query, &poisoned_codes, &centroids)?, "scores");
+    Ok(())
+}
+
+/// An empty view may begin behind the end of its memory.
+#[test]
+fn empty_views_may_begin_anywhere() -> Result<()> {
+    let empty = |dims: &[usize], dtype: DType| {
+        let larger: Vec<_> = dims.iter().map(|dim| dim + 1).collect();
+        let larger = Tensor::zeros(larger, dtype, &Device::Cpu)?;
+        dims.iter().enumerate().try_fold(larger, |tensor, (dim, len)| tensor.narrow(dim, 1, *len))
+    };
+    // No sequence, no KV head, no key.
+    for [b, h_kv, n] in [[0, 2, 40], [2, 0, 40], [2, 2, 0], [0, 0, 0]] {
+        let (h, lists) = (2 * h_kv, [b, h_kv, 3]);
+        let f32s = |dims: &[usize]| empty(dims, DType::F32);
+        let (query, keys) = (f32s(&[b, h, 1, 8])?, f32s(&[b, h_kv, n, 8])?);
+        let (codes, clusters) = (empty(&[b, h_kv, n, 4], DType::U8)?, empty(&[b, h_kv, n], DType::U8)?);
+        let (centroids, coarse) = (f32s(&[b, h_kv, 4, 16, 2])?, f32s(&[b, h_kv, 4, 8])?);
+        let (scores, positions) = (f32s(&[b, h, n])?, empty(&lists, DType::U32)?);
+        let selected =
+            Selected { indices: positions.clone(), lens: empty(&lists[..2], DType::U32)?, weights: f32s(&lists)? };
+        let sums = ClusterSums { sums: coarse.clone(), counts: empty(&[b, h_kv, 4], DType::U32)? };
+        let attended = Attended { out: query.clone(), lse: f32s(&[b, h])? };
+        let options =
+            KmeansOptions { pq_dim: 4, pq_bits: 1, iters: 2, metric: Metric::Euclidean, max_keys: 40, seed: 0 };
+        let geometry = Geometry { n, sink: 1, window: 1, init_offset: 1 };
+        let codebook = Codebook::new(centroids.clone(), None).and_then(|codebook| codebook.with_coarse(coarse.clone()));
+
+        assert_eq!(attended.merge(&attended)?.out.dims(), query.dims());
+        // An error or nothing, as with any other empty tensor; no panic.
+        let _ = ops::causal_softmax(&f32s(&[b, h_kv, 0, n])?, 0, 1, 1.0);
+        let _ = ops::causal_softmax(&f32s(&[b, h_kv, 6, n])?, 0, 3, 1.0);
+        let _ = ops::kmeans(&keys, &options);
+        let _ = ops::encode(&keys, &centroids, None);
+        let _ = ops::score(&query, &codes, &centroids);
+        let _ = ops::residual_score(&query, &codes, &centroids, &clusters, &coarse);
+        let _ = ops::pack_codes(&codes).and_then(|packed| ops::fast_scan(&query, &packed, n, &centroids, 3));
+        let _ = ops::topk(&scores, 3);
+        let _ = ops::group_mass(&scores, h_kv, 1.0);
+        let _ = ops::indices_and_weights(&positions, geometry);
+        let _ = ops::dense_weights(&selected, h, n);
+        let _ = ops::dense_attend(&query, &keys, &keys, 1.0);
+        let _ = ops::sparse_attend(&query, &keys, &keys, &selected, 1.0);
+        let _ = ops::sparse_attend_with_tail(&query, &keys, &keys, &selected, &attended, 1.0);
+        let _ = ops::cluster_sums(&keys, &clusters, &sums);
+        let _ = ops::tail_attend(&scores, &clusters, &sums, &selected, 1, 1.0);
+        let _ = codebook.and_then(|codebook| codebook.with_weights(f32s(&[b, h_kv, 8])?)?.encode(&keys));
+    }
     Ok(())
 }

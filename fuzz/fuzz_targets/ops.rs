@@ -1,138 +1,292 @@
-//! Every op with small tensors of any shape and dtype: an error, or a result of the right shape.
+//! An op with small tensors, or a sequence of calls of a cache and its forks: an error, or a result of the right shape.
 #![no_main]
 
+mod args;
+mod sequence;
+mod worker;
+
 use arbitrary::Arbitrary;
+use args::{number, Args, Form};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Attended, ClusterSums, Geometry, KmeansOptions, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, Selection, Tail};
+use candle_pq_attn::{Codebook, Metric, PqConfig, Tail};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
-struct Arg {
-    /// Dimensions below 12, of which there are up to 5.
-    dims: Vec<u8>,
-    dtype: u8,
-    numbers: Vec<i8>,
-    transposed: bool,
-}
-
-impl Arg {
-    fn tensor(&self) -> Result<Tensor> {
-        let dims: Vec<usize> = self.dims.iter().take(5).map(|dim| usize::from(dim % 12)).collect();
-        let count = dims.iter().product();
-        // Not finite at the ends.
-        let number = |x: &i8| match *x {
-            i8::MIN => f32::NAN,
-            i8::MAX => f32::INFINITY,
-            x => f32::from(x) / 8.,
-        };
-        let numbers = self.numbers.iter().map(number).chain([0.]).cycle().take(count).collect();
-        let dtypes = [DType::F32, DType::F16, DType::BF16, DType::U8, DType::U32, DType::F64];
-        let dtype = dtypes[usize::from(self.dtype) % dtypes.len()];
-        let tensor = Tensor::from_vec::<_, f32>(numbers, dims, &Device::Cpu)?.to_dtype(dtype)?;
-        if self.transposed && tensor.rank() > 1 {
-            return tensor.t();
-        }
-        Ok(tensor)
-    }
+enum Input {
+    Op(Call),
+    Sequence(sequence::Sequence),
 }
 
 #[derive(Debug, Arbitrary)]
-struct Input {
-    args: [Arg; 6],
-    sizes: [u8; 8],
+struct Call {
+    op: Op,
+    b: u8,
+    h_kv: u8,
+    group: u8,
+    n: u8,
+    pq_dim: u8,
+    pq_len: u8,
+    bits: u8,
+    k: u8,
+    sizes: [u8; 3],
     huge: Option<u64>,
-    flags: [bool; 6],
-    scale: f32,
+    scale: i8,
+    dtype: u8,
+    flags: [bool; 3],
+    forms: Vec<Form>,
 }
 
-fuzz_target!(|input: Input| {
-    let _ = run(&input);
+#[derive(Debug, Arbitrary)]
+enum Op {
+    Encode,
+    Kmeans,
+    Score,
+    ResidualScore,
+    FastScan,
+    FastScanOfAny,
+    Topk,
+    GroupMass,
+    CausalSoftmax,
+    IndicesAndWeights,
+    DenseWeights,
+    DenseAttend,
+    SparseAttend,
+    SparseAttendWithTail,
+    Merge,
+    EmptyClusterSums,
+    ClusterSums,
+    TailAttend,
+    Train,
+    Codebook,
+}
+
+fuzz_target!(init: worker::this_thread(), |input: Input| {
+    let _ = match &input {
+        Input::Op(call) => call.run(),
+        Input::Sequence(sequence) => sequence.run(),
+    };
 });
 
-fn run(input: &Input) -> Result<()> {
-    let mut args = Vec::new();
-    for arg in &input.args {
-        args.push(arg.tensor()?);
-    }
-    let [a, b, c, d, e, f] = &args[..] else { unreachable!() };
-    let size = |i: usize| usize::from(input.sizes[i]) % 24;
-    let (n, scale) = (input.huge.map_or(size(0), |huge| huge as usize), input.scale);
-    let [inner_product, weighted, with_tail, per_kv, dense, by_run] = input.flags;
-    let metric = if inner_product { Metric::InnerProduct } else { Metric::Euclidean };
+impl Call {
+    fn run(&self) -> Result<()> {
+        let mut args = Args(self.forms.iter());
+        let [b, h_kv, group] = [self.b % 3, self.h_kv % 4, self.group % 4].map(usize::from);
+        let bits = usize::from(self.bits % 10);
+        let (centroids, clusters) = (1 << bits, 1 << (bits / 2));
+        // Large codebooks of few subspaces, and keys beyond the blocks of any kernel with small ones: each takes its time.
+        let (most_dims, times) = if bits > 5 { (4, 1) } else { (20, 3) };
+        let n = usize::from(self.n) * if self.flags[0] { times } else { 1 };
+        let (pq_dim, pq_len) = (usize::from(self.pq_dim % most_dims), usize::from(self.pq_len % 12));
+        // Training takes longer than all else.
+        let (few, few_dims) = (usize::from(self.n), pq_dim % 6);
+        let (h, d, k) = (h_kv * group, pq_dim * pq_len, usize::from(self.k));
+        let sizes = self.sizes.map(usize::from);
+        let huge = |small: usize| self.huge.map_or(small, |huge| huge as usize);
+        let (scale, dtype) = (number(self.scale), args::dtype(self.dtype % 3));
+        let [_, inner_product, weighted] = self.flags;
+        let metric = if inner_product { Metric::InnerProduct } else { Metric::Euclidean };
+        let augmented = usize::from(inner_product);
+        let (f32, u8) = (DType::F32, DType::U8);
 
-    if let Ok(codes) = ops::encode(a, b, inner_product.then_some(c)) {
-        assert_eq!(codes.dims()[..3], a.dims()[..3]);
+        match self.op {
+            Op::Encode => {
+                let keys = args.floats(&[b, h_kv, n, d], dtype)?;
+                let table = args.floats(&[b, h_kv, pq_dim, centroids, pq_len + augmented], f32)?;
+                let phi = args.floats(&[b, h_kv, pq_dim], f32)?;
+                let codes = ops::encode(&keys, &table, inner_product.then_some(&phi))?;
+                assert_eq!(codes.dims(), [&keys.dims()[..3], &table.dims()[2..3]].concat());
+            }
+            Op::Kmeans => {
+                let keys = args.floats(&[b, h_kv, few, few_dims * pq_len], dtype)?;
+                let (iters, max_keys, seed) = (sizes[0] % 3, huge(sizes[1] + centroids), self.sizes[2].into());
+                let options = KmeansOptions { pq_dim: few_dims, pq_bits: bits, iters, metric, max_keys, seed };
+                let (table, phi) = ops::kmeans(&keys, &options)?;
+                assert_eq!(table.dims()[2..4], [few_dims, centroids]);
+                assert_eq!(phi.is_some(), inner_product);
+            }
+            Op::Score => {
+                let query = args.floats(&[b, h, 1, d], dtype)?;
+                let codes = args.below(centroids, &[b, h_kv, n, pq_dim], u8)?;
+                let table = args.floats(&[b, h_kv, pq_dim, centroids, pq_len], f32)?;
+                let scores = ops::score(&query, &codes, &table)?;
+                assert_eq!(scores.dims(), [query.dim(0)?, query.dim(1)?, codes.dim(2)?]);
+            }
+            Op::ResidualScore => {
+                let query = args.floats(&[b, h, 1, d], dtype)?;
+                let codes = args.below(centroids, &[b, h_kv, n, pq_dim], u8)?;
+                let table = args.floats(&[b, h_kv, pq_dim, centroids, pq_len], f32)?;
+                let of = args.below(clusters, &[b, h_kv, n], u8)?;
+                let coarse = args.floats(&[b, h_kv, clusters, d], f32)?;
+                let scores = ops::residual_score(&query, &codes, &table, &of, &coarse)?;
+                assert_eq!(scores.dims(), [query.dim(0)?, query.dim(1)?, codes.dim(2)?]);
+            }
+            Op::FastScan => {
+                let centroids = 1 << (bits % 5);
+                let query = args.floats(&[b, h, 1, d], dtype)?;
+                let codes = args.below(centroids, &[b, h_kv, n, pq_dim], u8)?;
+                let table = args.floats(&[b, h_kv, pq_dim, centroids, pq_len], f32)?;
+                let packed = ops::pack_codes(&codes)?;
+                let best = ops::fast_scan(&query, &packed, codes.dim(2)?, &table, huge(k))?;
+                // What it is documented to be.
+                let slowly = ops::topk(&ops::score(&query, &codes, &table)?, huge(k))?;
+                assert_eq!(best.to_vec3::<u32>()?, slowly.to_vec3::<u32>()?);
+            }
+            Op::FastScanOfAny => {
+                let query = args.floats(&[b, h, 1, d], dtype)?;
+                let packed = args.below(256, &[b, h_kv, n.div_ceil(32), pq_dim.div_ceil(2), 32], u8)?;
+                let table = args.floats(&[b, h_kv, pq_dim, 1 << (bits % 5), pq_len], f32)?;
+                let best = ops::fast_scan(&query, &packed, huge(n), &table, k)?;
+                assert_eq!(best.dims(), [query.dim(0)?, query.dim(1)?, k.min(huge(n))]);
+            }
+            Op::Topk => {
+                let scores = args.floats(&[b, h, n], f32)?;
+                let best = ops::topk(&scores, huge(k))?;
+                assert_eq!(best.dims().last().copied(), scores.dims().last().map(|n| huge(k).min(*n)));
+            }
+            Op::GroupMass => {
+                let scores = args.floats(&[b, h, n], f32)?;
+                let mass = ops::group_mass(&scores, huge(h_kv), scale)?;
+                assert_eq!(mass.dims(), [scores.dim(0)?, huge(h_kv), scores.dim(2)?]);
+            }
+            Op::CausalSoftmax => {
+                let queries = 1 + sizes[0] % 8;
+                let scores = args.floats(&[b, h_kv, group * queries, n], f32)?.copy()?;
+                ops::causal_softmax(&scores, huge(sizes[1]), queries, scale)?;
+                ops::causal_softmax(&scores, sizes[1], huge(sizes[2]), scale)?;
+            }
+            Op::IndicesAndWeights => {
+                let heavy = self.heavy(&mut args, [b, h, n], k)?;
+                let (sink, window) = (sizes[0], sizes[1]);
+                let geometry = Geometry { n, sink, window, init_offset: huge(sizes[2]) };
+                let selected = ops::indices_and_weights(&heavy, geometry)?;
+                let count = n.min(sink + window + heavy.dim(2)?);
+                assert_eq!(selected.indices.dims(), [heavy.dim(0)?, heavy.dim(1)?, count]);
+            }
+            Op::DenseWeights => {
+                let selected = self.selected(&mut args, [b, h_kv, n], k)?;
+                let weights = ops::dense_weights(&selected, h, n)?;
+                assert_eq!(weights.dims(), [selected.indices.dim(0)?, h, n]);
+            }
+            Op::DenseAttend => {
+                let [query, keys, values] = qkv(&mut args, [b, h, h_kv, n, d], dtype)?;
+                let attended = ops::dense_attend(&query, &keys, &values, scale)?;
+                assert_eq!((attended.out.dims(), attended.lse.dims()), (query.dims(), &query.dims()[..2]));
+            }
+            Op::SparseAttend => {
+                let [query, keys, values] = qkv(&mut args, [b, h, h_kv, n, d], dtype)?;
+                let selected = self.selected(&mut args, [b, if weighted { h } else { h_kv }, n], k)?;
+                let attended = ops::sparse_attend(&query, &keys, &values, &selected, scale)?;
+                assert_eq!((attended.out.dims(), attended.lse.dims()), (query.dims(), &query.dims()[..2]));
+            }
+            Op::SparseAttendWithTail => {
+                let [query, keys, values] = qkv(&mut args, [b, h, h_kv, n, d], dtype)?;
+                let selected = self.selected(&mut args, [b, if weighted { h } else { h_kv }, n], k)?;
+                let tail = attended(&mut args, [b, h, d], f32)?;
+                let attended = ops::sparse_attend_with_tail(&query, &keys, &values, &selected, &tail, scale)?;
+                assert_eq!((attended.out.dims(), attended.lse.dims()), (query.dims(), &query.dims()[..2]));
+            }
+            Op::Merge => {
+                let (one, other) = (attended(&mut args, [b, h, d], dtype)?, attended(&mut args, [b, h, d], dtype)?);
+                let both = one.merge(&other)?;
+                assert_eq!((both.out.dims(), both.lse.dims()), (one.out.dims(), one.lse.dims()));
+            }
+            Op::EmptyClusterSums => {
+                let mut dims = [b, h_kv, clusters, d];
+                if let Some(huge) = self.huge {
+                    // What can be counted but not had ends the process, as any allocation does.
+                    dims[sizes[0] % 4] = (huge | 1 << 63) as usize;
+                }
+                assert_eq!(ops::ClusterSums::empty(dims, &Device::Cpu)?.sums.dims(), dims);
+            }
+            Op::ClusterSums => {
+                let values = args.floats(&[b, h_kv, n, d], dtype)?;
+                let codes = args.below(clusters, &[b, h_kv, n], u8)?;
+                let before = self.clusters(&mut args, [b, h_kv, clusters, d])?;
+                let after = ops::cluster_sums(&values, &codes, &before)?;
+                assert_eq!((after.sums.dims(), after.counts.dims()), (before.sums.dims(), before.counts.dims()));
+            }
+            Op::TailAttend => {
+                let scores = args.floats(&[b, h, n], f32)?;
+                let codes = args.below(clusters, &[b, h_kv, n], u8)?;
+                let clusters = self.clusters(&mut args, [b, h_kv, clusters, d])?;
+                let selected = self.selected(&mut args, [b, if weighted { h } else { h_kv }, n], k)?;
+                let tail = ops::tail_attend(&scores, &codes, &clusters, &selected, huge(sizes[2]), scale)?;
+                assert_eq!((&tail.out.dims()[..2], tail.lse.dims()), (&scores.dims()[..2], &scores.dims()[..2]));
+            }
+            Op::Train => {
+                let coarse = if self.flags[0] { clusters } else { 0 };
+                let config = PqConfig {
+                    pq_dim: few_dims,
+                    pq_bits: bits,
+                    kmeans_iters: sizes[0] % 3,
+                    max_train_keys: huge(sizes[1] + centroids),
+                    coarse,
+                    tail: Tail::None,
+                    query_weights: weighted,
+                    metric,
+                    ..PqConfig::default()
+                };
+                let keys = args.floats(&[b, h_kv, few, few_dims * pq_len], dtype)?;
+                let weights = args.floats(&[b, h_kv, few_dims * pq_len], f32)?;
+                let codebook = Codebook::train_weighted(&keys, weighted.then_some(&weights), &config)?;
+                encode(&codebook, &keys)?;
+            }
+            Op::Codebook => {
+                let table = args.floats(&[b, h_kv, pq_dim, centroids, pq_len + augmented], f32)?;
+                let keys = args.floats(&[b, h_kv, n, d], dtype)?;
+                let phi = inner_product.then(|| args.floats(&[b, h_kv, pq_dim], f32)).transpose()?;
+                let mut codebook = Codebook::new(table, phi)?;
+                if self.flags[0] {
+                    codebook = codebook.with_coarse(args.floats(&[b, h_kv, clusters, d], f32)?)?;
+                }
+                if weighted {
+                    codebook = codebook.with_weights(args.floats(&[b, h_kv, d], f32)?)?;
+                }
+                encode(&codebook, &keys)?;
+            }
+        }
+        Ok(())
     }
-    let options = KmeansOptions { pq_dim: size(1), pq_bits: size(2), iters: size(3) % 4, metric, max_keys: n, seed: 1 };
-    if let Ok((centroids, phi)) = ops::kmeans(a, &options) {
-        assert_eq!((centroids.dims()[2], phi.is_some()), (options.pq_dim, inner_product));
-    }
-    if let Ok(scores) = ops::score(a, b, c) {
-        assert_eq!(scores.dims(), [a.dim(0)?, a.dim(1)?, b.dim(2)?]);
-    }
-    let _ = ops::residual_score(a, b, c, d, e);
-    if let Ok(packed) = ops::pack_codes(b) {
-        let _ = ops::fast_scan(a, &packed, b.dim(2)?, c, n);
-    }
-    let _ = ops::fast_scan(a, b, n, c, size(1));
-    if let Ok(best) = ops::topk(a, n) {
-        assert_eq!(best.dims().last().copied(), a.dims().last().map(|len| n.min(*len)));
-    }
-    let _ = ops::group_mass(a, n, scale);
-    let _ = ops::causal_softmax(&f.copy()?, n, size(1), scale);
-    // No more than a test may take: as many as there are to list are listed.
-    let geometry = Geometry { n: n.min(1000), sink: size(1), window: size(2), init_offset: n };
-    let _ = ops::indices_and_weights(a, geometry);
-    let selected = Selected { indices: d.clone(), lens: e.clone(), weights: f.clone() };
-    let _ = ops::dense_weights(&selected, size(1), n.min(1000));
-    let _ = ops::dense_attend(a, b, c, scale);
-    let _ = ops::sparse_attend(a, b, c, &selected, scale);
-    let other = Attended { out: b.clone(), lse: c.clone() };
-    let _ = Attended { out: a.clone(), lse: e.clone() }.merge(&other);
-    let _ = ops::sparse_attend_with_tail(a, b, c, &selected, &other, scale);
-    let clusters = ClusterSums { sums: b.clone(), counts: c.clone() };
-    let _ = ops::cluster_sums(a, d, &clusters);
-    let _ = ops::tail_attend(a, d, &clusters, &selected, n, scale);
 
-    let config = PqConfig {
-        sink: size(1),
-        window: size(2),
-        heavy: Heavy::Keys(size(3)),
-        pq_dim: size(4),
-        pq_bits: size(5) % 4,
-        kmeans_iters: 2,
-        max_train_keys: n,
-        coarse: if with_tail { 4 } else { 0 },
-        tail: if with_tail { Tail::ClusterMeans } else { Tail::None },
-        query_weights: weighted,
-        metric,
-        selection: if per_kv { Selection::PerKvHead } else { Selection::PerQueryHead },
-        refresh: f64::from(scale),
-        ..PqConfig::default()
-    };
-    let _ = Codebook::train_weighted(a, weighted.then_some(b), &config);
-    if let Ok(codebook) = Codebook::new(a.clone(), inner_product.then(|| b.clone())) {
-        let codebook = if with_tail { codebook.with_coarse(c.clone()) } else { Ok(codebook) };
-        let codebook = if weighted { codebook.and_then(|codebook| codebook.with_weights(d.clone())) } else { codebook };
-        let _ = codebook.and_then(|codebook| codebook.encode(e));
+    /// Positions that ascend, or any.
+    fn heavy(&self, args: &mut Args, dims: [usize; 3], k: usize) -> Result<Tensor> {
+        match self.flags[1] {
+            true => args.below(dims[2], &[dims[0], dims[1], k], DType::U32),
+            false => ops::topk(&args.floats(&dims, DType::F32)?, k),
+        }
     }
-    let attn = PqAttention::new(config, scale)?;
-    let dims = [size(6) % 3, size(7) % 3, input.huge.map_or(8, |huge| huge as usize)];
-    let mut cache = attn.new_cache(dims, size(0), DType::F32, &Device::Cpu)?;
-    let [b, h_kv, head_dim] = dims;
-    let random = |heads, s| Tensor::rand(-1f32, 1., (b, heads, s, head_dim), &Device::Cpu);
-    for s in [20, 1, 1, 3, 1] {
-        let (q, kv) = (random(2 * h_kv, s)?, random(h_kv, s)?);
-        let out = match (dense, by_run) {
-            (true, _) => attn.forward_dense(&q, &kv, &kv, &mut cache)?,
-            (_, true) => attn.forward_run(&q, &kv, &kv, &mut cache)?,
-            _ => attn.forward(&q, &kv, &kv, &mut cache)?,
-        };
-        assert_eq!(out.dims(), q.dims());
-        let _ = attn.forward(e, f, f, &mut cache);
-        let _ = cache.append(a, c);
-        cache.truncate(cache.len().saturating_sub(size(1) % 3))?;
+
+    /// Lists as they are made, or any.
+    fn selected(&self, args: &mut Args, [b, lists, n]: [usize; 3], k: usize) -> Result<Selected> {
+        if self.flags[1] {
+            let indices = args.below(n, &[b, lists, k], DType::U32)?;
+            let lens = args.below(k + 1, &[b, lists], DType::U32)?;
+            return Ok(Selected { indices, lens, weights: args.floats(&[b, lists, k], DType::F32)? });
+        }
+        let [sink, window, init_offset] = self.sizes.map(|size| usize::from(size % 16));
+        let heavy = ops::topk(&args.floats(&[b, lists, n.saturating_sub(init_offset)], DType::F32)?, k)?;
+        ops::indices_and_weights(&heavy, Geometry { n, sink, window, init_offset })
     }
+
+    fn clusters(&self, args: &mut Args, dims: [usize; 4]) -> Result<ClusterSums> {
+        let sums = args.floats(&dims, DType::F32)?;
+        Ok(ClusterSums { sums, counts: args.below(4, &dims[..3], DType::U32)? })
+    }
+}
+
+fn qkv(args: &mut Args, [b, h, h_kv, n, d]: [usize; 5], dtype: DType) -> Result<[Tensor; 3]> {
+    let query = args.floats(&[b, h, 1, d], dtype)?;
+    Ok([query, args.floats(&[b, h_kv, n, d], dtype)?, args.floats(&[b, h_kv, n, d], dtype)?])
+}
+
+fn attended(args: &mut Args, [b, h, d]: [usize; 3], dtype: DType) -> Result<Attended> {
+    Ok(Attended { out: args.floats(&[b, h, 1, d], dtype)?, lse: args.floats(&[b, h], DType::F32)? })
+}
+
+fn encode(codebook: &Codebook, keys: &Tensor) -> Result<()> {
+    let (codes, clusters) = codebook.encode(keys)?;
+    assert_eq!(codes.dims(), [&keys.dims()[..3], &codebook.dims()[2..3]].concat());
+    assert_eq!(clusters.as_ref().map(Tensor::dims), codebook.coarse().map(|_| &keys.dims()[..3]));
     Ok(())
 }

@@ -102,6 +102,14 @@ impl<const N: usize> View<N> {
 pub(crate) fn with_unit_rows(tensor: &Tensor) -> Result<Tensor> {
     match (tensor.layout().stride().last(), tensor.dims().last()) {
         (Some(&stride), Some(&dim)) if stride != 1 && dim > 1 => tensor.contiguous(),
+        _ => own_if_empty(tensor),
+    }
+}
+
+/// `tensor`, or a new one where it is empty: an empty view may begin behind the end of its memory, where Candle panics.
+pub(crate) fn own_if_empty(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.elem_count() {
+        0 => Tensor::zeros(tensor.shape(), tensor.dtype(), tensor.device()),
         _ => Ok(tensor.clone()),
     }
 }

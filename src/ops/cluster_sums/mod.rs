@@ -8,7 +8,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Sh
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, InplaceOp2, InplaceOp3};
 
-use super::arg::{with_unit_rows, Arg, View};
+use super::arg::{own_if_empty, with_unit_rows, Arg, View};
 use super::side_output::SideOutput;
 use super::MAX_HEAD_DIM;
 use crate::fault::point_of_failure;
@@ -73,7 +73,8 @@ impl ClusterSums {
 
     /// The same, without gaps in memory.
     fn contiguous(&self) -> Result<Self> {
-        Ok(Self { sums: self.sums.contiguous()?, counts: self.counts.contiguous()? })
+        let contiguous = |tensor: &Tensor| own_if_empty(tensor)?.contiguous();
+        Ok(Self { sums: contiguous(&self.sums)?, counts: contiguous(&self.counts)? })
     }
 
     /// `[n_clusters, head_dim]`, once dtypes and shapes are those of `[b, h_kv]` heads.

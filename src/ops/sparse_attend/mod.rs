@@ -42,24 +42,25 @@ impl Attended {
         }
         let [b, h, ..] = Arg::new(OP, "out", &self.out).view::<4>("[b, h, 1, head_dim]")?.dims;
         Arg::new(OP, "lse", &self.lse).has_dims(&[b, h])?;
+        let (this, other) = (self.with_unit_rows()?, other.with_unit_rows()?);
         let nothing = |lse: &Tensor| lse.eq(f32::NEG_INFINITY);
-        let (nothing_here, nothing_there) = (nothing(&self.lse)?, nothing(&other.lse)?);
+        let (nothing_here, nothing_there) = (nothing(&this.lse)?, nothing(&other.lse)?);
         // NaN where there is nothing on either side, and not taken there.
-        let largest = self.lse.maximum(&other.lse)?;
-        let (a, b) = ((&self.lse - &largest)?.exp()?, (&other.lse - &largest)?.exp()?);
+        let largest = this.lse.maximum(&other.lse)?;
+        let (a, b) = ((&this.lse - &largest)?.exp()?, (&other.lse - &largest)?.exp()?);
         let sum = (&a + &b)?;
         let lse = (sum.log()? + largest)?;
         let share = |weight: &Tensor, out: &Tensor| {
             out.to_dtype(DType::F32)?.broadcast_mul(&(weight / &sum)?.unsqueeze(2)?.unsqueeze(3)?)
         };
-        let out = (share(&a, &self.out)? + share(&b, &other.out)?)?.to_dtype(self.out.dtype())?;
+        let out = (share(&a, &this.out)? + share(&b, &other.out)?)?.to_dtype(this.out.dtype())?;
         let choose = |a: &Tensor, b: &Tensor, both: &Tensor| {
             let mut dims = nothing_here.dims().to_vec();
             dims.resize(both.rank(), 1);
             let mask = |nothing: &Tensor| nothing.reshape(dims.as_slice())?.broadcast_as(both.shape());
             mask(&nothing_there)?.where_cond(a, &mask(&nothing_here)?.where_cond(b, both)?)
         };
-        Ok(Self { out: choose(&self.out, &other.out, &out)?, lse: choose(&self.lse, &other.lse, &lse)? })
+        Ok(Self { out: choose(&this.out, &other.out, &out)?, lse: choose(&this.lse, &other.lse, &lse)? })
     }
 
     /// The same, with unit strides along the last dimensions.
