@@ -9,9 +9,8 @@
 //! is of the bandwidth of a large copy.
 //!
 //! `save` and `load` are those of caches of 32,768 keys, of one layer or of four, `write` and `read` of the same bytes by
-//! `std::fs`; the file stays
-//! in the system's memory, so that what they say is of the processor and not of a disk. What was loaded is checked to go on
-//! as what was saved.
+//! `std::fs`; the file stays in the system's memory, so that what they say is of the processor and not of a disk. What was
+//! loaded is checked to go on as what was saved.
 
 use std::time::Instant;
 

@@ -23,6 +23,9 @@ impl PqAttention {
     /// its own length, codebook and [budget](PqKvCache::set_max_bytes), so that sequences come and go between steps; it may be
     /// a [`fork`](PqKvCache::fork) of another.
     ///
+    /// Each sequence costs what a call of [`forward`](Self::forward) for it does; what gains is the rest of the model, whose
+    /// weights are read once for all of them.
+    ///
     /// The same as a call of [`forward`](Self::forward) for each, to the bit, whatever else is in the batch; but if one fails
     /// all caches are as before.
     ///
