@@ -219,6 +219,7 @@ struct SavedFile {
 struct Reader<'a> {
     of: &'a SavedFile,
     file: File,
+    /// On its way to a GPU.
     block: Vec<u8>,
 }
 
@@ -297,7 +298,7 @@ impl SavedFile {
 
     /// One that reads from `path`, where this file is.
     fn reader(&self, path: &Path) -> Result<Reader<'_>> {
-        Ok(Reader { of: self, file: File::open(path)?, block: vec![0; BLOCK] })
+        Ok(Reader { of: self, file: File::open(path)?, block: Vec::new() })
     }
 }
 
@@ -313,7 +314,8 @@ impl Reader<'_> {
             if to.device().is_cpu() {
                 return to.inplace_op1(&ReadBlock(Mutex::new((&mut *file, &mut sum))));
             }
-            let bytes = &mut block[..to.data_len()];
+            block.resize(to.data_len(), 0);
+            let bytes = &mut block[..];
             file.read_exact(bytes)?;
             sum.update(bytes);
             to.slice_set(&Tensor::from_raw_buffer(bytes, to.dtype(), to.dims(), to.device())?, 0, 0)
