@@ -36,6 +36,8 @@ struct Case {
     tail: Tail,
     /// Encodes a key and writes the weights by position in each step, as the published indexer does.
     as_seed: bool,
+    /// Sequences of lengths up to `n`, in caches of their own.
+    is_ragged: bool,
 }
 
 const GQA: Case = Case {
@@ -55,12 +57,13 @@ const GQA: Case = Case {
     coarse: 0,
     tail: Tail::None,
     as_seed: false,
+    is_ragged: false,
 };
 
 /// A cluster and 8 x 8 bits of the residual.
 const RESIDUAL: Case = Case { pq_dim: 8, coarse: 256, ..GQA };
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     Case {
         name: "seed-w0",
         h_kv: 32,
@@ -94,6 +97,7 @@ const CASES: [Case; 13] = [
     },
     Case { name: "tail-1m", n: 1 << 20, heavy: 10_486, tail: Tail::ClusterMeans, ..RESIDUAL },
     Case { name: "tail-batch8-32k", b: 8, heavy: 656, tail: Tail::ClusterMeans, ..RESIDUAL },
+    Case { name: "ragged8-32k", b: 8, heavy: 656, tail: Tail::ClusterMeans, is_ragged: true, ..RESIDUAL },
 ];
 
 /// What is measured: the `i`-th of some calls.
@@ -282,21 +286,55 @@ impl Case {
         })
     }
 
-    fn run(&self, device: &Device, copy_gb_per_s: f64, json: bool) -> Result<()> {
-        let layers = self.layers(device)?;
-        self.check(&layers[0])?;
-        let scores: Vec<Tensor> = layers.iter().take(8).map(|layer| self.score(layer)).collect::<Result<_>>()?;
-        let selected = self.index(&layers[0])?;
-        let element = self.dtype.size_in_bytes();
-        let kv_bytes = self.b * self.h_kv * self.n * self.d * element;
-        let codes_bytes = layers[0].codes.elem_count();
-        let centroids_bytes = layers[0].centroids.elem_count() * 4;
-        let attended_bytes = 2 * selected.indices.elem_count() * self.d * element;
-        let block = if self.as_seed { 1 } else { self.window };
-        let new_keys = layers[0].keys.narrow(2, self.n - block, block)?;
-        let train_keys = layers[0].keys.narrow(2, 0, self.n.min(32_768))?;
-        let at = |i: usize| &layers[i % layers.len()];
+    /// Tokens of several sequences in packed steps: of lengths from 1k to 32k, and of as many that are all as long as their
+    /// mean, as caches of their own and as one batch.
+    fn run_ragged(&self, device: &Device, report: &dyn Fn(&str, usize, Call) -> Result<()>) -> Result<()> {
+        const LAYERS: usize = 4;
+        const ROOM: usize = 4096;
+        let attn = PqAttention::new(self.config(), self.scale())?;
+        let random = |b, heads, n| Tensor::randn(0f32, 1.0, (b, heads, n, self.d), device)?.to_dtype(self.dtype);
+        let (shortest, longest) = (1024, self.n);
+        let lens: Vec<_> = (0..self.b).map(|i| shortest + (longest - shortest) * i / (self.b - 1)).collect();
+        let mean = lens.iter().sum::<usize>() / self.b;
+        let codebook = Codebook::train(&random(1, self.h_kv, 8192)?, &self.config())?;
+        let new = |b: usize, n: usize| {
+            let mut cache = attn.new_cache([b, self.h_kv, self.d], n + ROOM, self.dtype, device)?;
+            for first in (0..n).step_by(8192) {
+                let count = 8192.min(n - first);
+                cache.append(&random(b, self.h_kv, count)?, &random(b, self.h_kv, count)?)?;
+            }
+            let of_all = |tensor: &Tensor| Tensor::cat(&vec![tensor; b], 0);
+            let of_batch = Codebook::new(of_all(&codebook.centroids()?)?, None)?;
+            cache.set_codebook(match codebook.coarse() {
+                None => of_batch,
+                Some(coarse) => of_batch.with_coarse(of_all(coarse)?)?,
+            })?;
+            cache.build_index()?;
+            Ok(cache)
+        };
+        let layers = |lens: &[usize]| -> Result<Vec<Vec<PqKvCache>>> {
+            (0..LAYERS).map(|_| lens.iter().map(|len| new(1, *len)).collect()).collect()
+        };
+        let code = self.pq_dim + usize::from(self.coarse > 0);
+        let attended = self.heavy + self.sink + self.window;
+        let bytes = self.h_kv * (lens.iter().sum::<usize>() * code + self.b * attended * 2 * self.d * 2);
+        let one = [random(1, self.h, self.b)?, random(1, self.h_kv, self.b)?, random(1, self.h_kv, self.b)?];
+        let batch = one.each_ref().map(|x| x.permute((2, 1, 0, 3))?.contiguous());
+        let [q, k, v] = &one;
+        for (what, lens) in [("ragged", &lens), ("even", &vec![mean; self.b])] {
+            let layers = RefCell::new(layers(lens)?);
+            report(what, bytes, &|i| {
+                let caches = &mut layers.borrow_mut()[i % LAYERS];
+                attn.forward_packed(q, k, v, caches.iter_mut().map(|cache| (cache, 1))).map(drop)
+            })?;
+        }
+        let [q, k, v] = batch;
+        let (q, k, v) = (q?, k?, v?);
+        let caches = RefCell::new((0..LAYERS).map(|_| new(self.b, mean)).collect::<Result<Vec<_>>>()?);
+        report("batch", bytes, &|i| attn.forward(&q, &k, &v, &mut caches.borrow_mut()[i % LAYERS]).map(drop))
+    }
 
+    fn run(&self, device: &Device, copy_gb_per_s: f64, json: bool) -> Result<()> {
         let print = |what: &str, bytes: usize, times: Vec<Times>| {
             for times in times {
                 let gb_per_s = bytes as f64 / times.us[1] / 1e3;
@@ -319,6 +357,23 @@ impl Case {
             print(what, bytes, measure(device, call)?);
             Ok(())
         };
+        if self.is_ragged {
+            return self.run_ragged(device, &report);
+        }
+        let layers = self.layers(device)?;
+        self.check(&layers[0])?;
+        let scores: Vec<Tensor> = layers.iter().take(8).map(|layer| self.score(layer)).collect::<Result<_>>()?;
+        let selected = self.index(&layers[0])?;
+        let element = self.dtype.size_in_bytes();
+        let kv_bytes = self.b * self.h_kv * self.n * self.d * element;
+        let codes_bytes = layers[0].codes.elem_count();
+        let centroids_bytes = layers[0].centroids.elem_count() * 4;
+        let attended_bytes = 2 * selected.indices.elem_count() * self.d * element;
+        let block = if self.as_seed { 1 } else { self.window };
+        let new_keys = layers[0].keys.narrow(2, self.n - block, block)?;
+        let train_keys = layers[0].keys.narrow(2, 0, self.n.min(32_768))?;
+        let at = |i: usize| &layers[i % layers.len()];
+
         self.run_forward(&layers, codes_bytes + centroids_bytes + attended_bytes, &report)?;
         if self.coarse > 0 {
             // Eager alone: what it gathers its sample by comes from the host.

@@ -59,14 +59,6 @@ struct Step {
     const double keys = __dmul_rn(__dmul_rn(share, static_cast<double>(length)), 1.0 - 4.0 * DBL_EPSILON);
     return min(heavy + static_cast<u64>(ceil(keys)), candidates(length));
   }
-
-  // Where the last `block` keys of a sequence begin, if they are due: blocks follow each other from init_offset on, and are
-  // due when they are full.
-  __device__ bool find_due(const u32* lens, u64 b, u64 block, u64* begin) const {
-    const u64 keys = length(lens, b);
-    *begin = keys - block;
-    return keys > init_offset && (keys - init_offset) % block == 0;
-  }
 };
 
 __device__ inline u64 ceil_div(u64 x, u64 y) { return (x + y - 1) / y; }

@@ -5,6 +5,8 @@
 // a query head's otherwise. Each row (by query head each bundle) is shared by a team of `splits` blocks, which take turns
 // at its keys, 128 at a time.
 //
+// Sequences are each in memory of their own and as long as they are; longer ones have larger teams.
+//
 // `search` runs all blocks at once, a block a multiprocessor. Scores stay where they are made, in shared memory as far as
 // there is room; a team meets where one of its blocks needs what others found:
 // 1. tables: query . centroid, an entry for each centroid and cluster. Each block makes some.
@@ -24,47 +26,31 @@
 
 #define SEARCH(suffix, type, name, HEADS, BY_KV)                                                           \
   extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
-      const type* query,       /* [b, h, 1, head_dim] */                                                   \
-      const u8* codes,         /* [b, h_kv, capacity, pq_dim] */                                           \
-      const u8* clusters,      /* [b, h_kv, capacity], or null */                                          \
-      const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                                \
-      const float* coarse,     /* [b, h_kv, n_clusters, head_dim], or null */                              \
-      const u32* lens,         /* [b] */                                                                   \
-      float* tables,           /* [b, h_kv, bundles, entries, HEADS] */                                    \
-      float* scores,           /* [b, h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */  \
-      float* masses,           /* [b, h_kv, room], of the open keys; null by query head */                 \
-      Stats* stats,            /* [b, h_kv, bundles, MAX_SPLITS, HEADS] */                                 \
-      Search* searches,        /* [lists] */                                                               \
-      u32* lists,              /* [lists, room] */                                                         \
-      Listed* listed,          /* [lists, splits, WARPS] */                                                \
-      u32* tail,               /* [b, lists of heads, splits, heads of a list, MAX_CLUSTERS] */            \
-      const Decode p) {                                                                                    \
-    search<HEADS, BY_KV>(query, codes, clusters, centroids, coarse, lens, tables, scores, masses, stats, searches, lists, \
-                         listed, tail, p);                                                                 \
+      float* tables,      /* [sequences, h_kv, bundles, entries, HEADS] */                                 \
+      float* scores,      /* of each sequence [h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */ \
+      float* masses,      /* of each [h_kv, room], of the open keys; null by query head */                 \
+      Stats* stats,       /* [sequences, h_kv, bundles, MAX_SPLITS, HEADS] */                              \
+      Search* searches,   /* [lists] */                                                                    \
+      u32* lists,         /* of each sequence [its lists, its splits, WARPS, per_warp] */                  \
+      Listed* listed,     /* [lists, splits, WARPS] */                                                     \
+      u32* tail,          /* [sequences, lists of heads, splits, heads of a list, MAX_CLUSTERS] */         \
+      const __grid_constant__ Decode p) {                                                                  \
+    search<HEADS, BY_KV, type>(tables, scores, masses, stats, searches, lists, listed, tail, p);           \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
   extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>, ATTEND_BLOCKS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
-      const type* query,      /* [b, h, 1, head_dim] */                                                    \
-      const type* keys,       /* [b, h_kv, capacity, head_dim] */                                          \
-      const type* values,     /* [b, h_kv, capacity, head_dim] */                                          \
-      const type* prefix,     /* keys and values of the first `shared` positions */                        \
-      const u8* clusters,     /* [b, h_kv, capacity], or null */                                           \
-      const float* scores,    /* [b, h_kv, bundles, room, HEADS] */                                        \
-      const float* masses,    /* [b, h_kv, room] */                                                        \
-      const u32* lens,        /* [b] */                                                                    \
-      Search* searches,       /* [lists] */                                                                \
-      const u32* lists,       /* [lists, room] */                                                          \
-      const Listed* listed,   /* [lists, splits, WARPS] */                                                 \
-      const float* sums,      /* [b, h_kv, n_clusters, head_dim], or null */                               \
-      const u32* counts,      /* [b, h_kv, n_clusters], or null */                                         \
-      const u32* tail,        /* as search leaves it */                                                    \
-      float* partials,        /* [b, h_kv, bundles, splits, HEADS, D] */                                   \
-      float2* partial_stats,  /* [b, h_kv, bundles, splits, HEADS] */                                      \
-      u32* arrived,           /* [b, h_kv, bundles] */                                                     \
-      type* out,              /* [b, h, head_dim] */                                                       \
-      const Decode p) {                                                                                    \
-    attend<HEADS, BY_KV, D>(query, keys, values, prefix, clusters, scores, masses, lens, searches, lists, listed, sums, counts, \
-                            tail, partials, partial_stats, arrived, out, p);                          \
+      const float* scores,    /* as search leaves them, and all up to `tail` */                            \
+      const float* masses,                                                                                 \
+      Search* searches,                                                                                    \
+      const u32* lists,                                                                                    \
+      const Listed* listed,                                                                                \
+      const u32* tail,                                                                                     \
+      float* partials,        /* [sequences, h_kv, bundles, splits, HEADS, D] */                           \
+      float2* partial_stats,  /* [sequences, h_kv, bundles, splits, HEADS] */                              \
+      u32* arrived,           /* [sequences, h_kv, bundles] */                                             \
+      type* out,              /* [sequences, h, head_dim] */                                               \
+      const __grid_constant__ Decode p) {                                                                  \
+    attend<HEADS, BY_KV, D>(scores, masses, searches, lists, listed, tail, partials, partial_stats, arrived, out, p); \
   }
 
 #define BY_TYPE(suffix, type)                                                         \

@@ -1,6 +1,7 @@
 //! Attention as a language model calls it: dense for the prompt, sparse for every token after.
 
 mod packed;
+mod run;
 
 use std::fmt;
 use std::sync::Arc;
@@ -137,56 +138,6 @@ impl PqAttention {
         self.append_and(query, keys, values, cache, Self::dense_decode)
     }
 
-    /// As [`forward`](Self::forward) for each position in turn: sparse attention for every query of a short run, of which
-    /// each sees the keys before it and its own. For speculative decoding, which has a model judge a few drafted tokens in
-    /// one call.
-    ///
-    /// The same as `s` calls with one position each, to the bit; but if one fails the cache is as before all of them.
-    /// Afterwards take back the tokens that were refused by [`PqKvCache::truncate`]. It forgets a codebook that was trained
-    /// on one of them: call [`PqKvCache::build_index`] before the run, and rarely any is.
-    ///
-    /// A run costs what its steps do: only what surrounds attention gains from being one call. A prompt is
-    /// [`forward`](Self::forward)'s.
-    ///
-    /// # Shapes
-    /// As [`forward`](Self::forward): `query`: `[b, h, s, head_dim]`, `keys` and `values`: `[b, h_kv, s, head_dim]`; returns
-    /// `[b, h, s, head_dim]`
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward).
-    ///
-    /// ```
-    /// use candle_core::{DType, Device, Tensor};
-    /// use candle_pq_attn::{PqAttention, PqConfig};
-    ///
-    /// let attn = PqAttention::new(PqConfig::default(), 0.125)?;
-    /// let mut cache = attn.new_cache([1, 2, 64], 2048, DType::F32, &Device::Cpu)?;
-    /// let random = |heads, s| Tensor::randn(0f32, 1., (1, heads, s, 64), &Device::Cpu);
-    /// attn.forward(&random(8, 1500)?, &random(2, 1500)?, &random(2, 1500)?, &mut cache)?;
-    ///
-    /// cache.build_index()?;
-    /// let out = attn.forward_run(&random(8, 4)?, &random(2, 4)?, &random(2, 4)?, &mut cache)?;
-    /// assert_eq!(out.dims(), [1, 8, 4, 64]);
-    /// cache.truncate(1502)?; // two of four drafted tokens were right
-    /// # candle_core::Result::Ok(())
-    /// ```
-    pub fn forward_run(&self, query: &Tensor, keys: &Tensor, values: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
-        self.check(query, keys, cache)?;
-        let added = cache.check_new(keys, values)?;
-        cache.reserve(added)?;
-        let before = cache.checkpoint();
-        let step = |position| {
-            let at = |tensor: &Tensor| tensor.narrow(2, position, 1);
-            self.forward(&at(query)?, &at(keys)?, &at(values)?, cache)
-        };
-        let outs: Result<Vec<_>> = (0..added).map(step).collect();
-        let out = outs.and_then(|outs| Tensor::cat(&outs, 2));
-        if out.is_err() {
-            cache.restore(before)?;
-        }
-        out
-    }
-
     fn append_and(
         &self,
         query: &Tensor,
@@ -250,18 +201,26 @@ impl PqAttention {
     /// The same, or with an index a sparse step, if the cache is on a GPU. The kernels that suit any step read keys that lie in
     /// one piece: a fork has a copy of its own then.
     #[cfg(feature = "cuda")]
-    fn decode_on_gpu(&self, query: &Tensor, index: Option<&Index>, cache: &mut PqKvCache) -> Result<Option<Tensor>> {
+    fn decode_on_gpu(&self, query: &Tensor, index: Option<Index>, cache: &mut PqKvCache) -> Result<Option<Tensor>> {
         if index.is_none() && cache.is_capturing()? {
-            cache.index_last_block()?;
+            PqKvCache::index_last_blocks(&mut [cache])?;
         }
-        let index = index.map(|index| (index, &self.config));
-        let Some(sequences) = cache.on_gpu()? else { return Ok(None) };
-        if let Some(out) = ops::decode(query, &sequences, index, self.scale, &self.workspace)? {
-            return Ok(Some(out));
+        let step = |cache: &PqKvCache| match cache.on_gpu(index.clone(), 0)? {
+            None => Ok(None),
+            Some(cache) => self.decode_together(query, &[cache]),
+        };
+        let out = step(cache)?;
+        if out.is_some() || !query.device().is_cuda() {
+            return Ok(out);
         }
         cache.unshare()?;
-        let Some(sequences) = cache.on_gpu()? else { return Ok(None) };
-        ops::decode(query, &sequences, index, self.scale, &self.workspace)
+        step(cache)
+    }
+
+    /// A step of several caches on a GPU, each of a position of `query`; None where there are no kernels for it.
+    #[cfg(feature = "cuda")]
+    fn decode_together(&self, query: &Tensor, caches: &[ops::Sequences]) -> Result<Option<Tensor>> {
+        ops::decode(query, caches, &self.config, self.scale, &self.workspace)
     }
 
     /// One query a head over the keys that matter to it.
@@ -272,7 +231,7 @@ impl PqAttention {
         let index = cache.index()?;
         let _span = trace_span!("pq-attn-sparse").entered();
         #[cfg(feature = "cuda")]
-        if let Some(out) = self.decode_on_gpu(query, Some(&index), cache)? {
+        if let Some(out) = self.decode_on_gpu(query, Some(index.clone()), cache)? {
             return Ok(out);
         }
         let ([_, h_kv, _], n) = (cache.dims(), cache.len());

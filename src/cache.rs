@@ -125,6 +125,7 @@ impl Trained {
 }
 
 /// What a decode step searches.
+#[derive(Clone)]
 pub(crate) struct Index {
     pub(crate) codes: Tensor,
     pub(crate) centroids: Tensor,
@@ -251,6 +252,27 @@ impl PqKvCache {
         Ok(())
     }
 
+    /// As an [`append`](Self::append) to each of some caches on a GPU, in one launch, of what [`check_new`](Self::check_new) has
+    /// found to fit; all of them have as many new keys. Where one has to move before and cannot, none has grown.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn append_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
+        let mut new = Vec::new();
+        for (cache, [keys, values]) in caches.iter_mut() {
+            let added = cache.check_new(keys, values)?;
+            cache.reserve(added)?;
+            cache.reclaim()?;
+            let (keys, values, first) = (cache.apart(keys)?, cache.apart(values)?, cache.shared());
+            let Some(lens) = &cache.lens else {
+                bail!("PqKvCache: append: expected caches on a GPU, got one that is not")
+            };
+            new.push(ops::New { cache: &cache.kv, first, lens, keys, values });
+        }
+        ops::append(&new)?;
+        drop(new);
+        caches.iter_mut().for_each(|(cache, [keys, _])| cache.len += keys.dims()[2]);
+        Ok(())
+    }
+
     /// Takes note of the queries of the last positions, `[b, h, s, head_dim]`: codebooks trained from now on know what they
     /// look at.
     pub(crate) fn observe(&mut self, query: &Tensor) -> Result<()> {
@@ -264,8 +286,9 @@ impl PqKvCache {
     fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
         let (keys, values, shared) = (&self.apart(keys)?, &self.apart(values)?, self.shared());
         #[cfg(feature = "cuda")]
-        if let Some(lens) = &mut self.lens {
-            return ops::append(&self.kv, shared, lens, keys, values);
+        if let Some(lens) = &self.lens {
+            let (keys, values) = (keys.clone(), values.clone());
+            return ops::append(&[ops::New { cache: &self.kv, first: shared, lens, keys, values }]);
         }
         point_of_failure()?;
         self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len - shared)?;
@@ -379,10 +402,27 @@ impl PqKvCache {
         self.encode_blocks()
     }
 
-    /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
-    /// is room for.
+    /// What a step searches, brought up to date.
     pub(crate) fn index(&mut self) -> Result<Index> {
         self.build_index()?;
+        self.last_index()
+    }
+
+    /// As [`index`](Self::index) of each of some caches on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn index_together(caches: &mut [&mut Self]) -> Result<Vec<Index>> {
+        caches.iter_mut().try_for_each(|cache| cache.train_if_due())?;
+        let is_capturing = caches.first().map_or(Ok(false), |cache| cache.is_capturing())?;
+        let (mut last, others): (Vec<_>, Vec<_>) =
+            caches.iter_mut().map(|cache| &mut **cache).partition(|cache| is_capturing || cache.is_last_block_due());
+        Self::index_last_blocks(&mut last)?;
+        others.into_iter().try_for_each(|cache| cache.encode_blocks())?;
+        caches.iter().map(|cache| cache.last_index()).collect()
+    }
+
+    /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
+    /// is room for.
+    fn last_index(&self) -> Result<Index> {
         let candidates = self.config.candidates(self.len);
         let positions = match self.kv.device().is_cuda() {
             true => self.config.init_offset()..self.capacity(),
@@ -411,16 +451,17 @@ impl PqKvCache {
         })
     }
 
-    /// Keys and values of all positions that there is room for, if they are on a GPU.
+    /// Keys and values of all positions that there is room for, if they are on a GPU, for a step that searches `index` and does
+    /// not see the last `ahead` keys.
     #[cfg(feature = "cuda")]
-    pub(crate) fn on_gpu(&self) -> Result<Option<ops::Sequences<'_>>> {
+    pub(crate) fn on_gpu(&self, index: Option<Index>, ahead: usize) -> Result<Option<ops::Sequences<'_>>> {
         match &self.lens {
             None => Ok(None),
             Some(lens) => {
                 let of = |kv: &Tensor| Ok::<_, candle_core::Error>([kv.get(0)?, kv.get(1)?]);
                 let prefix = self.prefix.as_ref().map(|prefix| of(&prefix.kv)).transpose()?;
-                let ([keys, values], shared) = (of(&self.kv)?, self.shared());
-                Ok(Some(ops::Sequences { keys, values, prefix, shared, lens }))
+                let ([keys, values], shared, len) = (of(&self.kv)?, self.shared(), self.len - ahead);
+                Ok(Some(ops::Sequences { keys, values, prefix, shared, lens, len, ahead, index }))
             }
         }
     }
@@ -466,6 +507,15 @@ impl PqKvCache {
     /// What a graph of the step that was last run would rely on.
     pub(crate) fn last_step(&self) -> Replayable {
         Replayable { version: self.version, is_dense: self.config.is_dense(self.len) }
+    }
+
+    /// How many of the next `limit` steps search the same index, without training and sparsely; 1 at least.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn steps_alike(&self, limit: usize) -> usize {
+        let index_at = |len| (self.blocks_end(len), self.is_training_due_at(len), self.config.is_dense(len));
+        let first = (self.blocks_end(self.len + 1), false, false);
+        let alike = (1..=limit).take_while(|steps| self.trained.is_some() && index_at(self.len + steps) == first);
+        alike.count().max(1)
     }
 
     fn train_if_due(&mut self) -> Result<()> {
@@ -516,7 +566,7 @@ impl PqKvCache {
     pub(crate) fn encode_blocks(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
         if self.is_capturing()? || self.is_last_block_due() {
-            return self.index_last_block();
+            return Self::index_last_blocks(&mut [self]);
         }
         let end = self.blocks_end(self.len);
         self.encode(end)?;
@@ -567,26 +617,38 @@ impl PqKvCache {
         open == self.block() && is_own && self.lens.is_some() && self.trained.as_ref().is_some_and(is_summed)
     }
 
-    /// Has the GPU encode the last block of keys if it finds it full: now, or in each replay of the graph that is being
-    /// captured.
+    /// Has the GPU encode the last blocks of keys of some caches, those that it finds full: now, or in each replay of the graph
+    /// that is being captured.
     #[cfg(feature = "cuda")]
-    pub(crate) fn index_last_block(&mut self) -> Result<()> {
+    pub(crate) fn index_last_blocks(caches: &mut [&mut Self]) -> Result<()> {
         let _span = trace_span!("pq-attn-encode").entered();
-        let (block, end) = (self.block(), self.blocks_end(self.len));
+        let Some(first) = caches.first() else { return Ok(()) };
+        let due = ops::Due { init_offset: first.config.init_offset(), block: first.block() };
+        let indexed = caches.iter().filter_map(|cache| cache.as_indexed().transpose());
+        ops::index_block(&indexed.collect::<Result<Vec<_>>>()?, due)?;
+        for cache in caches {
+            let end = cache.blocks_end(cache.len);
+            if let Some(trained) = &mut cache.trained {
+                (cache.encoded, trained.summed) = (end, end);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is written of it when its last block of keys is encoded; None without a codebook.
+    #[cfg(feature = "cuda")]
+    fn as_indexed(&self) -> Result<Option<ops::Indexed<'_>>> {
         let earlier = self.blocks_end(self.len.saturating_sub(1));
         let (first, room) = (self.shared(), self.own_capacity());
-        let (Some(trained), Some(lens)) = (&mut self.trained, &mut self.lens) else { return Ok(()) };
+        let (Some(trained), Some(lens)) = (&self.trained, &self.lens) else { return Ok(None) };
         if self.encoded < earlier.max(first) || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
-        let due = ops::Due { lens, init_offset: self.config.init_offset(), block, first };
-        let (keys, values) = (self.kv.get(0)?, self.kv.get(1)?);
+        let kv = [self.kv.get(0)?, self.kv.get(1)?];
         let codes = self.codes.narrow(2, first, room)?;
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, first, room)).transpose()?;
-        let (codes, clusters) = ((&codes, coarse_codes.as_ref()), trained.clusters.as_ref());
-        trained.codebook.index_block(codes, [&keys, &values], clusters, due)?;
-        (self.encoded, trained.summed) = (end, end);
-        Ok(())
+        let (encoder, clusters) = (trained.codebook.encoder(), trained.clusters.as_ref());
+        Ok(Some(ops::Indexed { codes, kv, coarse_codes, encoder, clusters, lens, first }))
     }
 
     /// Whether launches are recorded for a CUDA graph rather than run.

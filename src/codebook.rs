@@ -149,8 +149,8 @@ impl Codebook {
                 centroids.dims()
             );
         }
-        let (centroids, phi) = (own_if_empty(&centroids)?, phi.as_ref().map(own_if_empty).transpose()?);
-        Ok(Self { centroids, phi, coarse: None, weights: None })
+        let own = |tensor: &Tensor| own_if_empty(tensor)?.contiguous();
+        Ok(Self { centroids: own(&centroids)?, phi: phi.as_ref().map(own).transpose()?, coarse: None, weights: None })
     }
 
     /// The same centroids, of residuals to the clusters whose centroids are `coarse`, `[b, h_kv, n_clusters, head_dim]`
@@ -177,7 +177,7 @@ impl Codebook {
         if self.weights.is_some() {
             bail!("Codebook: coarse: expected a codebook that gets its weights afterwards, got one that has some");
         }
-        Ok(Self { coarse: Some(own_if_empty(&coarse)?), ..self })
+        Ok(Self { coarse: Some(own_if_empty(&coarse)?.contiguous()?), ..self })
     }
 
     /// The same centroids, of keys whose elements have been multiplied by `weights`, `[b, h_kv, head_dim]` f32.
@@ -265,18 +265,11 @@ impl Codebook {
         ops::encode_into(codes, keys, &self.centroids, options)
     }
 
-    /// Encodes the block that ends with the last key of a cache, if it is full there; `[b, h_kv, capacity, ...]` each.
+    /// What [`ops::index_block`] is told of this codebook.
     #[cfg(feature = "cuda")]
-    pub(crate) fn index_block(
-        &self,
-        (codes, coarse_codes): (&Tensor, Option<&Tensor>),
-        [keys, values]: [&Tensor; 2],
-        clusters: Option<&ops::ClusterSums>,
-        due: ops::Due,
-    ) -> Result<()> {
-        let coarse = self.coarse_of(coarse_codes);
-        let options = self.encode_options(coarse.as_ref());
-        ops::index_block(codes, [keys, values], &self.centroids, options, clusters, due)
+    pub(crate) fn encoder(&self) -> ops::Encoder<'_> {
+        let (phi, weights, coarse) = (self.phi.as_ref(), self.weights(), self.coarse.as_ref());
+        ops::Encoder { centroids: &self.centroids, phi, weights, coarse }
     }
 
     /// Clusters of keys beside the centroids that they are coded by, with the weights.

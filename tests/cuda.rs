@@ -1346,6 +1346,93 @@ fn packed_sequences_equal_the_same_alone() -> Result<()> {
     packed::equal_the_same_alone(&gpu, &[DType::F32, DType::BF16])
 }
 
+/// What shared launches make of 20 sequences of all lengths, forks among them, and of runs, beside steps of one sequence at a
+/// time: other numbers of blocks share a row, so that sums round otherwise, and keys at the edge of a selection may give way
+/// to their equals.
+#[test]
+fn shared_launches_equal_single_ones() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(write);
+    let (h_kv, d) = (2, 64);
+    for (h, selection, tail, dtype) in [
+        (2, Selection::PerQueryHead, Tail::None, DType::F32),
+        (8, Selection::PerKvHead, Tail::ClusterMeans, DType::BF16),
+        (8, Selection::PerQueryHead, Tail::ClusterMeans, DType::F32),
+        (20, Selection::PerKvHead, Tail::ClusterMeans, DType::F16),
+    ] {
+        let mut rng = Rng(31);
+        let config = PqConfig { pq_dim: 8, pq_bits: 6, coarse: 64, tail, selection, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 0.125)?;
+        let what = format!("{h} heads, {selection:?}, {tail:?}, {}", dtype.as_str());
+        let mut draw = |s: usize| -> Result<[Tensor; 3]> {
+            let mut of = |heads| rng.tensor(&[1, heads, s, d], dtype).to_device(&gpu);
+            Ok([of(h)?, of(h_kv)?, of(h_kv)?])
+        };
+        let mut packed = Vec::new();
+        for i in 0..20 {
+            let mut cache = attn.new_cache([1, h_kv, d], 0, dtype, &gpu)?;
+            let [q, k, v] = draw(600 + 250 * i)?;
+            attn.forward(&q.narrow(2, 0, 1)?.repeat((1, 1, k.dims()[2], 1))?, &k, &v, &mut cache)?;
+            cache.build_index()?;
+            packed.push(cache);
+        }
+        packed[3] = packed[19].fork()?;
+        packed[7] = packed[19].fork()?;
+        let mut alone = packed.iter_mut().map(PqKvCache::fork).collect::<Result<Vec<_>>>()?;
+        let mut errors = Vec::new();
+        // Over more than a block of keys.
+        for step in 0..75 {
+            // One of them rests, and one reads a few tokens at once.
+            let counts: Vec<usize> = (0..20).map(|i| if i == step % 7 { step % 3 } else { 1 }).collect();
+            let [q, k, v] = draw(counts.iter().sum())?;
+            let sequences = packed.iter_mut().zip(counts.iter().copied()).filter(|(_, count)| *count > 0);
+            let got = attn.forward_packed(&q, &k, &v, sequences)?;
+            let mut first = 0;
+            for (i, (cache, count)) in alone.iter_mut().zip(counts).enumerate().filter(|(_, (_, count))| *count > 0) {
+                let of = |tensor: &Tensor| tensor.narrow(2, first, count);
+                let want = attn.forward(&of(&q)?, &of(&k)?, &of(&v)?, cache)?;
+                errors.push(error_of(&format!("{what}, step {step}, sequence {i}"), &of(&got)?, &want));
+                first += count;
+            }
+        }
+        for (packed, alone) in packed.iter().zip(&alone) {
+            assert_eq!(packed.len(), alone.len());
+            assert_same_bits("keys", &packed.keys()?, &alone.keys()?)?;
+            assert_same_index(&what, packed, alone)?;
+        }
+        for (i, (run, alone)) in packed.iter_mut().zip(&mut alone).enumerate() {
+            for step in 0..12 {
+                let [q, k, v] = draw(if step == 11 { 80 } else { 2 + (i + step) % 7 })?;
+                let got = attn.forward_run(&q, &k, &v, run)?;
+                for position in 0..q.dims()[2] {
+                    let of = |tensor: &Tensor| tensor.narrow(2, position, 1);
+                    let want = attn.forward(&of(&q)?, &of(&k)?, &of(&v)?, alone)?;
+                    errors.push(error_of(&format!("{what}, position {position} of run {step}"), &of(&got)?, &want));
+                }
+                run.truncate(run.len() - 1)?;
+                alone.truncate(alone.len() - 1)?;
+            }
+            assert_same_bits("values", &run.values()?, &alone.values()?)?;
+            assert_same_index(&what, run, alone)?;
+        }
+        errors.sort_by(f64::total_cmp);
+        let (most, tolerance) = (errors[errors.len() * 99 / 100], if dtype == DType::F32 { 1e-4 } else { 5e-3 });
+        assert!(most < tolerance, "{what}: one in a hundred of {} is off by {most} or more", errors.len());
+    }
+    Ok(())
+}
+
+/// The norm of the differences, beside that of the numbers.
+#[track_caller]
+fn error_of(what: &str, got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!((got.dims(), got.dtype()), (want.dims(), want.dtype()), "{what}");
+    let norm = |numbers: &[f64]| numbers.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let (got, want) = (numbers(got), numbers(want));
+    let differences: Vec<_> = got.iter().zip(&want).map(|(got, want)| got - want).collect();
+    let error = norm(&differences) / norm(&want);
+    assert!(error < 0.3, "{what}: off by {error}");
+    error
+}
+
 #[test]
 fn misuse_is_refused() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);

@@ -20,8 +20,8 @@ template <int HEADS, bool BY_KV>
 struct Ranked {
   const float* from;
 
-  __device__ Ranked(const float* scores, const float* masses, u32 row, u32 bundle, u32 head, const Decode& p) {
-    from = BY_KV ? masses + row * p.room : scores + (static_cast<u64>(row) * p.bundles + bundle) * p.room * HEADS + head;
+  __device__ Ranked(const float* scores, const float* masses, u32 head, const Part& part, const Decode& p) {
+    from = BY_KV ? masses + part.masses_at(p) : scores + part.scores_at(p) * HEADS + head;
   }
   __device__ float operator[](u32 position) const {
     return BY_KV ? from[position] : from[static_cast<u64>(score_slot(position)) * HEADS];
@@ -37,12 +37,10 @@ __device__ inline u32 segment_of(const u32* before, u32 i) {
   return segment;
 }
 
-// Grid: (splits, b * h_kv * bundles). Groups of LANES threads take a key each, eight elements a thread.
+// Grid: (the most splits, bundles of all sequences). Groups of LANES threads take a key each, eight elements a thread.
 template <int HEADS, bool BY_KV, int D, class T>
-__device__ void attend(const T* query, const T* keys, const T* values, const T* prefix, const u8* clusters, const float* scores,
-                       const float* masses, const u32* lens, Search* searches, const u32* lists,
-                       const Listed* listed, const float* sums, const u32* counts, const u32* tail, float* partials,
-                       float2* partial_stats, u32* arrived, T* out, const Decode& p) {
+__device__ void attend(const float* scores, const float* masses, Search* searches, const u32* lists, const Listed* listed,
+                       const u32* tail, float* partials, float2* partial_stats, u32* arrived, T* out, const Decode& p) {
   constexpr u32 BLOCK = ATTEND_THREADS<D>, WARPS_OF_BLOCK = BLOCK / 32, LANES = D / 8, GROUPS = BLOCK / LANES, LISTS = BY_KV ? 1 : HEADS;
   constexpr u32 LIST_WARPS = WARPS_OF_BLOCK / LISTS, LIST_GROUPS = GROUPS / LISTS;
   // Keys whose loads are on their way at a time, as many as registers hold.
@@ -64,18 +62,22 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   __shared__ u32 positions[LISTS][RESOLVED];
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(positions);
   static_assert(RESOLVED >= 256);
-  const Part part(lens, blockIdx.y, HEADS, p);
+  const Part part(blockIdx.y, blockIdx.x, HEADS, p);
+  const Sequence& sequence = p.sequences[part.sequence];
+  const u32 splits = part.splits, split = part.split, per_warp = sequence.per_warp;
+  if (split >= splits) return;
   const u32 tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const u32 group = tid / LANES, e = tid % LANES * 8, list = group / LIST_GROUPS;
-  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head, n_lists = BY_KV ? 1 : part.heads;
+  const u32 first_list = BY_KV ? part.row : part.head_of_all(p), n_lists = BY_KV ? 1 : part.heads;
   const float scale = p.scale * LOG2_E;
   const bool is_list = list < n_lists;
-  clusters += p.has_tail ? p.clusters.at(part.b, part.kv) : 0;
+  const T* const query = static_cast<const T*>(sequence.query) + part.first_head * sequence.query_stride;
+  const u8* const clusters = sequence.clusters + part.kv * sequence.clusters_stride;
   // For the next step.
-  for (u32 i = blockIdx.x * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += p.splits * BLOCK) {
+  for (u32 i = split * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += splits * BLOCK) {
     searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
   }
-  if (blockIdx.x == 0 && tid == 0) searches[first_list].arrived = 0;
+  if (split == 0 && tid == 0) searches[first_list].arrived = 0;
   // All loads that wait for nothing, before the first that is waited for.
   constexpr u32 QUERIES = (HEADS * D + BLOCK - 1) / BLOCK;
   float query_values[QUERIES];
@@ -83,11 +85,11 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   for (u32 i = 0; i < QUERIES; i++) {
     const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
     const bool is_there = head < part.heads && j < p.head_dim;
-    query_values[i] = is_there ? widen(query[p.query.at(part.b, part.first_head + head, 0, j)]) : 0;
+    query_values[i] = is_there ? widen(query[head * sequence.query_stride + j]) : 0;
   }
   u32 own_sure = 0, own_open = 0;
   if (warp < n_lists && lane < WARPS) {
-    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + lane];
+    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + split) * WARPS + lane];
     own_sure = own.sure, own_open = own.open;
   }
   Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
@@ -99,12 +101,12 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   u64 open[OPEN];
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT - 1)];
-  const u32 per_split = p.per_warp * WARPS;
+  const u32 per_split = per_warp * WARPS;
   // This block's clusters.
-  const u32 share = (p.n_clusters + p.splits - 1) / p.splits, first_cluster = min(blockIdx.x * share, p.n_clusters);
+  const u32 share = (p.n_clusters + splits - 1) / splits, first_cluster = min(split * share, p.n_clusters);
   const u32 n_own = min(share, p.n_clusters - first_cluster);
   const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `search`
-  const u64 tail_first = (static_cast<u64>(part.b) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
+  const u64 tail_first = (static_cast<u64>(part.sequence) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
   if (p.has_tail) {
     // Eight lanes a cluster, of which each adds up some splits.
     constexpr u32 ADDERS = 8;
@@ -112,12 +114,12 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
     for (u32 from = 0; from < all; from += BLOCK / ADDERS) {
       const u32 i = min(from + tid / ADDERS, all - 1), head = i / n_own, c = first_cluster + i % n_own;
       const u32* of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
-      const u32 count = counts[p.counts.at(part.b, part.kv, c)];
+      const u32 count = sequence.counts[part.kv * p.n_clusters + c];
       u64 units = 0;
 #pragma unroll
       for (u32 k = 0; k < MAX_SPLITS / ADDERS; k++) {
-        const u32 split = k * ADDERS + tid % ADDERS;
-        if (split < p.splits) units += of_split[split * tail_heads * MAX_CLUSTERS];
+        const u32 other = k * ADDERS + tid % ADDERS;
+        if (other < splits) units += of_split[other * tail_heads * MAX_CLUSTERS];
       }
 #pragma unroll
       for (u32 lanes = ADDERS / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
@@ -144,8 +146,10 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   }
   // Open keys are ranked by all threads of their list.
   if (tid < LISTS) pivots[tid] = ~u64{0};
-  const Ranked<HEADS, BY_KV> ranked(scores, masses, part.row, part.bundle, is_list ? list : 0, p);
+  const Ranked<HEADS, BY_KV> ranked(scores, masses, is_list ? list : 0, part, p);
   const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
+  const u32 list_of_sequence = BY_KV ? part.kv : part.first_head + (is_list ? list : 0);
+  const u32* const of_list = lists + sequence.lists_before + static_cast<u64>(list_of_sequence) * splits * per_split;
   const bool are_kept = n_open_all <= KEPT;
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) {
@@ -159,20 +163,20 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
       return;
     }
     constexpr u32 LIST_WARPS = LIST_THREADS / 32;
-    for (u32 i = warp % LIST_WARPS; i < p.splits * WARPS; i += LIST_WARPS) {
+    for (u32 i = warp % LIST_WARPS; i < splits * WARPS; i += LIST_WARPS) {
       const u32 count = is_list ? listed[first_segment + i].open : 0;
       for (u32 k = lane; k < count; k += 32) {
-        const u32 position = lists[(first_segment + i + 1) * p.per_warp - 1 - k];
+        const u32 position = of_list[static_cast<u64>(i + 1) * per_warp - 1 - k];
         f(rank_of(ranked[position], position));
       }
     }
   };
   const bool compares = __syncthreads_and(n_open_all <= COMPARED);
-  const u32* const own = lists + first_segment * p.per_warp + static_cast<u64>(blockIdx.x) * per_split;
+  const u32* const own = of_list + static_cast<u64>(split) * per_split;
   const u32 n_sure = before_sure[list][WARPS], n_open = before_open[list][WARPS];
   const auto sure_position = [&](u32 row) {
     const u32 segment = segment_of<WARPS>(before_sure[list], row);
-    return own[segment * p.per_warp + (row - before_sure[list][segment])];
+    return own[segment * per_warp + (row - before_sure[list][segment])];
   };
   const auto resolve = [&] {
     for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) positions[list][i] = sure_position(i);
@@ -184,7 +188,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   };
   const auto load_open = [&](u64 rank) {
     const u32 position = ~static_cast<u32>(rank);
-    const u64 at = (static_cast<u64>(blockIdx.y) * p.room + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
+    const u64 at = (part.scores_at(p) + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
     OpenKey key;
     key.cluster = clusters[position];
 #pragma unroll
@@ -243,11 +247,11 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
     if (!compares) each_open([&](u64 rank) { add_open(rank, load_open(rank)); });
   }
   const u32 edges = part.sink + (part.n - part.window_start);
-  const u32 n_rows = n_sure + n_open + (edges > blockIdx.x ? (edges - blockIdx.x + p.splits - 1) / p.splits : 0);
-  keys += p.keys.at(part.b, part.kv);
-  values += p.values.at(part.b, part.kv);
-  const T* const prefix_keys = prefix + p.prefix_keys.at(part.b, part.kv);
-  const T* const prefix_values = prefix + p.prefix_values.at(part.b, part.kv);
+  const u32 n_rows = n_sure + n_open + (edges > split ? (edges - split + splits - 1) / splits : 0);
+  const T* const keys = static_cast<const T*>(sequence.keys) + part.kv * sequence.key_stride;
+  const T* const values = static_cast<const T*>(sequence.values) + part.kv * sequence.key_stride;
+  const T* const prefix_keys = static_cast<const T*>(sequence.prefix_keys) + part.kv * sequence.prefix_stride;
+  const T* const prefix_values = static_cast<const T*>(sequence.prefix_values) + part.kv * sequence.prefix_stride;
   float acc[PER_GROUP][8], top[PER_GROUP], sum[PER_GROUP];
 #pragma unroll
   for (int h = 0; h < PER_GROUP; h++) {
@@ -267,17 +271,18 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
         position = row < RESOLVED ? positions[list][row] : sure_position(row);
       } else if ((row -= n_sure) < n_open) {
         const u32 segment = segment_of<WARPS>(before_open[list], row);
-        position = own[(segment + 1) * p.per_warp - 1 - (row - before_open[list][segment])];
+        position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
         is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
       } else {
-        const u32 edge = blockIdx.x + (row - n_open) * p.splits;
+        const u32 edge = split + (row - n_open) * splits;
         position = edge < part.sink ? edge : part.window_start + (edge - part.sink);
       }
       key[u] = value[u] = {};
       if (is_attended[u] && e < p.head_dim) {
-        const bool is_own = position >= p.shared;
-        key[u] = load_chunk((is_own ? keys + position * p.keys.strides[2] : prefix_keys + position * p.prefix_keys.strides[2]) + e);
-        value[u] = load_chunk((is_own ? values + position * p.values.strides[2] : prefix_values + position * p.prefix_values.strides[2]) + e);
+        const bool is_own = position >= sequence.shared;
+        const u64 at = static_cast<u64>(position) * p.head_dim + e;
+        key[u] = load_chunk((is_own ? keys : prefix_keys) + at);
+        value[u] = load_chunk((is_own ? values : prefix_values) + at);
       }
     }
     float product[AHEAD][PER_GROUP];
@@ -322,7 +327,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   __syncthreads();  // open keys have been added
   const float to_weight = -log2f(tail_unit(per_split));
   for (u32 c = group % LIST_GROUPS; p.has_tail && c < n_own; c += LIST_GROUPS) {
-    const float* from = sums + p.sums.at(part.b, part.kv, first_cluster + c, e);
+    const float* from = sequence.sums + (static_cast<u64>(part.kv) * p.n_clusters + first_cluster + c) * p.head_dim + e;
     const u32 count = tail_counts[c];
     const float inverse = 1.0f / max(count, 1u);
     float4 row[2] = {};
@@ -369,7 +374,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
     }
   }
   __syncthreads();
-  const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + blockIdx.x;
+  const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + split;
   for (u32 i = tid; i < HEADS * D; i += BLOCK) {
     const u32 h = i / D, element = i % D, w0 = BY_KV ? 0 : h * LIST_WARPS, hh = BY_KV ? h : 0;
     float shift = -INFINITY;
@@ -385,7 +390,7 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
     partials[(partial * HEADS + h) * D + element] = y;
     if (element == 0) partial_stats[partial * HEADS + h] = {shift, total};
   }
-  if (!is_last(&arrived[blockIdx.y], p.splits)) return;
+  if (!is_last(&arrived[blockIdx.y], splits)) return;
   // What a split's result is to be multiplied with.
   __shared__ float factors[HEADS][MAX_SPLITS];
   const u64 first_partial = static_cast<u64>(blockIdx.y) * p.splits * HEADS;
@@ -396,8 +401,8 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   const auto load_results = [&](u32 first) {
 #pragma unroll
     for (u32 i = 0; i < AT_ONCE; i++) {
-      const u32 split = first + i * SHARERS;
-      results[i] = split < p.splits ? __ldcg(of_splits + split * QUADS) : float4{};
+      const u32 other = first + i * SHARERS;
+      results[i] = other < splits ? __ldcg(of_splits + other * QUADS) : float4{};
     }
   };
   load_results(tid / QUADS);
@@ -406,8 +411,8 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
     float shift = -INFINITY, total = 0;
 #pragma unroll
     for (u32 i = 0; i < MAX_SPLITS / 32; i++) {
-      const u32 split = i * 32 + lane;
-      own[i] = split < p.splits ? __ldcg(&partial_stats[first_partial + split * HEADS + warp]) : float2{-INFINITY, 0};
+      const u32 other = i * 32 + lane;
+      own[i] = other < splits ? __ldcg(&partial_stats[first_partial + other * HEADS + warp]) : float2{-INFINITY, 0};
       shift = fmaxf(shift, own[i].x);
     }
 #pragma unroll
@@ -426,11 +431,11 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
   {
     const float* own = factors[tid % QUADS * 4 / D];
     float4 y = {};
-    for (u32 first = tid / QUADS; first < p.splits; first += AT_ONCE * SHARERS) {
+    for (u32 first = tid / QUADS; first < splits; first += AT_ONCE * SHARERS) {
       if (first >= AT_ONCE * SHARERS) load_results(first);
 #pragma unroll
       for (u32 i = 0; i < AT_ONCE; i++) {
-        const float factor = own[min(first + i * SHARERS, p.splits - 1)];
+        const float factor = own[min(first + i * SHARERS, splits - 1)];
         y.x += factor * results[i].x, y.y += factor * results[i].y;
         y.z += factor * results[i].z, y.w += factor * results[i].w;
       }
@@ -444,6 +449,6 @@ __device__ void attend(const T* query, const T* keys, const T* values, const T* 
     float y = 0;
 #pragma unroll
     for (u32 sharer = 0; sharer < SHARERS; sharer++) y += (&scratch[sharer * QUADS].x)[i];
-    out[(static_cast<u64>(part.b) * p.h + part.first_head + h) * p.head_dim + element] = narrow<T>(y);
+    out[(static_cast<u64>(p.first_sequence) * p.h + part.head_of_all(p) + h) * p.head_dim + element] = narrow<T>(y);
   }
 }

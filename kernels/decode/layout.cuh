@@ -26,26 +26,49 @@ constexpr u32 BINS = BY_KV ? MAX_BINS : 2048;
 // Open keys whose ranks are kept.
 constexpr u32 KEPT = 256;
 
+// The most sequences of a launch, whose parameters must fit 4 KB.
+constexpr u32 MAX_SEQUENCES = 16;
+
+// A sequence of a step, in memory of its own. What there is of a position lies without gaps; strides are between heads.
+struct Sequence {
+  const void* query;          // [h, head_dim]
+  const void* keys;           // [h_kv, capacity, head_dim], of which those from `shared` on are there
+  const void* values;         // as the keys
+  const void* prefix_keys;    // [h_kv, shared, head_dim]
+  const void* prefix_values;  // as these
+  const u8* codes;            // [h_kv, capacity, pq_dim]
+  const u8* clusters;         // [h_kv, capacity], or null
+  const float* centroids;     // [h_kv, pq_dim, n_centroids, pq_len]
+  const float* coarse;        // [h_kv, n_clusters, head_dim], or null
+  const float* sums;          // [h_kv, n_clusters, head_dim], or null
+  const u32* counts;          // [h_kv, n_clusters], or null
+  const u32* len;
+  u64 query_stride;
+  u64 key_stride;  // and of values
+  u64 prefix_stride;
+  u64 codes_stride;
+  u64 clusters_stride;
+  u64 room_before;   // of the sequences before this one
+  u64 lists_before;  // positions in their lists
+  u32 room;          // positions that a row's scores have room for, a multiple of CHUNK
+  u32 per_warp;      // the most keys that a warp of a split may have: the lists' room for them
+  u32 capacity;
+  u32 ahead;  // so many of its last keys are not seen
+  u32 shared;
+  u32 splits;
+  u32 first_block;  // of `search`
+};
+
 struct Decode {
-  View<4> query;
-  View<4> keys;
-  View<4> values;
-  View<4> prefix_keys;  // of the first `shared` positions
-  View<4> prefix_values;
-  View<3> codes;     // of a position: pq_dim bytes, without gaps between positions
-  View<3> clusters;  // of a position: a byte
-  View<5> centroids;
-  View<4> coarse;
-  View<4> sums;
-  View<3> counts;
+  Sequence sequences[MAX_SEQUENCES];
   Step step;
-  u64 room;  // positions that the buffers have room for, a multiple of CHUNK
+  u32 n_sequences;
+  u32 first_sequence;  // of the outputs
   u32 h;
   u32 h_kv;
   u32 group;
   u32 bundles;  // a row
-  u32 splits;
-  u32 per_warp;  // the most keys that a warp of a split may have: the lists' room for them
+  u32 splits;         // the most of a sequence
   u32 histogram_at;   // where it is in the shared memory of `search`: behind the tables and the tail's masses
   u32 shared_chunks;  // of scores, which come behind it
   u32 head_dim;
@@ -54,7 +77,6 @@ struct Decode {
   u32 n_centroids;
   u32 n_clusters;  // 0 for none
   u32 has_tail;
-  u32 shared;
   float scale;
 };
 
@@ -90,9 +112,11 @@ struct alignas(8) Listed {
 
 // A row and this block's keys of it. Sizes of a sequence fit 32 bits, as its length does.
 struct Part {
-  u32 b;
+  u32 sequence;
+  u32 split;
+  u32 splits;
   u32 kv;
-  u32 row;
+  u32 row;     // of all sequences'
   u32 bundle;  // of the row
   u32 first_head;
   u32 heads;
@@ -102,14 +126,18 @@ struct Part {
   u32 sink;
   u32 window_start;
 
-  __device__ Part(const u32* lens, u32 y, u32 heads_per_bundle, const Decode& p) {
-    bundle = y % p.bundles;
-    row = y / p.bundles;
-    b = row / p.h_kv;
+  // Of a split of the `of_all`-th of all bundles.
+  __device__ Part(u32 of_all, u32 split, u32 heads_per_bundle, const Decode& p) : split(split) {
+    bundle = of_all % p.bundles;
+    row = of_all / p.bundles;
+    sequence = row / p.h_kv;
     kv = row % p.h_kv;
     first_head = kv * p.group + bundle * heads_per_bundle;
     heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
-    n = static_cast<u32>(p.step.length(lens, b));
+    const Sequence& own = p.sequences[sequence];
+    splits = own.splits;
+    n = min(*own.len, own.capacity);
+    n -= min(own.ahead, n);
     begin = static_cast<u32>(p.step.init_offset);
     end = n - static_cast<u32>(min(p.step.window, u64{n}));
     sink = static_cast<u32>(min(p.step.sink, u64{n}));
@@ -117,8 +145,23 @@ struct Part {
   }
 
   // The first position of a lane's keys, the `i`-th time.
-  __device__ u32 position(u32 i, u32 warps, u32 splits) const {
-    return ((i * warps + threadIdx.x / 32) * splits + blockIdx.x) * CHUNK + threadIdx.x % 32 * EACH;
+  __device__ u32 position(u32 i) const {
+    return ((i * WARPS + threadIdx.x / 32) * splits + split) * CHUNK + threadIdx.x % 32 * EACH;
+  }
+
+  // The head's place among those of all sequences.
+  __device__ u32 head_of_all(const Decode& p) const { return sequence * p.h + first_head; }
+
+  // Where the masses of this row begin, in positions.
+  __device__ u64 masses_at(const Decode& p) const {
+    const Sequence& own = p.sequences[sequence];
+    return own.room_before * p.h_kv + static_cast<u64>(kv) * own.room;
+  }
+
+  // Where the scores of this bundle begin, in positions.
+  __device__ u64 scores_at(const Decode& p) const {
+    const Sequence& own = p.sequences[sequence];
+    return (own.room_before * p.h_kv + static_cast<u64>(kv) * own.room) * p.bundles + static_cast<u64>(bundle) * own.room;
   }
 };
 

@@ -90,10 +90,10 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows,
     for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
     if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + at));
   };
-  u32 at = part.position(0, WARPS, p.splits);
+  u32 at = part.position(0);
   load(at, 0);
   for (u32 i = 0; at - lane * EACH < part.end; i++) {
-    const u32 later = part.position(i + 1, WARPS, p.splits);
+    const u32 later = part.position(i + 1);
     Entry<HEADS> x[EACH] = {};
     if (p.n_clusters) {
 #pragma unroll
@@ -185,8 +185,8 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32
                            const Part& part, const Decode& p) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float scale = p.scale * LOG2_E;
-  u32 at = part.position(0, WARPS, p.splits);
-  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i, WARPS, p.splits)) {
+  u32 at = part.position(0);
+  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i)) {
     float mass[EACH] = {};
     for (u32 bundle = 0; bundle < p.bundles; bundle++) {
       Entry<HEADS> x[EACH];

@@ -22,42 +22,55 @@ __device__ inline void meet(u32* arrived, u32 blocks, u32 turn) {
   __syncthreads();
 }
 
-// Grid: (splits, b * h_kv, or b * h_kv * bundles by query head). Blocks of one y are a team.
+// This block's part: blocks of a sequence follow each other, and so do those of a team, of which there is one a row, or a
+// bundle by query head.
+template <int HEADS, bool BY_KV>
+__device__ inline Part part_of_block(const Decode& p) {
+  u32 sequence = 0;
+  while (sequence + 1 < p.n_sequences && blockIdx.x >= p.sequences[sequence + 1].first_block) sequence++;
+  const Sequence& own = p.sequences[sequence];
+  const u32 block = blockIdx.x - own.first_block, team = block / own.splits, bundles = p.h_kv * p.bundles;
+  return Part(sequence * bundles + team * (BY_KV ? p.bundles : 1), block % own.splits, HEADS, p);
+}
+
+// Grid: the blocks of all sequences.
 template <int HEADS, bool BY_KV, class T>
-__device__ void search(const T* query, const u8* codes, const u8* clusters, const float* centroids, const float* coarse,
-                       const u32* lens, float* tables, float* all_scores, float* masses, Stats* stats, Search* searches,
-                       u32* lists, Listed* listed, u32* tail, const Decode& p) {
+__device__ void search(float* tables, float* all_scores, float* masses, Stats* stats, Search* searches, u32* lists,
+                       Listed* listed, u32* tail, const Decode& p) {
   constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
   extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
   __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];
   __shared__ ScoreBins score_bins[HEADS];
   __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
-  const Part part(lens, BY_KV ? blockIdx.y * p.bundles : blockIdx.y, HEADS, p);
+  const Part part = part_of_block<HEADS, BY_KV>(p);
+  const Sequence& sequence = p.sequences[part.sequence];
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<u32>(p.step.selected(part.n));
   const u32 heads = BY_KV ? p.group : part.heads, n_lists = BY_KV ? 1 : part.heads;
-  const u32 first_list = BY_KV ? part.row : part.b * p.h + part.first_head;
+  const u32 first_list = BY_KV ? part.row : part.head_of_all(p);
   const u32 bundles = BY_KV ? p.bundles : 1, first_bundle = part.row * p.bundles + part.bundle;
   u32* const histogram = reinterpret_cast<u32*>(rows + p.histogram_at);
   u32* const tail_units = reinterpret_cast<u32*>(rows);  // [heads, MAX_CLUSTERS]
   const Scores<HEADS> scores = {reinterpret_cast<Entry<HEADS>*>(histogram + LISTS * N_BINS),
-                                reinterpret_cast<Entry<HEADS>*>(all_scores) + first_bundle * p.room, p.shared_chunks,
-                                bundles, p.room};
+                                reinterpret_cast<Entry<HEADS>*>(all_scores) + part.scores_at(p), p.shared_chunks, bundles,
+                                sequence.room};
   Search& first_search = searches[first_list];
-  codes += p.codes.at(part.b, part.kv);
-  clusters += p.n_clusters ? p.clusters.at(part.b, part.kv) : 0;
-  if (blockIdx.x == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
+  const u8* const codes = sequence.codes + part.kv * sequence.codes_stride;
+  const u8* const clusters = sequence.clusters + part.kv * sequence.clusters_stride;
+  masses += part.masses_at(p);
+  lists += sequence.lists_before;
+  if (part.split == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
   Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
   for (u32 bundle = 0; bundle < bundles; bundle++) {
-    make_tables<HEADS>(query, centroids, coarse, own_tables + bundle * table_entries(p),
-                       reinterpret_cast<float*>(histogram), part, part.bundle + bundle, p);
+    make_tables<HEADS, T>(own_tables + bundle * table_entries(p), reinterpret_cast<float*>(histogram), part,
+                          part.bundle + bundle, p);
   }
   // Codes are on their way to the second-level cache while the tables are brought together.
-  u32 at = part.position(0, WARPS, p.splits);
-  for (u32 i = 0; at < part.end; at = part.position(++i, WARPS, p.splits)) {
+  u32 at = part.position(0);
+  for (u32 i = 0; at < part.end; at = part.position(++i)) {
     prefetch(codes + static_cast<u64>(at) * p.pq_dim);
     if (p.n_clusters && lane % 8 == 0) prefetch(clusters + at);
   }
-  meet(&first_search.arrived, p.splits, 1);
+  meet(&first_search.arrived, part.splits, 1);
 
   for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   for (u32 bundle = 0; bundle < bundles; bundle++) {
@@ -82,20 +95,20 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
       __syncthreads();
       if (warp < HEADS) {
         const Stats of_block = reduce<WARPS>(of_warps[warp][lane % WARPS]);
-        if (lane == 0) stats[((first_bundle + bundle) * MAX_SPLITS + blockIdx.x) * HEADS + warp] = of_block;
+        if (lane == 0) stats[((first_bundle + bundle) * MAX_SPLITS + part.split) * HEADS + warp] = of_block;
       }
     }
   }
   MassBins mass_bins;
   if constexpr (BY_KV) {
-    meet(&first_search.arrived, p.splits, 2);
+    meet(&first_search.arrived, part.splits, 2);
     for (u32 head = warp; head < p.bundles * HEADS; head += WARPS) {
-      const Stats all = find_stats<HEADS>(stats, first_bundle + head / HEADS, head % HEADS, p.splits);
+      const Stats all = find_stats<HEADS>(stats, first_bundle + head / HEADS, head % HEADS, part.splits);
       const float shift = head < p.group ? shift_of(all) : INFINITY;  // a share of 0
       if (lane == 0 && head < MAX_GROUP) shifts[head] = shift, best_shares[head] = exp2_approx(all.largest - shift);
     }
     __syncthreads();
-    if (blockIdx.x == 0 && threadIdx.x < p.group) first_search.shifts[threadIdx.x] = shifts[threadIdx.x];
+    if (part.split == 0 && threadIdx.x < p.group) first_search.shifts[threadIdx.x] = shifts[threadIdx.x];
     float best = 0;
     for (u32 head = 0; head < p.group; head++) best += best_shares[head];
     mass_bins = MassBins(0.5f * p.group / max(part.end - part.begin, 1u), best);
@@ -106,7 +119,7 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
       add_histogram<N_BINS>(histogram + list * N_BINS, k, searches[first_list + list]);
     }
   }
-  meet(&first_search.arrived, p.splits, BY_KV ? 3 : 2);
+  meet(&first_search.arrived, part.splits, BY_KV ? 3 : 2);
 
   for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
   for (u32 list = 0; list < n_lists; list++) {
@@ -122,7 +135,7 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
     top[list] = BY_KV ? mass_bins.top_of(bin[list]) : bins[list].top_of(bin[list]);
     edge[list] = BY_KV ? mass_bins.edge_of(bin[list]) : bins[list].edge_of(bin[list]);
   }
-  const u32 per_split = p.per_warp * WARPS;
+  const u32 per_warp = sequence.per_warp, per_split = per_warp * WARPS;
   const float unit = tail_unit(per_split), scale = p.scale * LOG2_E;
   // What makes the largest weight that there may be below the bin a unit of the tail: a factor of shares, a shift of scores.
   float to_units[HEADS];
@@ -131,13 +144,13 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
     to_units[h] = BY_KV ? unit / top[0] : log2f(unit) - (h < LISTS ? top[h] : 0) * scale;
   }
   u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
-  at = part.position(0, WARPS, p.splits);
+  at = part.position(0);
   const auto load_clusters = [&](u32 at) {
     return p.has_tail && at < part.end ? __ldg(reinterpret_cast<const u32*>(clusters + at)) : 0;
   };
   u32 next_clusters = load_clusters(at);
   for (u32 i = 0; at - lane * EACH < part.end;) {
-    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i, WARPS, p.splits);
+    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i);
     const u32 words = next_clusters;
     next_clusters = load_clusters(later);
     Entry<HEADS> x[EACH];
@@ -153,8 +166,8 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
     u32 below[LISTS] = {};  // a bit a key
 #pragma unroll
     for (u32 list = 0; list < LISTS; list++) {
-      const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
-      u32* const own = lists + segment * p.per_warp;
+      const u32 of_sequence = BY_KV ? part.kv : part.first_head + list;
+      u32* const own = lists + ((static_cast<u64>(of_sequence) * part.splits + part.split) * WARPS + warp) * per_warp;
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) {
         const u32 position = at + j;
@@ -170,14 +183,14 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
         if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = position;
         if (is_open) {
           // For `attend`: where it is, its rank, and what it weighs.
-          own[p.per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
+          own[per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
           Search& search = searches[first_list + list];
           const u32 slot = atomicAdd(&search.n_open, 1);
           if (slot < KEPT) search.open[slot] = rank_of(x, position);
-          if (BY_KV) masses[part.row * p.room + position] = x;
+          if (BY_KV) masses[position] = x;
           for (u32 bundle = 0; bundle < bundles; bundle++) {
             const Entry<HEADS> entry = scores.one(local, chunk, bundle, j);
-            float* const to = scores.global[bundle * p.room + score_slot(position)].x;
+            float* const to = scores.global[bundle * scores.room + score_slot(position)].x;
 #pragma unroll
             for (u32 h = 0; h < HEADS; h++) {
               if (BY_KV || h == list) to[h] = entry.x[h];
@@ -213,7 +226,7 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
 #pragma unroll
     for (u32 list = 0; list < LISTS; list++) {
       if (list < n_lists) {
-        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + blockIdx.x) * WARPS + warp;
+        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + part.split) * WARPS + warp;
         listed[segment] = {n_sure[list], n_open[list]};
       }
     }
@@ -221,10 +234,11 @@ __device__ void search(const T* query, const u8* codes, const u8* clusters, cons
   __syncthreads();
   if (p.has_tail) {
     const u32 first_head = BY_KV ? part.kv * p.group : part.first_head;
-    u32* const to = tail + ((static_cast<u64>(part.b) * p.h + first_head) * p.splits + blockIdx.x * heads) * MAX_CLUSTERS;
+    u32* const to =
+        tail + ((static_cast<u64>(part.sequence) * p.h + first_head) * p.splits + part.split * heads) * MAX_CLUSTERS;
     for (u32 i = threadIdx.x; i < heads * MAX_CLUSTERS; i += THREADS) to[i] = tail_units[i];
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
+  if (part.split == 0 && threadIdx.x == 0) {
 #pragma unroll
     for (u32 list = 0; list < LISTS; list++) {
       if (list < n_lists) searches[first_list + list].wanted = found_wanted[list], searches[first_list + list].top = top[list];

@@ -37,30 +37,31 @@ __device__ inline Entry<HEADS> product_of(const float* centroid, const float* qu
 // This block's share of the tables of a bundle: of the subspaces' entries a thread each, of the clusters' eight lanes each,
 // from the last thread on, since there are mostly threads for both at once.
 template <int HEADS, class T>
-__device__ void make_tables(const T* query, const float* centroids, const float* coarse, Entry<HEADS>* out,
-                            float* queries, const Part& part, u32 bundle, const Decode& p) {
+__device__ void make_tables(Entry<HEADS>* out, float* queries, const Part& part, u32 bundle, const Decode& p) {
+  const Sequence& sequence = p.sequences[part.sequence];
+  const T* const query = static_cast<const T*>(sequence.query);
   const u32 first_head = part.kv * p.group + bundle * HEADS, heads = min(HEADS, p.group - bundle * HEADS);
   __syncthreads();  // the queries of the bundle before have been read
   for (u32 i = threadIdx.x; i < HEADS * p.head_dim; i += THREADS) {
     const u32 head = i / p.head_dim, e = i % p.head_dim;
-    queries[i] = head < heads ? widen(query[p.query.at(part.b, first_head + head, 0, e)]) : 0;
+    queries[i] = head < heads ? widen(query[(first_head + head) * sequence.query_stride + e]) : 0;
   }
   __syncthreads();
   const u32 of_subspaces = p.pq_dim * p.n_centroids;
-  const u32 own = (of_subspaces + p.splits - 1) / p.splits, begin = blockIdx.x * own, end = min(begin + own, of_subspaces);
+  const u32 own = (of_subspaces + part.splits - 1) / part.splits, begin = part.split * own, end = min(begin + own, of_subspaces);
   for (u32 i = begin + threadIdx.x; i < end; i += THREADS) {
     const u32 m = i / p.n_centroids, c = i % p.n_centroids;
-    const float* const centroid = centroids + p.centroids.at(part.b, part.kv, m, c);
+    const float* const centroid = sequence.centroids + (static_cast<u64>(part.kv) * of_subspaces + i) * p.pq_len;
     out[(m / SUBSPACES * p.n_centroids + c) * SUBSPACES + m % SUBSPACES] =
         product_of<HEADS, 1>(centroid, queries + m * p.pq_len, 0, p.pq_len, p.head_dim);
   }
-  const u32 own_clusters = (p.n_clusters + p.splits - 1) / p.splits, first = blockIdx.x * own_clusters;
+  const u32 own_clusters = (p.n_clusters + part.splits - 1) / part.splits, first = part.split * own_clusters;
   const u32 last = min(first + own_clusters, p.n_clusters), thread = THREADS - 1 - threadIdx.x, lane = thread % ENTRY_LANES;
   for (u32 i = thread / 32 * 4; i < own_clusters; i += THREADS / ENTRY_LANES) {  // whole warps take part
     const u32 c = first + i + thread % 32 / ENTRY_LANES;
     Entry<HEADS> entry = {};
     if (c < last) {
-      const float* const centroid = coarse + p.coarse.at(part.b, part.kv, c);
+      const float* const centroid = sequence.coarse + (static_cast<u64>(part.kv) * p.n_clusters + c) * p.head_dim;
       entry = product_of<HEADS, ENTRY_LANES>(centroid, queries, lane, p.head_dim, p.head_dim);
     }
 #pragma unroll

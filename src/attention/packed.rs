@@ -23,11 +23,13 @@ impl PqAttention {
     /// its own length, codebook and [budget](PqKvCache::set_max_bytes), so that sequences come and go between steps; it may be
     /// a [`fork`](PqKvCache::fork) of another.
     ///
-    /// Each sequence costs what a call of [`forward`](Self::forward) for it does; what gains is the rest of the model, whose
-    /// weights are read once for all of them.
+    /// On a GPU all sequences that decode sparsely are appended to, searched and attended to in the launches of one step, up to 16
+    /// in each; longer ones have a larger share of the device. On a CPU, and in prefill, each costs what a call of
+    /// [`forward`](Self::forward) for it does; what gains is the rest of the model, whose weights are read once for all of
+    /// them.
     ///
-    /// The same as a call of [`forward`](Self::forward) for each, to the bit, whatever else is in the batch; but if one fails
-    /// all caches are as before.
+    /// The same as a call of [`forward`](Self::forward) for each, whatever else is in the batch: on a CPU to the bit, on a GPU
+    /// to within rounding. But if one fails all caches are as before.
     ///
     /// # Shapes
     /// - `query`: `[1, h, s, head_dim]`, `keys` and `values`: `[1, h_kv, s, head_dim]`, with `s` the sum of the sequences'
@@ -71,9 +73,7 @@ impl PqAttention {
             part.cache.reserve(part.keys.dims()[2])?;
         }
         let before: Vec<_> = parts.iter().map(|part| part.cache.checkpoint()).collect();
-        let outs: Result<Vec<_>> =
-            parts.iter_mut().map(|part| self.forward(&part.query, &part.keys, &part.values, part.cache)).collect();
-        let out = outs.and_then(|outs| Tensor::cat(&outs, 2));
+        let out = self.forward_parts(query, &mut parts);
         if out.is_err() {
             // All of them, even where one cannot be.
             let restored: Vec<_> =
@@ -81,6 +81,54 @@ impl PqAttention {
             restored.into_iter().collect::<Result<()>>()?;
         }
         out
+    }
+
+    fn forward_parts(&self, query: &Tensor, parts: &mut [Part]) -> Result<Tensor> {
+        let mut outs = vec![None; parts.len()];
+        #[cfg(feature = "cuda")]
+        if let Some((places, out)) = self.decode_parts_on_gpu(query, parts)? {
+            if places.len() == parts.len() {
+                return Ok(out);
+            }
+            for (i, place) in places.into_iter().enumerate() {
+                outs[place] = Some(out.narrow(2, i, 1)?);
+            }
+        }
+        let out = |(part, out): (&mut Part, Option<Tensor>)| match out {
+            Some(out) => Ok(out),
+            None => self.forward(&part.query, &part.keys, &part.values, part.cache),
+        };
+        let outs = parts.iter_mut().zip(outs).map(out).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&outs, 2)
+    }
+
+    /// The step of all parts that decode sparsely, whose places are returned with what they attended to; None if no two do.
+    #[cfg(feature = "cuda")]
+    fn decode_parts_on_gpu(&self, query: &Tensor, parts: &mut [Part]) -> Result<Option<(Vec<usize>, Tensor)>> {
+        let decodes = |part: &Part| part.query.dims()[2] == 1 && !self.config.is_dense(part.cache.len() + 1);
+        let count = parts.len();
+        let (places, steps): (Vec<_>, Vec<_>) = parts.iter_mut().enumerate().filter(|(_, part)| decodes(part)).unzip();
+        if steps.len() < 2 || !query.device().is_cuda() {
+            return Ok(None);
+        }
+        let query = match steps.len() == count {
+            true => query.clone(),
+            false => Tensor::cat(&steps.iter().map(|part| &part.query).collect::<Vec<_>>(), 2)?,
+        };
+        let query = query.detach();
+        let mut new: Vec<_> =
+            steps.into_iter().map(|part| (&mut *part.cache, [part.keys.detach(), part.values.detach()])).collect();
+        PqKvCache::append_together(&mut new)?;
+        let mut caches: Vec<_> = new.into_iter().map(|(cache, _)| cache).collect();
+        let indexes = PqKvCache::index_together(&mut caches)?;
+        let sequences =
+            caches.iter().zip(indexes).filter_map(|(cache, index)| cache.on_gpu(Some(index), 0).transpose());
+        if let Some(out) = self.decode_together(&query, &sequences.collect::<Result<Vec<_>>>()?)? {
+            return Ok(Some((places, out)));
+        }
+        let single = |(i, cache): (usize, &mut PqKvCache)| self.sparse_decode(&query.narrow(2, i, 1)?, cache);
+        let outs = caches.into_iter().enumerate().map(single).collect::<Result<Vec<_>>>()?;
+        Ok(Some((places, Tensor::cat(&outs, 2)?)))
     }
 }
 

@@ -4,13 +4,17 @@
 //! 1. Arguments are those of the kernel, in order: each op pushes them in one place, next to the kernel of its name in
 //!    `kernels/`, and every kernel runs under compute-sanitizer in `just sanitize`.
 //! 2. Shapes and strides stay inside the tensors: the op's `Plan` was made from their layouts.
-//! 3. Memory outlives the launch: storages are borrowed until it is in the stream, and freed in stream order.
+//! 3. Memory outlives the launch: storages are borrowed until it is in the stream, by its arguments or by [`Addresses`], and
+//!    freed in stream order. Those of a cache are borrowed for reading even where a kernel writes to them: nothing of the host
+//!    looks into them, and the stream orders launches by itself.
 //!
 //! Kernels are asynchronous; only a capture's beginning waits for the device, and nothing copies from it.
 #![allow(unsafe_code)]
 
+mod address;
 mod graph;
 mod matmul;
+pub(crate) use address::{lock, Addresses};
 pub(crate) use graph::{check_capturable, Graph};
 pub(crate) use matmul::matmul_to_f32;
 
@@ -201,7 +205,7 @@ impl Step {
 /// graph serves a sequence that grows.
 #[derive(Debug)]
 pub(crate) struct Lens {
-    /// A length each, then counts of blocks that are done, which are 0 between launches: `append`'s, and one of
+    /// A length each, then counts of blocks that are done, which are 0 between launches: of `append` for each sequence, and of
     /// `index_block` for each (batch, KV head) pair.
     storage: CudaStorage,
     sequences: usize,
@@ -210,7 +214,7 @@ pub(crate) struct Lens {
 
 impl Lens {
     pub(crate) fn new(device: &CudaDevice, [sequences, kv_heads]: [usize; 2]) -> Result<Self> {
-        let counts = 1 + sequences * kv_heads;
+        let counts = sequences * (1 + kv_heads);
         Ok(Self { storage: zeros(device, sequences + counts, DType::U32)?, sequences, counts })
     }
 
@@ -226,8 +230,14 @@ impl Lens {
         &self.storage
     }
 
-    pub(crate) fn storage_mut(&mut self) -> &mut CudaStorage {
-        &mut self.storage
+    /// Where `append` counts blocks of the `b`-th sequence.
+    pub(crate) fn appended_at(&self, b: usize) -> usize {
+        self.sequences + b
+    }
+
+    /// Where `index_block` counts those of its first KV head.
+    pub(crate) fn indexed_at(&self, b: usize, kv_heads: usize) -> usize {
+        2 * self.sequences + b * kv_heads
     }
 }
 
@@ -252,7 +262,7 @@ impl<const N: usize> DeviceView<N> {
 pub(crate) struct Params<P>(pub(crate) P);
 
 // SAFETY: the bytes are copied to the kernel, which reads them as the struct of the same fields; parameters are integers,
-// floats, DeviceViews and Steps, for which any bits are valid, and hold no pointer.
+// floats, DeviceViews and Steps, for which any bits are valid. Addresses among them are the module's documentation, 3.
 unsafe impl<P: Copy> DeviceRepr for Params<P> {}
 
 /// A number of a device's memory as a kernel's size; an error where it does not fit.
@@ -344,17 +354,6 @@ impl<'a> Launch<'a> {
     pub(crate) fn output(mut self, storage: &'a mut CudaStorage) -> Result<Self> {
         push_slice!(self.args, &mut storage.slice);
         Ok(self)
-    }
-
-    /// The start of a storage that the kernel reads and writes though it is borrowed for reading: Candle lends an in-place op
-    /// one tensor to write, and the device orders launches by itself.
-    pub(crate) fn updated(self, storage: &'a CudaStorage) -> Result<Self> {
-        self.input(storage)
-    }
-
-    /// As [`updated`](Self::updated), or a null pointer.
-    pub(crate) fn updated_or_null(self, storage: Option<&'a CudaStorage>) -> Result<Self> {
-        self.input_or_null(storage)
     }
 
     /// As [`input`](Self::input), or a null pointer.

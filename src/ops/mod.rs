@@ -29,7 +29,7 @@ mod tail_attend;
 mod topk;
 
 #[cfg(feature = "cuda")]
-pub(crate) use append::append;
+pub(crate) use append::{append, New};
 pub use causal_softmax::causal_softmax;
 pub use cluster_sums::{cluster_sums, ClusterSums};
 #[cfg(feature = "cuda")]
@@ -40,7 +40,7 @@ pub(crate) use encode::{encode_into, EncodeOptions};
 pub use fast_scan::{fast_scan, pack_codes};
 pub use group_mass::group_mass;
 #[cfg(feature = "cuda")]
-pub(crate) use index_block::{index_block, Due};
+pub(crate) use index_block::{index_block, Due, Encoder, Indexed};
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
 pub(crate) use score::Coarse;

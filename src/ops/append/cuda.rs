@@ -1,56 +1,103 @@
-use candle_core::{CudaStorage, Result};
+use candle_core::{bail, Result};
 
-use super::{Plan, OP};
-use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params};
+use super::{New, Plan, OP};
+use crate::cuda::{self, u32_of, Addresses, DeviceView, Kernel, Module, Params};
+
+/// `kernels/append.cu`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Sequence {
+    keys: u64,
+    values: u64,
+    cached_keys: u64,
+    cached_values: u64,
+    len: u64,
+    arrived: u64,
+    key_strides: [u64; 3],
+    value_strides: [u64; 3],
+    cached_stride: u64,
+    capacity: u64,
+}
 
 /// `kernels/append.cu`
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Append {
-    keys: DeviceView<4>,
-    values: DeviceView<4>,
-    cache: DeviceView<5>,
-    capacity: u64,
+    sequences: [Sequence; MAX_SEQUENCES],
     added: u64,
-    b: u32,
     h_kv: u32,
     head_dim: u32,
 }
 
 const THREADS: usize = 256;
 
+/// The most sequences of a launch.
+const MAX_SEQUENCES: usize = 16;
+
 /// Bytes that a thread copies at once, where every row allows it.
 const PIECE: usize = 16;
 
-pub(super) fn run(
-    plan: &Plan,
-    cache: &mut CudaStorage,
-    lens: &mut CudaStorage,
-    keys: &CudaStorage,
-    values: &CudaStorage,
-) -> Result<()> {
-    let (dtype, device) = cuda::kind(keys);
-    let device = &device.clone();
+pub(super) fn run(plans: &[Plan], new: &[New]) -> Result<()> {
+    let tensors: Vec<_> = new.iter().flat_map(|new| [new.cache, &new.keys, &new.values].map(Some)).collect();
+    let (storages, places) = cuda::lock(&tensors);
+    let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
+    let Some((dtype, device)) = storages.first().map(|storage| cuda::kind(storage)) else { return Ok(()) };
     let gpu = cuda::prepare(device)?;
-    let [_, b, h_kv, capacity, head_dim] = plan.cache.dims;
-    let added = plan.keys.dims[2];
+    let stream = device.cuda_stream();
+    let mut addresses = Addresses::new(&stream);
+    let starts = storages.iter().map(|storage| addresses.of(storage)).collect::<Result<Vec<_>>>()?;
     let size = dtype.size_in_bytes();
-    let width = if is_aligned(plan, PIECE / size) { PIECE / size } else { 1 };
-    let params = Params(Append {
-        keys: plan.keys.device(),
-        values: plan.values.device(),
-        cache: plan.cache.device().starting_at(3, plan.first),
-        capacity: (plan.first + capacity) as u64,
-        added: u64::from(u32_of(OP, "keys", added)?),
-        b: u32_of(OP, "b", b)?,
-        h_kv: u32_of(OP, "h_kv", h_kv)?,
-        head_dim: u32_of(OP, "head_dim", head_dim)?,
-    });
+    let mut sequences = Vec::new();
+    for ((plan, new), places) in plans.iter().zip(new).zip(places.chunks(3)) {
+        let &[Some(cache), Some(keys), Some(values)] = places else { bail!("{OP}: a tensor has no storage") };
+        let starts = [cache, keys, values].map(|place| starts[place]);
+        for b in 0..plan.keys.dims[0] {
+            sequences.push(Sequence::new(plan, new, starts, addresses.of(new.lens.storage())?, size, b));
+        }
+    }
+    let [added, head_dim, h_kv] = plans[0].sizes();
+    let width = if plans.iter().all(|plan| is_aligned(plan, PIECE / size)) { PIECE / size } else { 1 };
     let kernel = Kernel::new(device, Module::Append, format!("append_{size}_x{width}"))?;
     let pieces = added * h_kv * head_dim / width;
-    let grid = [pieces.div_ceil(THREADS).min(8 * gpu.multiprocessors), b, 2];
-    let launch = kernel.launch().input(keys)?.input(values)?.output(cache)?.output(lens)?.value(&params);
-    launch.run(grid, THREADS as u32, 0)
+    for together in sequences.chunks(MAX_SEQUENCES) {
+        let mut all = [together[0]; MAX_SEQUENCES];
+        all[..together.len()].copy_from_slice(together);
+        let params = Params(Append {
+            sequences: all,
+            added: u64::from(u32_of(OP, "keys", added)?),
+            h_kv: u32_of(OP, "h_kv", h_kv)?,
+            head_dim: u32_of(OP, "head_dim", head_dim)?,
+        });
+        let grid = [pieces.div_ceil(THREADS).min(8 * gpu.multiprocessors), together.len(), 2];
+        kernel.launch().value(&params).run(grid, THREADS as u32, 0)?;
+    }
+    Ok(())
+}
+
+impl Sequence {
+    /// The `b`-th of a cache; `starts` are addresses of the storages of cache, keys and values.
+    fn new(plan: &Plan, new: &New, [cache, keys, values]: [u64; 3], lens: u64, size: usize, b: usize) -> Self {
+        let [which, batch, cached_stride, ..] = plan.cache.strides;
+        let cached = plan.cache.device().starting_at(3, new.first);
+        let address = |start: u64, element: u64| start.wrapping_add(element.wrapping_mul(size as u64));
+        let at = |view: DeviceView<4>| view.offset + b as u64 * view.strides[0];
+        let cached_at = |i: usize| cached.offset.wrapping_add((i * which + b * batch) as u64);
+        let count_at = |i: usize| lens + (i * size_of::<u32>()) as u64;
+        let ([_, key_strides @ ..], [_, value_strides @ ..]) =
+            (plan.keys.device().strides, plan.values.device().strides);
+        Self {
+            keys: address(keys, at(plan.keys.device())),
+            values: address(values, at(plan.values.device())),
+            cached_keys: address(cache, cached_at(0)),
+            cached_values: address(cache, cached_at(1)),
+            len: count_at(b),
+            arrived: count_at(new.lens.appended_at(b)),
+            key_strides,
+            value_strides,
+            cached_stride: cached_stride as u64,
+            capacity: (new.first + plan.cache.dims[3]) as u64,
+        }
+    }
 }
 
 /// Whether rows can be read and written in pieces of `width` elements.

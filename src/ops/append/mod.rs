@@ -1,39 +1,55 @@
-//! New keys and values, written behind the last ones of a cache on a GPU.
+//! New keys and values, written behind the last ones of caches on a GPU.
 
 mod cuda;
 
-use std::sync::{Mutex, PoisonError};
-
-use candle_core::{bail, CpuStorage, CudaStorage, InplaceOp3, Layout, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 
 use super::arg::{Arg, View};
 use crate::cuda::Lens;
 
 const OP: &str = "append";
 
-/// Writes `keys` and `values`, `[b, h_kv, added, head_dim]` of any strides, to `cache`,
-/// `[2, b, h_kv, capacity, head_dim]`, whose first position is `first`, from the positions that `lens` says, which then grow
-/// by `added`.
+/// What is new in a cache.
+pub(crate) struct New<'a> {
+    /// `[2, b, h_kv, capacity, head_dim]`
+    pub(crate) cache: &'a Tensor,
+    /// Its first position.
+    pub(crate) first: usize,
+    pub(crate) lens: &'a Lens,
+    /// `[b, h_kv, added, head_dim]` of any strides.
+    pub(crate) keys: Tensor,
+    /// As the keys.
+    pub(crate) values: Tensor,
+}
+
+/// Writes new keys and values, as many to each cache, from the positions that `lens` says, which then grow by their number.
 ///
 /// A sequence without room for them stays as it is.
 ///
 /// # Errors
 /// Shapes or dtypes other than these.
-pub(crate) fn append(cache: &Tensor, first: usize, lens: &mut Lens, keys: &Tensor, values: &Tensor) -> Result<()> {
-    let plan = Plan::new(cache, first, keys, values)?;
-    cache.inplace_op3(keys, values, &Append { plan, lens: Mutex::new(lens) })
+pub(crate) fn append(new: &[New]) -> Result<()> {
+    let plans = new.iter().map(Plan::new).collect::<Result<Vec<_>>>()?;
+    let Some(first) = plans.first() else { return Ok(()) };
+    let [added, head_dim, h_kv] = first.sizes();
+    match plans.iter().map(Plan::sizes).find(|sizes| *sizes != first.sizes()) {
+        None => cuda::run(&plans, new),
+        Some([a, d, h]) => bail!(
+            "{OP}: keys: expected {added} of {h_kv} heads and {head_dim} elements as in the first cache, got {a} of {h} and {d}"
+        ),
+    }
 }
 
-/// A checked call of [`append`].
+/// What is checked of a cache's part.
 struct Plan {
     cache: View<5>,
-    first: usize,
     keys: View<4>,
     values: View<4>,
 }
 
 impl Plan {
-    fn new(cache: &Tensor, first: usize, keys: &Tensor, values: &Tensor) -> Result<Self> {
+    fn new(new: &New) -> Result<Self> {
+        let New { cache, keys, values, .. } = new;
         let (cache_arg, keys_arg) = (Arg::new(OP, "cache", cache), Arg::new(OP, "keys", keys));
         let values_arg = Arg::new(OP, "values", values);
         cache_arg.is_float()?;
@@ -45,43 +61,15 @@ impl Plan {
         cache_arg.has_dims(&[2, b, h_kv, capacity, head_dim])?;
         keys_arg.has_dims(&[b, h_kv, keys.dims[2], head_dim])?;
         values_arg.has_dims(&keys.dims)?;
-        Ok(Self { cache, first, keys, values: values_arg.view("[b, h_kv, added, head_dim]")? })
-    }
-}
-
-struct Append<'a> {
-    plan: Plan,
-    /// Candle runs an op by shared reference; this one has a second output.
-    lens: Mutex<&'a mut Lens>,
-}
-
-impl InplaceOp3 for Append<'_> {
-    fn name(&self) -> &'static str {
-        OP
+        if !(cache.has_adjacent_rows() && cache.strides[4] == 1) {
+            return cache_arg.fail("rows without gaps", format_args!("strides {:?}", cache.strides));
+        }
+        Ok(Self { cache, keys, values: values_arg.view("[b, h_kv, added, head_dim]")? })
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &mut CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<()> {
-        bail!("{OP}: expected tensors on a GPU, got CPU tensors")
-    }
-
-    fn cuda_fwd(
-        &self,
-        cache: &mut CudaStorage,
-        _: &Layout,
-        keys: &CudaStorage,
-        _: &Layout,
-        values: &CudaStorage,
-        _: &Layout,
-    ) -> Result<()> {
-        let mut lens = self.lens.lock().unwrap_or_else(PoisonError::into_inner);
-        cuda::run(&self.plan, cache, lens.storage_mut(), keys, values)
+    /// Added keys, elements of a row, KV heads.
+    fn sizes(&self) -> [usize; 3] {
+        let [_, h_kv, added, head_dim] = self.keys.dims;
+        [added, head_dim, h_kv]
     }
 }

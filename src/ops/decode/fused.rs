@@ -1,35 +1,46 @@
-//! A step over an index in the two launches of `kernels/decode.cu`, whose scores stay where they are made.
+//! Steps over indexes in the two launches of `kernels/decode.cu`, whose scores stay where they are made.
 
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
-use super::{Plan, SelectionPlan, View, OP};
-use crate::cache::Index;
-use crate::cuda::{self, u32_of, DeviceView, Gpu, Kernel, Module, Params, Step};
+use super::{Plan, SelectionPlan, Sequences, View, OP};
+use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
+
+/// `kernels/decode/layout.cuh`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Sequence {
+    /// Of the query, of [`tensors`] and of the length; until a launch, bytes from the beginnings of their storages.
+    addresses: [u64; ADDRESSES],
+    query_stride: u64,
+    key_stride: u64,
+    prefix_stride: u64,
+    codes_stride: u64,
+    clusters_stride: u64,
+    room_before: u64,
+    lists_before: u64,
+    room: u32,
+    per_warp: u32,
+    capacity: u32,
+    ahead: u32,
+    shared: u32,
+    splits: u32,
+    first_block: u32,
+}
 
 /// `kernels/decode/layout.cuh`
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Decode {
-    query: DeviceView<4>,
-    keys: DeviceView<4>,
-    values: DeviceView<4>,
-    prefix_keys: DeviceView<4>,
-    prefix_values: DeviceView<4>,
-    codes: DeviceView<3>,
-    clusters: DeviceView<3>,
-    centroids: DeviceView<5>,
-    coarse: DeviceView<4>,
-    sums: DeviceView<4>,
-    counts: DeviceView<3>,
+    sequences: [Sequence; MAX_SEQUENCES],
     step: Step,
-    room: u64,
+    n_sequences: u32,
+    first_sequence: u32,
     h: u32,
     h_kv: u32,
     group: u32,
     bundles: u32,
     splits: u32,
-    per_warp: u32,
     histogram_at: u32,
     shared_chunks: u32,
     head_dim: u32,
@@ -38,9 +49,15 @@ struct Decode {
     n_centroids: u32,
     n_clusters: u32,
     has_tail: u32,
-    shared: u32,
     scale: f32,
 }
+
+/// The most sequences of a launch.
+const MAX_SEQUENCES: usize = 16;
+
+/// Those of a cache, and with the query and the length what a sequence has addresses of.
+const TENSORS: usize = 10;
+const ADDRESSES: usize = TENSORS + 2;
 
 const THREADS: usize = 512;
 const WARPS: usize = THREADS / 32;
@@ -71,204 +88,305 @@ const ROW_BINS: usize = 4096;
 const HEAD_BINS: usize = 2048;
 const SEARCH_WORDS: usize = 4096 + 2 * 256 + MAX_GROUP + 8;
 
-/// A step's launches.
+/// The launches of a step.
 pub(super) struct Fused {
     search: Kernel,
     attend: Kernel,
-    params: Params<Decode>,
-    /// (batch element, KV head) pairs
-    rows: usize,
-    by_kv: bool,
-    lists: usize,
-    bundles: usize,
-    heads: usize,
-    splits: usize,
-    entries: usize,
-    room: usize,
-    /// Keys of a list that the blocks have room for together.
-    list_room: usize,
-    /// The head dimension that the kernel was compiled for.
-    padded_dim: usize,
-    shared_bytes: usize,
+    shape: Shape,
+    launches: Vec<Together>,
+}
+
+/// Sequences that are launched together.
+struct Together {
+    params: Decode,
+    /// The cache that each is of.
+    caches: Vec<usize>,
 }
 
 impl Fused {
-    /// None where the kernels do not suit: for strides and sizes that they do not read, tables that do not fit.
-    pub(super) fn new(plan: &Plan, dtype: DType, device: &CudaDevice) -> Result<Option<Self>> {
+    /// A step of every sequence of some caches. None where the kernels do not suit: for strides and sizes that they do not
+    /// read, tables that do not fit, or caches that differ in more than their lengths.
+    pub(super) fn new(plans: &[Plan], caches: &[Sequences], dtype: DType, device: &CudaDevice) -> Result<Option<Self>> {
         let gpu = cuda::prepare(device)?;
-        let Some(selection) = &plan.selection else { return Ok(None) };
-        let shape = Shape::new(plan, selection);
-        if !shape.suits(plan, selection, &gpu) {
-            return Ok(None);
+        let mut shape = None;
+        let mut sequences = Vec::new();
+        for (i, (plan, cache)) in plans.iter().zip(caches).enumerate() {
+            let Some(selection) = &plan.selection else { return Ok(None) };
+            let own = Shape::new(plan, selection);
+            if !own.suits(plan, selection, &gpu) || *shape.get_or_insert(own) != own {
+                return Ok(None);
+            }
+            for b in 0..plan.attend.query.dims[0] {
+                sequences.push((i, cache.len, Sequence::new(plan, selection, cache.ahead, dtype, b)?));
+            }
         }
-        let Shape { b, h, h_kv, group, capacity, head_dim, pq_dim, n_centroids, n_clusters, .. } = shape;
-        let init_offset = plan.step.init_offset;
-        let heads = shape.heads();
-        let (rows, bundles) = (b * h_kv, group.div_ceil(heads));
-        let name = if shape.by_kv { "_by_kv" } else { "" };
-        let padded_dim = head_dim.next_power_of_two().max(64);
-        let teams = if shape.by_kv { rows } else { rows * bundles };
-        // A block a multiprocessor, where each has keys for all of its warps.
-        let splits = (gpu.multiprocessors / teams).min(capacity.div_ceil(CHUNK * WARPS)).clamp(1, MAX_SPLITS);
-        let room = capacity.next_multiple_of(CHUNK);
-        let list_room = capacity.next_multiple_of(CHUNK * WARPS * splits);
-        let shared = shape.shared(list_room / splits, bundles, &gpu);
-        let coarse = selection.score.coarse.as_ref();
-        let tail = selection.tail.as_ref();
-        let [cb, ch, _, cc, ce] = coarse.map_or([0; 5], |coarse| coarse.centroids.device().strides);
-        let params = Decode {
-            query: plan.attend.query.device(),
-            keys: plan.attend.keys.device().starting_at(2, plan.shared),
-            values: plan.attend.values.device().starting_at(2, plan.shared),
-            prefix_keys: plan.prefix.map_or(DeviceView::NONE, |[keys, _]| keys.device()),
-            prefix_values: plan.prefix.map_or(DeviceView::NONE, |[_, values]| values.device()),
-            codes: from_first_position(selection.score.codes.device(), init_offset),
-            clusters: coarse.map_or(DeviceView::NONE, |coarse| from_first_position(coarse.codes.device(), init_offset)),
-            centroids: selection.score.centroids.device(),
-            coarse: coarse.map_or(DeviceView::NONE, |coarse| DeviceView {
-                offset: coarse.centroids.device().offset,
-                strides: [cb, ch, cc, ce],
-            }),
-            sums: tail.map_or(DeviceView::NONE, |tail| tail.sums.device()),
-            counts: tail.map_or(DeviceView::NONE, |tail| tail.counts.device()),
-            step: plan.step,
-            room: room as u64,
-            h: u32_of(OP, "h", h)?,
-            h_kv: u32_of(OP, "h_kv", h_kv)?,
-            group: u32_of(OP, "group", group)?,
-            bundles: u32_of(OP, "group", bundles)?,
-            splits: u32_of(OP, "splits", splits)?,
-            per_warp: u32_of(OP, "capacity", list_room / (WARPS * splits))?,
-            histogram_at: u32_of(OP, "pq_dim", shared.histogram_at)?,
-            shared_chunks: u32_of(OP, "capacity", shared.chunks)?,
-            head_dim: u32_of(OP, "head_dim", head_dim)?,
-            pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
-            pq_len: u32_of(OP, "pq_len", head_dim / pq_dim)?,
-            n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
-            n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
-            has_tail: u32::from(tail.is_some()),
-            shared: u32_of(OP, "capacity", plan.shared)?,
-            scale: plan.attend.scale,
+        let (Some(shape), Some(plan)) = (shape, plans.first()) else { return Ok(None) };
+        let together = |(i, sequences): (usize, &[(usize, usize, Sequence)])| {
+            let params = shape.params(plan, i * MAX_SEQUENCES, sequences, &gpu)?;
+            Ok(Together { params, caches: sequences.iter().map(|(cache, ..)| *cache).collect() })
         };
-        u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK * WARPS * MAX_SPLITS))?;
-        let suffix = cuda::suffix(dtype);
+        let launches = sequences.chunks(MAX_SEQUENCES).enumerate().map(together).collect::<Result<Vec<_>>>()?;
+        let (heads, suffix, name) = (shape.heads(), cuda::suffix(dtype), if shape.by_kv { "_by_kv" } else { "" });
         let kernel = |name: String| Kernel::new(device, Module::Decode, name);
         Ok(Some(Self {
             search: kernel(format!("decode_search_{suffix}_h{heads}{name}"))?,
-            attend: kernel(format!("decode_attend_{suffix}_d{padded_dim}_h{heads}{name}"))?,
-            params: Params(params),
-            rows,
-            by_kv: shape.by_kv,
-            lists: if shape.by_kv { rows } else { b * h },
-            bundles,
-            heads,
-            splits,
-            entries: pq_dim * n_centroids + n_clusters,
-            room,
-            list_room,
-            padded_dim,
-            shared_bytes: shared.bytes,
+            attend: kernel(format!("decode_attend_{suffix}_d{}_h{heads}{name}", shape.padded_dim()))?,
+            shape,
+            launches,
         }))
     }
 
-    /// Writes the output.
+    /// Writes the output, `[caches, b, h, head_dim]`.
     pub(super) fn run(
         &self,
-        lens: &CudaStorage,
-        [query, keys, values]: [&CudaStorage; 3],
-        prefix: Option<&[Tensor; 2]>,
-        index: &Index,
+        query: &CudaStorage,
+        caches: &[Sequences],
         buffers: &mut Buffers,
         out: &mut CudaStorage,
     ) -> Result<()> {
         let (_, device) = cuda::kind(query);
-        let Self { rows, lists, bundles, heads, splits, params, .. } = self;
-        let (all_bundles, all_heads) = (rows * bundles, rows * bundles * heads);
-        let guards = [&index.codes, &index.centroids].map(|tensor| tensor.storage_and_layout().0);
-        let [codes, centroids] = guards.each_ref().map(|guard| cuda::storage_of(OP, guard));
-        let (coarse, sums) = (index.coarse.as_ref(), index.clusters.as_ref());
-        let guards =
-            [coarse.map(|x| &x.codes), coarse.map(|x| &x.centroids), sums.map(|x| &x.sums), sums.map(|x| &x.counts)]
-                .map(|tensor| tensor.map(|tensor| tensor.storage_and_layout().0));
-        let [clusters, coarse, sums, counts] =
-            guards.each_ref().map(|guard| guard.as_ref().map(|guard| cuda::storage_of(OP, guard)).transpose());
-        let (codes, centroids, clusters, coarse, sums, counts) =
-            (codes?, centroids?, clusters?, coarse?, sums?, counts?);
+        let stream = device.cuda_stream();
+        let (storages, places) = cuda::lock(&caches.iter().flat_map(tensors).collect::<Vec<_>>());
+        let mut addresses = Addresses::new(&stream);
+        let of_query = addresses.of(query)?;
+        let of_storages = storages.iter().map(|storage| addresses.of(cuda::storage_of(OP, storage)?));
+        let of_storages = of_storages.collect::<Result<Vec<_>>>()?;
+        let of_lens = caches.iter().map(|cache| addresses.of(cache.lens.storage())).collect::<Result<Vec<_>>>()?;
+        for Together { params, caches } in &self.launches {
+            let mut params = *params;
+            for (sequence, &cache) in params.sequences.iter_mut().zip(caches) {
+                let [query, tensors @ .., len] = &mut sequence.addresses;
+                *query = query.wrapping_add(of_query);
+                *len = len.wrapping_add(of_lens[cache]);
+                for (address, place) in tensors.iter_mut().zip(&places[cache * TENSORS..]) {
+                    *address = place.map_or(0, |place| address.wrapping_add(of_storages[place]));
+                }
+            }
+            self.launch(&Params(params), device, buffers, out)?;
+        }
+        Ok(())
+    }
 
-        let tables = buffers.tables.of(device, all_heads * self.entries, DType::F32)?;
-        let scores = buffers.scores.of(device, all_heads * self.room, DType::F32)?;
-        let stats = buffers.mass_stats.of(device, 2 * all_heads * MAX_SPLITS, DType::F32)?;
-        let searches = buffers.searches.zeroed(device, lists * SEARCH_WORDS, DType::U32)?;
-
-        let mut masses = match self.by_kv {
-            true => Some(buffers.mass.of(device, rows * self.room, DType::F32)?),
-            false => None,
-        };
-        let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
-        let lists = buffers.indices.of(device, lists * self.list_room, DType::U32)?;
-        let tail = buffers.tail_masses.of(device, all_heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch = self.search.launch().input(query)?.input(codes)?.input_or_null(clusters)?.input(centroids)?;
-        let launch = launch.input_or_null(coarse)?.input(lens)?.output(tables)?.output(scores)?;
-        let launch = launch.output_or_null(masses.as_deref_mut())?.output(stats)?.output(searches)?;
-        let launch = launch.output(lists)?.output(listed)?.output(tail)?.value(params);
-        let grid = [*splits, if self.by_kv { *rows } else { all_bundles }, 1];
-        match splits {
-            1 => launch.run(grid, THREADS as u32, self.shared_bytes)?,
-            _ => launch.run_cooperatively(grid, THREADS as u32, self.shared_bytes)?,
+    fn launch(
+        &self,
+        params: &Params<Decode>,
+        device: &CudaDevice,
+        buffers: &mut Buffers,
+        out: &mut CudaStorage,
+    ) -> Result<()> {
+        let (shape, Params(decode)) = (&self.shape, params);
+        let (n, splits) = (decode.n_sequences as usize, decode.splits as usize);
+        let (bundles, lists) = (n * shape.h_kv * shape.bundles(), n * shape.lists());
+        let (heads, padded_dim) = (bundles * shape.heads(), shape.padded_dim());
+        let (mut room, mut list_room, mut blocks) = (0, 0, 0);
+        for sequence in &decode.sequences[..n] {
+            room += sequence.room as usize;
+            list_room += shape.lists() * sequence.list_room();
+            blocks += shape.teams() * sequence.splits as usize;
         }
 
-        let partials = buffers.partials.of(device, all_heads * splits * self.padded_dim, DType::F32)?;
-        let partial_stats = buffers.attend_stats.of(device, 2 * all_heads * splits, DType::F32)?;
-        let arrived = buffers.arrived.zeroed(device, all_bundles, DType::U32)?;
-        // Keys and values share a storage.
-        let prefix = prefix.map(|[keys, _]| keys.storage_and_layout().0);
-        let prefix = prefix.as_ref().map(|prefix| cuda::storage_of(OP, prefix)).transpose()?.unwrap_or(keys);
-        let launch = self.attend.launch().input(query)?.input(keys)?.input(values)?.input(prefix)?;
-        let launch = launch.input_or_null(clusters)?;
-        let launch = launch.input(scores)?.input_or_null(masses.as_deref())?.input(lens)?;
-        let launch = launch.output(searches)?.input(lists)?;
-        let launch = launch.input(listed)?.input_or_null(sums)?.input_or_null(counts)?.input(tail)?;
-        let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?;
-        let launch = launch.output(out)?.value(params);
-        launch.run([*splits, all_bundles, 1], if self.padded_dim > 128 { 256 } else { 512 }, 0)
+        let tables = buffers.tables.of(device, heads * shape.entries(), DType::F32)?;
+        let scores = buffers.scores.of(device, room * heads / n, DType::F32)?;
+        let mut masses = match shape.by_kv {
+            true => Some(buffers.mass.of(device, room * shape.h_kv, DType::F32)?),
+            false => None,
+        };
+        let stats = buffers.mass_stats.of(device, 2 * heads * MAX_SPLITS, DType::F32)?;
+        let searches = buffers.searches.zeroed(device, lists * SEARCH_WORDS, DType::U32)?;
+        let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
+        let lists = buffers.indices.of(device, list_room, DType::U32)?;
+        let tail = buffers.tail_masses.of(device, heads * splits * MAX_CLUSTERS, DType::U32)?;
+        let launch = self.search.launch().output(tables)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
+        let launch = launch.output(stats)?.output(searches)?.output(lists)?.output(listed)?.output(tail)?;
+        let launch = launch.value(params);
+        let shared = decode.histogram_at as usize
+            + shape.histogram_bytes()
+            + decode.shared_chunks as usize * shape.chunk_bytes();
+        match splits {
+            1 => launch.run([blocks, 1, 1], THREADS as u32, shared)?,
+            _ => launch.run_cooperatively([blocks, 1, 1], THREADS as u32, shared)?,
+        }
+
+        let partials = buffers.partials.of(device, heads * splits * padded_dim, DType::F32)?;
+        let partial_stats = buffers.attend_stats.of(device, 2 * heads * splits, DType::F32)?;
+        let arrived = buffers.arrived.zeroed(device, bundles, DType::U32)?;
+        let launch = self.attend.launch().input(scores)?.input_or_null(masses.as_deref())?.output(searches)?;
+        let launch = launch.input(lists)?.input(listed)?.input(tail)?;
+        let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?.output(out)?.value(params);
+        launch.run([splits, bundles, 1], if padded_dim > 128 { 256 } else { 512 }, 0)
     }
 }
 
-/// The shared memory of a block that searches.
-struct Shared {
-    histogram_at: usize,
-    /// Chunks of scores.
-    chunks: usize,
-    bytes: usize,
+/// The tensors of a cache, in the order of `Sequence` in `kernels/decode/layout.cuh`.
+fn tensors<'a>(cache: &'a Sequences) -> [Option<&'a Tensor>; TENSORS] {
+    let (index, prefix) = (cache.index.as_ref(), cache.prefix.as_ref());
+    let coarse = index.and_then(|index| index.coarse.as_ref());
+    let clusters = index.and_then(|index| index.clusters.as_ref());
+    [
+        Some(&cache.keys),
+        Some(&cache.values),
+        prefix.map(|[keys, _]| keys),
+        prefix.map(|[_, values]| values),
+        index.map(|index| &index.codes),
+        coarse.map(|coarse| &coarse.codes),
+        index.map(|index| &index.centroids),
+        coarse.map(|coarse| &coarse.centroids),
+        clusters.map(|clusters| &clusters.sums),
+        clusters.map(|clusters| &clusters.counts),
+    ]
 }
 
-/// The sizes that a step is made of.
+impl Sequence {
+    const NONE: Self = Self {
+        addresses: [0; ADDRESSES],
+        query_stride: 0,
+        key_stride: 0,
+        prefix_stride: 0,
+        codes_stride: 0,
+        clusters_stride: 0,
+        room_before: 0,
+        lists_before: 0,
+        room: 0,
+        per_warp: 0,
+        capacity: 0,
+        ahead: 0,
+        shared: 0,
+        splits: 0,
+        first_block: 0,
+    };
+
+    /// The `b`-th sequence of a cache, which has no place in a launch yet.
+    fn new(plan: &Plan, selection: &SelectionPlan, ahead: usize, dtype: DType, b: usize) -> Result<Self> {
+        let (attend, score, tail) = (&plan.attend, &selection.score, selection.tail.as_ref());
+        let (key_bytes, capacity) = (dtype.size_in_bytes(), plan.shared + attend.keys.dims[2]);
+        u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK * WARPS * MAX_SPLITS))?;
+        let coarse = score.coarse.as_ref();
+        let codes = from_first_position(score.codes.device(), plan.step.init_offset);
+        let clusters =
+            coarse.map_or(DeviceView::NONE, |coarse| from_first_position(coarse.codes.device(), plan.step.init_offset));
+        let [prefix_keys, prefix_values] =
+            plan.prefix.map_or([DeviceView::NONE; 2], |prefix| prefix.map(|x| x.device()));
+        let (query, keys) = (attend.query.device(), attend.keys.device().starting_at(2, plan.shared));
+        Ok(Self {
+            addresses: [
+                bytes_to(query, b, key_bytes),
+                bytes_to(keys, b, key_bytes),
+                bytes_to(attend.values.device().starting_at(2, plan.shared), b, key_bytes),
+                bytes_to(prefix_keys, b, key_bytes),
+                bytes_to(prefix_values, b, key_bytes),
+                bytes_to(codes, b, 1),
+                bytes_to(clusters, b, 1),
+                bytes_to(score.centroids.device(), b, size_of::<f32>()),
+                coarse.map_or(0, |coarse| bytes_to(coarse.centroids.device(), b, size_of::<f32>())),
+                tail.map_or(0, |tail| bytes_to(tail.sums.device(), b, size_of::<f32>())),
+                tail.map_or(0, |tail| bytes_to(tail.counts.device(), b, size_of::<u32>())),
+                (b * size_of::<u32>()) as u64,
+            ],
+            query_stride: query.strides[1],
+            key_stride: keys.strides[1],
+            prefix_stride: prefix_keys.strides[1],
+            codes_stride: codes.strides[1],
+            clusters_stride: clusters.strides[1],
+            room: u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK))?,
+            capacity: u32_of(OP, "capacity", capacity)?,
+            ahead: u32_of(OP, "ahead", ahead)?,
+            shared: u32_of(OP, "capacity", plan.shared)?,
+            ..Self::NONE
+        })
+    }
+
+    /// Positions of a list.
+    fn list_room(&self) -> usize {
+        self.per_warp as usize * WARPS * self.splits as usize
+    }
+}
+
+/// Where the `b`-th of what lies along the first dimension begins, in bytes.
+fn bytes_to<const N: usize>(view: DeviceView<N>, b: usize, element: usize) -> u64 {
+    (b as u64).wrapping_mul(view.strides[0]).wrapping_add(view.offset).wrapping_mul(element as u64)
+}
+
+/// Shares `blocks` among sequences of so many keys, of which each can use as many as its second number says: as even as whole
+/// blocks allow. Those of equal lengths have equally many.
+fn share(mut blocks: usize, sequences: &[(usize, usize)]) -> Vec<usize> {
+    let mut shares = vec![1; sequences.len()];
+    blocks = blocks.saturating_sub(shares.len());
+    loop {
+        // Who has the most keys a block, and could have another one.
+        let needy = |i: &usize| shares[*i] < sequences[*i].1;
+        let load = |i: usize| sequences[i].0 as f64 / shares[i] as f64;
+        let most = (0..shares.len()).filter(needy).map(load).fold(0.0, f64::max);
+        let of_most: Vec<_> = (0..shares.len()).filter(needy).filter(|i| load(*i) == most).collect();
+        if of_most.is_empty() || of_most.len() > blocks {
+            return shares;
+        }
+        blocks -= of_most.len();
+        of_most.into_iter().for_each(|i| shares[i] += 1);
+    }
+}
+
+/// The sizes that the steps of all caches have in common.
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Shape {
-    b: usize,
     h: usize,
     h_kv: usize,
-    group: usize,
-    capacity: usize,
     head_dim: usize,
     pq_dim: usize,
     n_centroids: usize,
     n_clusters: usize,
     by_kv: bool,
+    has_tail: bool,
 }
 
 impl Shape {
     fn new(plan: &Plan, selection: &SelectionPlan) -> Self {
-        let ([b, h, _, head_dim], [_, h_kv, room, _]) = (plan.attend.query.dims, plan.attend.keys.dims);
-        let capacity = plan.shared + room;
+        let ([_, h, _, head_dim], [_, h_kv, ..]) = (plan.attend.query.dims, plan.attend.keys.dims);
         let [_, _, pq_dim, n_centroids, _] = selection.score.centroids.dims;
         let n_clusters = selection.score.coarse.as_ref().map_or(0, |coarse| coarse.centroids.dims[3]);
-        let by_kv = selection.mass.is_some();
-        Self { b, h, h_kv, group: h / h_kv, capacity, head_dim, pq_dim, n_centroids, n_clusters, by_kv }
+        let (by_kv, has_tail) = (selection.mass.is_some(), selection.tail.is_some());
+        Self { h, h_kv, head_dim, pq_dim, n_centroids, n_clusters, by_kv, has_tail }
+    }
+
+    fn group(&self) -> usize {
+        self.h / self.h_kv
     }
 
     /// Heads of a bundle.
     fn heads(&self) -> usize {
-        self.group.next_power_of_two().min(MAX_HEADS)
+        self.group().next_power_of_two().min(MAX_HEADS)
+    }
+
+    /// Bundles of a KV head.
+    fn bundles(&self) -> usize {
+        self.group().div_ceil(self.heads())
+    }
+
+    /// Lists of a sequence.
+    fn lists(&self) -> usize {
+        if self.by_kv {
+            self.h_kv
+        } else {
+            self.h
+        }
+    }
+
+    /// Teams of blocks of a sequence.
+    fn teams(&self) -> usize {
+        if self.by_kv {
+            self.h_kv
+        } else {
+            self.h_kv * self.bundles()
+        }
+    }
+
+    /// Entries of a bundle's tables.
+    fn entries(&self) -> usize {
+        self.pq_dim * self.n_centroids + self.n_clusters
+    }
+
+    /// The head dimension that the kernel was compiled for.
+    fn padded_dim(&self) -> usize {
+        self.head_dim.next_power_of_two().max(64)
     }
 
     /// The histogram of a block, or its histograms.
@@ -279,44 +397,96 @@ impl Shape {
     /// Where the histogram of a block lies: behind the tables, and what later takes their place.
     fn histogram_at(&self) -> usize {
         let tables = (self.pq_dim / SUBSPACES * self.n_centroids + self.n_clusters) * ROW_BYTES;
-        let heads = if self.by_kv { self.group } else { self.heads() };
+        let heads = if self.by_kv { self.group() } else { self.heads() };
         tables.max(heads * MAX_CLUSTERS * size_of::<u32>())
     }
 
-    /// What a block that searches `keys` has in shared memory.
-    fn shared(&self, keys: usize, bundles: usize, gpu: &Gpu) -> Shared {
-        let (histogram_at, chunk_bytes) = (self.histogram_at(), CHUNK * self.heads() * size_of::<f32>());
-        let others = histogram_at + self.histogram_bytes();
-        let wanted = keys / CHUNK * if self.by_kv { bundles } else { 1 };
-        let chunks = ((gpu.shared_bytes - STATIC_BYTES - others) / chunk_bytes).min(wanted);
-        Shared { histogram_at, chunks, bytes: others + chunks * chunk_bytes }
+    /// Scores of a chunk of keys.
+    fn chunk_bytes(&self) -> usize {
+        CHUNK * self.heads() * size_of::<f32>()
+    }
+
+    /// The parameters of a launch of some sequences, of which `first` are launched before: of each its cache, its length,
+    /// and what is known of it.
+    fn params(&self, plan: &Plan, first: usize, sequences: &[(usize, usize, Sequence)], gpu: &Gpu) -> Result<Decode> {
+        let bundles = self.bundles();
+        // A block a multiprocessor, where each has keys for all of its warps.
+        let useful = |sequence: &Sequence| (sequence.capacity as usize).div_ceil(CHUNK * WARPS).clamp(1, MAX_SPLITS);
+        let wanted: Vec<_> = sequences.iter().map(|(_, len, sequence)| (*len, useful(sequence))).collect();
+        let shares = share(gpu.multiprocessors / self.teams(), &wanted);
+        let mut decode = Decode {
+            sequences: [Sequence::NONE; MAX_SEQUENCES],
+            step: plan.step,
+            n_sequences: sequences.len() as u32,
+            first_sequence: u32_of(OP, "b", first)?,
+            h: u32_of(OP, "h", self.h)?,
+            h_kv: u32_of(OP, "h_kv", self.h_kv)?,
+            group: u32_of(OP, "group", self.group())?,
+            bundles: u32_of(OP, "group", bundles)?,
+            splits: 1,
+            histogram_at: u32_of(OP, "pq_dim", self.histogram_at())?,
+            shared_chunks: 0,
+            head_dim: u32_of(OP, "head_dim", self.head_dim)?,
+            pq_dim: u32_of(OP, "pq_dim", self.pq_dim)?,
+            pq_len: u32_of(OP, "pq_len", self.head_dim / self.pq_dim)?,
+            n_centroids: u32_of(OP, "n_centroids", self.n_centroids)?,
+            n_clusters: u32_of(OP, "n_clusters", self.n_clusters)?,
+            has_tail: u32::from(self.has_tail),
+            scale: plan.attend.scale,
+        };
+        let (mut room_before, mut lists_before, mut first_block, mut chunks) = (0, 0, 0, 0);
+        for ((to, (_, _, from)), splits) in decode.sequences.iter_mut().zip(sequences).zip(shares) {
+            let list_room = (from.capacity as usize).next_multiple_of(CHUNK * WARPS * splits);
+            *to = Sequence {
+                room_before,
+                lists_before,
+                first_block: u32_of(OP, "b", first_block)?,
+                splits: splits as u32,
+                per_warp: u32_of(OP, "capacity", list_room / (WARPS * splits))?,
+                ..*from
+            };
+            room_before += u64::from(from.room);
+            lists_before += (self.lists() * list_room) as u64;
+            first_block += self.teams() * splits;
+            chunks = chunks.max(list_room / splits / CHUNK * if self.by_kv { bundles } else { 1 });
+            decode.splits = decode.splits.max(splits as u32);
+        }
+        let others = self.histogram_at() + self.histogram_bytes() + STATIC_BYTES;
+        let available = gpu.shared_bytes.saturating_sub(others) / self.chunk_bytes();
+        decode.shared_chunks = u32_of(OP, "capacity", chunks.min(available))?;
+        Ok(decode)
     }
 
     fn suits(&self, plan: &Plan, selection: &SelectionPlan, gpu: &Gpu) -> bool {
-        let attend = &plan.attend;
-        let mut rows = vec![attend.keys.device(), attend.values.device()];
-        rows.extend(plan.prefix.iter().flatten().map(View::device));
-        let coarse = selection.score.coarse.as_ref();
-        let (centroids, codes) = (selection.score.centroids.device(), selection.score.codes.device());
-        let codes = from_first_position(codes, plan.step.init_offset);
+        let (attend, score, tail) = (&plan.attend, &selection.score, selection.tail.as_ref());
+        let coarse = score.coarse.as_ref();
+        let keys = attend.keys.device();
+        let prefix = plan.prefix.map(|prefix| prefix.map(|view| view.device()));
+        let codes = from_first_position(score.codes.device(), plan.step.init_offset);
         let clusters = coarse.map(|coarse| from_first_position(coarse.codes.device(), plan.step.init_offset));
+        let are_rows = |view: &DeviceView<4>, like: &DeviceView<4>| {
+            is_aligned(view, 8) && view.strides[1..] == like.strides[1..] && view.strides[2] == self.head_dim as u64
+        };
         self.pq_dim.is_multiple_of(SUBSPACES)
             && (self.head_dim / self.pq_dim).is_multiple_of(4)
             && self.head_dim.is_multiple_of(8)
-            && self.group <= MAX_GROUP
-            && self.b * self.h <= MAX_LISTS
+            && self.group() <= MAX_GROUP
+            && MAX_SEQUENCES * self.h <= MAX_LISTS
             && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES <= gpu.shared_bytes
             && attend.scale > 0.0
             && attend.scale.is_finite()
-            && rows.iter().all(|view| is_aligned(view, 8))
-            && is_aligned(&centroids, 4)
-            && coarse.is_none_or(|coarse| is_aligned(&coarse.centroids.device(), 4))
+            && attend.query.strides[3] == 1
+            && are_rows(&keys, &keys)
+            && are_rows(&attend.values.device(), &keys)
+            && prefix.is_none_or(|[keys, values]| are_rows(&keys, &keys) && are_rows(&values, &keys))
+            && is_whole(&score.centroids)
+            && coarse.is_none_or(|coarse| is_whole(&coarse.centroids))
+            && tail.is_none_or(|tail| is_whole(&tail.sums) && is_whole(&tail.counts))
             && codes.strides[2] == self.pq_dim as u64
             && (codes.offset | codes.strides[0] | codes.strides[1]).is_multiple_of(16)
             && clusters.is_none_or(|view| {
                 view.strides[2] == 1 && (view.offset | view.strides[0] | view.strides[1]).is_multiple_of(4)
             })
-            && selection.tail.as_ref().is_none_or(|tail| is_aligned(&tail.sums.device(), 4))
     }
 }
 
@@ -324,6 +494,13 @@ impl Shape {
 fn is_aligned<const N: usize>(view: &DeviceView<N>, width: u64) -> bool {
     let all = view.strides[..N - 1].iter().fold(view.offset, |all, stride| all | stride);
     view.strides[N - 1] == 1 && all.is_multiple_of(width)
+}
+
+/// Whether elements follow each other without a gap, from a multiple of four on.
+fn is_whole<const N: usize>(view: &View<N>) -> bool {
+    let whole = View::contiguous(view.dims);
+    let is_like = |dim: usize| view.dims[dim] == 1 || view.strides[dim] == whole.strides[dim];
+    (0..N).all(is_like) && view.device().offset.is_multiple_of(4)
 }
 
 /// Of codes that start at position `init_offset`: as if they started at position 0.

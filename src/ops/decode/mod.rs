@@ -5,18 +5,19 @@
 //! capacity, and what one launch leaves to the next has a place that stays. So nothing but the output is allocated, and a
 //! step captured as a CUDA graph serves a sequence that grows.
 
-mod cuda;
 mod fused;
+mod single;
 mod workspace;
 
-use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{bail, CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, View};
 use super::indices_and_weights::{Geometry, Lists};
 use super::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 use crate::cache::Index;
 use crate::config::{PqConfig, Selection};
-use crate::cuda::{Lens, Step};
+use crate::cuda::{self, Lens, Step};
 use fused::Fused;
 pub(crate) use workspace::Workspace;
 
@@ -33,33 +34,43 @@ pub(crate) struct Sequences<'a> {
     /// How many there are.
     pub(crate) shared: usize,
     pub(crate) lens: &'a Lens,
+    /// Roughly what `lens` says: sequences of a step share the device by it.
+    pub(crate) len: usize,
+    /// So many of the last keys are not seen: of a run each position sees its own and those before it.
+    pub(crate) ahead: usize,
+    /// Of all positions that there is room for; None to attend to all keys.
+    pub(crate) index: Option<Index>,
 }
 
-/// Attends to all keys, or with an index (of all positions that there is room for) to those that matter to `query`,
-/// `[b, h, 1, head_dim]`.
+/// Attends with each position of `query`, `[b, h, caches, head_dim]`, to a cache: to all keys, or by its index to those that
+/// matter to it. Returns `[b, h, caches, head_dim]`.
 ///
-/// None where there is a prefix and the fused launches do not suit.
+/// None where the fused launches do not suit, which serve several caches, those with a prefix, and runs.
 ///
 /// # Errors
 /// Shapes and dtypes that the single ops would refuse, or a step that is captured before one has been run: it would
 /// have to allocate.
 pub(crate) fn decode(
     query: &Tensor,
-    sequences: &Sequences,
-    index: Option<(&Index, &PqConfig)>,
+    caches: &[Sequences],
+    config: &PqConfig,
     scale: f32,
     workspace: &Workspace,
 ) -> Result<Option<Tensor>> {
     let query = with_unit_rows(query)?;
-    let plan = Plan::new(&query, sequences, index, scale)?;
-    let device = query.device().as_cuda_device()?;
-    let fused = Fused::new(&plan, query.dtype(), device)?;
-    if fused.is_none() && plan.prefix.is_some() {
+    let (b, h, _, head_dim) = query.dims4()?;
+    let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);
+    let plans = caches.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
+    let fused = Fused::new(&plans, caches, query.dtype(), query.device().as_cuda_device()?)?;
+    let is_one = matches!(caches, [Sequences { prefix: None, ahead: 0, .. }]);
+    if fused.is_none() && !is_one {
         return Ok(None);
     }
-    let prefix = sequences.prefix.as_ref();
-    let op = Decode { plan, fused, prefix, lens: sequences.lens, index: index.map(|(index, _)| index), workspace };
-    query.apply_op3_no_bwd(&sequences.keys, &sequences.values, &op).map(Some)
+    let out = query.apply_op1_no_bwd(&Decode { plans, fused, caches, workspace })?;
+    match caches.len() {
+        1 => out.reshape((b, h, 1, head_dim)).map(Some),
+        _ => out.permute((1, 2, 0, 3)).map(Some),
+    }
 }
 
 /// A checked call of [`decode`]: the plans of its ops, for as many keys as there is room for.
@@ -81,10 +92,10 @@ struct SelectionPlan {
 }
 
 impl Plan {
-    fn new(query: &Tensor, sequences: &Sequences, index: Option<(&Index, &PqConfig)>, scale: f32) -> Result<Self> {
-        let mut attend = sparse_attend::Plan::new(OP, query, &sequences.keys, &sequences.values, None, None, scale)?;
-        let shared = sequences.shared;
-        let prefix = match &sequences.prefix {
+    fn new(query: &Tensor, cache: &Sequences, config: &PqConfig, scale: f32) -> Result<Self> {
+        let mut attend = sparse_attend::Plan::new(OP, query, &cache.keys, &cache.values, None, None, scale)?;
+        let shared = cache.shared;
+        let prefix = match &cache.prefix {
             None => None,
             Some([keys, values]) => {
                 let of_prefix = sparse_attend::Plan::new(OP, query, keys, values, None, None, scale)?;
@@ -92,7 +103,7 @@ impl Plan {
             }
         };
         let capacity = shared + attend.keys.dims[2];
-        let Some((index, config)) = index else {
+        let Some(index) = &cache.index else {
             return Ok(Self { step: Step::of_candidates(capacity, 0), selection: None, attend, prefix, shared });
         };
         let selection = SelectionPlan::new(query, index, config, capacity, scale)?;
@@ -141,41 +152,27 @@ impl SelectionPlan {
 }
 
 struct Decode<'a> {
-    plan: Plan,
+    /// A cache each.
+    plans: Vec<Plan>,
     fused: Option<Fused>,
-    prefix: Option<&'a [Tensor; 2]>,
-    lens: &'a Lens,
-    index: Option<&'a Index>,
+    caches: &'a [Sequences<'a>],
     workspace: &'a Workspace,
 }
 
-impl CustomOp3 for Decode<'_> {
+impl CustomOp1 for Decode<'_> {
     fn name(&self) -> &'static str {
         OP
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         bail!("{OP}: query: expected a tensor on a GPU, got a CPU tensor")
     }
 
-    fn cuda_fwd(
-        &self,
-        query: &CudaStorage,
-        _: &Layout,
-        keys: &CudaStorage,
-        _: &Layout,
-        values: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let out = cuda::run(self, [query, keys, values])?;
-        Ok((out, self.plan.attend.query.dims.as_slice().into()))
+    fn cuda_fwd(&self, query: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (b, h, _, head_dim) = layout.shape().dims4()?;
+        let dims = (self.caches.len(), b, h, head_dim);
+        let mut out = cuda::output(query.device(), dims, query.dtype())?;
+        self.run(query, &mut out)?;
+        Ok((out, dims.into()))
     }
 }

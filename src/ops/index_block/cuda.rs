@@ -1,31 +1,38 @@
-use candle_core::{CudaStorage, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::{ClusterSums, Due, EncodeOptions, Plan, OP};
-use crate::cuda::{self, storage_of, u32_of, DeviceView, Kernel, Module, Params, Step};
+use super::{Due, Indexed, Plan, OP};
+use crate::cuda::{self, u32_of, Addresses, Kernel, Module, Params};
+
+/// `kernels/index_block.cu`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Sequence {
+    /// Of [`tensors`], in this order; then of the length, and of the counts of blocks that are done.
+    addresses: [u64; TENSORS + 2],
+    key_stride: u64,
+    codes_stride: u64,
+    clusters_stride: u64,
+    capacity: u64,
+}
 
 /// `kernels/index_block.cu`
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct IndexBlock {
-    keys: DeviceView<4>,
-    values: DeviceView<4>,
-    codes: DeviceView<4>,
-    clusters: DeviceView<3>,
-    centroids: DeviceView<5>,
-    coarse: DeviceView<4>,
-    phi: DeviceView<3>,
-    weights: DeviceView<3>,
-    step: Step,
+    sequences: [Sequence; MAX_SEQUENCES],
+    init_offset: u64,
     block: u64,
-    b: u32,
-    h_kv: u32,
     head_dim: u32,
     pq_dim: u32,
     pq_len: u32,
     n_centroids: u32,
     n_clusters: u32,
-    augmented: u32,
 }
+
+const TENSORS: usize = 10;
+
+/// The most sequences of a launch.
+const MAX_SEQUENCES: usize = 16;
 
 const THREADS: usize = 128;
 const WARPS: usize = THREADS / 32;
@@ -33,71 +40,89 @@ const WARPS: usize = THREADS / 32;
 /// Blocks of threads a multiprocessor: idle ones cost time too.
 const BLOCKS: usize = 2;
 
-pub(super) fn run(
-    plan: &Plan,
-    codes: &Tensor,
-    [keys, values]: [&Tensor; 2],
-    centroids: &Tensor,
-    options: EncodeOptions,
-    clusters: Option<&ClusterSums>,
-    due: Due,
-) -> Result<()> {
-    let EncodeOptions { phi, weights, coarse } = options;
-    let (into, encode) = (&plan.into, &plan.into.encode);
-    let [b, h_kv, capacity, head_dim] = encode.keys.dims;
-    let [_, _, pq_dim, n_centroids, _] = encode.centroids.dims;
-    let (of_clusters, of_coarse) =
-        into.coarse.as_ref().map_or((DeviceView::NONE, DeviceView::NONE), |(codes, coarse)| {
-            (codes.device().starting_at(2, due.first), coarse.device())
-        });
-    let values_view =
-        plan.sums.as_ref().map_or(DeviceView::NONE, |sums| sums.values.device().starting_at(2, due.first));
-    let params = Params(IndexBlock {
-        keys: encode.keys.device().starting_at(2, due.first),
-        values: values_view,
-        codes: into.codes.device().starting_at(2, due.first),
-        clusters: of_clusters,
-        centroids: encode.centroids.device(),
-        coarse: of_coarse,
-        phi: encode.phi.map_or(DeviceView::NONE, |phi| phi.device()),
-        weights: into.weights.map_or(DeviceView::NONE, |weights| weights.device()),
-        step: Step { init_offset: due.init_offset as u64, ..Step::of_candidates(due.first + capacity, 0) },
-        block: due.block as u64,
-        b: u32_of(OP, "b", b)?,
-        h_kv: u32_of(OP, "h_kv", h_kv)?,
-        head_dim: u32_of(OP, "head_dim", head_dim)?,
-        pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
-        pq_len: u32_of(OP, "pq_len", encode.pq_len)?,
-        n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
-        n_clusters: u32_of(OP, "n_clusters", into.coarse.map_or(0, |(_, centroids)| centroids.dims[2]))?,
-        augmented: u32::from(phi.is_some()),
-    });
-    let sums = clusters.filter(|_| plan.sums.is_some());
-    // Keys and values share a storage.
-    let guards = [codes, keys, centroids].map(|tensor| tensor.storage_and_layout().0);
-    let others = [
-        phi,
-        weights,
-        coarse.map(|coarse| &coarse.codes),
-        coarse.map(|coarse| &coarse.centroids),
-        sums.map(|clusters| &clusters.sums),
-        sums.map(|clusters| &clusters.counts),
-    ]
-    .map(|tensor| tensor.map(|tensor| tensor.storage_and_layout().0));
-    let of_values = values.storage_and_layout().0;
-    let [codes, keys, centroids] = guards.each_ref().map(|guard| storage_of(OP, guard));
-    let (codes, keys, centroids, values) = (codes?, keys?, centroids?, storage_of(OP, &of_values)?);
-    let others = others.each_ref().map(|guard| guard.as_ref().map(|guard| storage_of(OP, guard)).transpose());
-    let [phi, weights, clusters, coarse, sums, counts]: [Result<Option<&CudaStorage>>; 6] = others;
-
-    let (dtype, device) = cuda::kind(keys);
-    let device = &device.clone();
+pub(super) fn run(plans: &[Plan], caches: &[Indexed], due: Due) -> Result<()> {
+    let (storages, places) = cuda::lock(&caches.iter().flat_map(tensors).collect::<Vec<_>>());
+    let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
+    let Some(Some(keys)) = places.first() else { return Ok(()) };
+    let (dtype, device) = cuda::kind(storages[*keys]);
     let gpu = cuda::prepare(device)?;
+    let stream = device.cuda_stream();
+    let mut addresses = Addresses::new(&stream);
+    let starts = storages.iter().map(|storage| addresses.of(storage)).collect::<Result<Vec<_>>>()?;
+    let mut sequences = Vec::new();
+    for ((plan, cache), places) in plans.iter().zip(caches).zip(places.chunks(TENSORS)) {
+        let starts: Vec<_> = places.iter().map(|place| place.map_or(0, |place| starts[place])).collect();
+        let lens = addresses.of(cache.lens.storage())?;
+        for b in 0..plan.into.encode.keys.dims[0] {
+            sequences.push(Sequence::new(plan, cache, &starts, lens, dtype.size_in_bytes(), b));
+        }
+    }
+    let [h_kv, head_dim, pq_dim, n_centroids, _, n_clusters] = plans[0].sizes();
     let kernel = Kernel::new(device, Module::IndexBlock, format!("index_block_{}", cuda::suffix(dtype)))?;
-    let launch = kernel.launch().input(keys)?.input(values)?.input(centroids)?;
-    let launch = launch.input_or_null(phi?)?.input_or_null(weights?)?.input_or_null(coarse?)?;
-    let launch = launch.output(due.lens.storage_mut())?.updated(codes)?.updated_or_null(clusters?)?;
-    let launch = launch.updated_or_null(sums?)?.updated_or_null(counts?)?.value(&params);
-    let blocks = due.block.div_ceil(WARPS).min((BLOCKS * gpu.multiprocessors).div_ceil(b * h_kv));
-    launch.run([blocks, b * h_kv, 1], THREADS as u32, 0)
+    for together in sequences.chunks(MAX_SEQUENCES) {
+        let mut all = [together[0]; MAX_SEQUENCES];
+        all[..together.len()].copy_from_slice(together);
+        let params = Params(IndexBlock {
+            sequences: all,
+            init_offset: due.init_offset as u64,
+            block: due.block as u64,
+            head_dim: u32_of(OP, "head_dim", head_dim)?,
+            pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
+            pq_len: u32_of(OP, "pq_len", head_dim / pq_dim)?,
+            n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
+            n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
+        });
+        let rows = together.len() * h_kv;
+        let blocks = due.block.div_ceil(WARPS).min((BLOCKS * gpu.multiprocessors).div_ceil(rows));
+        kernel.launch().value(&params).run([blocks, h_kv, together.len()], THREADS as u32, 0)?;
+    }
+    Ok(())
+}
+
+/// The tensors of a cache, in the order of `Sequence` in `kernels/index_block.cu`.
+fn tensors<'a>(cache: &'a Indexed) -> [Option<&'a Tensor>; TENSORS] {
+    let [keys, values] = &cache.kv;
+    let encoder = &cache.encoder;
+    let (sums, counts) = cache.clusters.map(|clusters| (&clusters.sums, &clusters.counts)).unzip();
+    [
+        Some(keys),
+        Some(values),
+        Some(&cache.codes),
+        cache.coarse_codes.as_ref(),
+        Some(encoder.centroids),
+        encoder.phi,
+        encoder.weights,
+        encoder.coarse,
+        sums,
+        counts,
+    ]
+}
+
+impl Sequence {
+    /// The `b`-th of a cache; `starts` are addresses of the storages of its tensors.
+    fn new(plan: &Plan, cache: &Indexed, starts: &[u64], lens: u64, key_bytes: usize, b: usize) -> Self {
+        let mut addresses = [0; TENSORS + 2];
+        for (i, (tensor, start)) in tensors(cache).into_iter().zip(starts).enumerate() {
+            let Some(layout) = tensor.map(Tensor::layout) else { continue };
+            // Those along positions as if they began with position 0.
+            let before = if i < 4 { cache.first * layout.stride()[2] } else { 0 };
+            let element = match i {
+                0 | 1 => key_bytes,
+                2 | 3 => size_of::<u8>(),
+                _ => size_of::<u32>(),
+            };
+            let at = (layout.start_offset() + b * layout.stride()[0]).wrapping_sub(before);
+            addresses[i] = start.wrapping_add(at.wrapping_mul(element) as u64);
+        }
+        let h_kv = plan.into.encode.keys.dims[1];
+        addresses[TENSORS] = lens + (b * size_of::<u32>()) as u64;
+        addresses[TENSORS + 1] = lens + (cache.lens.indexed_at(b, h_kv) * size_of::<u32>()) as u64;
+        Self {
+            addresses,
+            key_stride: plan.into.encode.keys.strides[1] as u64,
+            codes_stride: plan.into.codes.strides[1] as u64,
+            clusters_stride: plan.into.coarse.map_or(0, |(codes, _)| codes.strides[1]) as u64,
+            capacity: (cache.first + plan.into.encode.keys.dims[2]) as u64,
+        }
+    }
 }

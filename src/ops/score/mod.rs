@@ -94,6 +94,7 @@ fn run(op: &'static str, query: &Tensor, codes: &Tensor, centroids: &Tensor, coa
 }
 
 /// The clusters of [`residual_score`].
+#[derive(Clone)]
 pub(crate) struct Coarse {
     pub(crate) codes: Tensor,
     pub(crate) centroids: Tensor,

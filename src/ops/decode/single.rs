@@ -1,46 +1,60 @@
-use candle_core::{CudaStorage, DType, Result};
+//! A step over one cache in the launches of the single ops, for what the fused ones do not suit.
+
+use candle_core::{bail, CudaStorage, DType, Result};
 
 use super::workspace::Buffers;
-use super::{Decode, SelectionPlan, OP};
+use super::{Decode, Plan, SelectionPlan, Sequences, OP};
 use crate::cache::Index;
 use crate::cuda::{self, Step};
 use crate::ops::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 
-pub(super) fn run(op: &Decode, [query, keys, values]: [&CudaStorage; 3]) -> Result<CudaStorage> {
-    let (dtype, device) = cuda::kind(query);
-    let plan = &op.plan;
-    let lens = Some(op.lens.storage());
-    let [b, h, _, head_dim] = plan.attend.query.dims;
-    let mut out = cuda::output(device, (b, h, 1, head_dim), dtype)?;
-    if let (Some(index), Some(fused)) = (op.index, &op.fused) {
-        op.workspace.with(device, |buffers| {
-            let done = fused.run(op.lens.storage(), [query, keys, values], op.prefix, index, buffers, &mut out);
-            if done.is_err() {
-                buffers.forget_counts();
+impl Decode<'_> {
+    /// Writes the output, `[caches, b, h, head_dim]`.
+    pub(super) fn run(&self, query: &CudaStorage, out: &mut CudaStorage) -> Result<()> {
+        let (_, device) = cuda::kind(query);
+        self.workspace.with(device, |buffers| match (&self.fused, &*self.plans, self.caches) {
+            (Some(fused), _, caches) => {
+                let done = fused.run(query, caches, buffers, out);
+                if done.is_err() {
+                    buffers.forget_counts();
+                }
+                done
             }
-            done
-        })?;
-        return Ok(out);
+            (None, [plan], [cache]) => run_single(plan, cache, query, buffers, out),
+            _ => bail!("{OP}: caches: expected one without the fused launches, got {}", self.caches.len()),
+        })
     }
+}
+
+fn run_single(
+    plan: &Plan,
+    cache: &Sequences,
+    query: &CudaStorage,
+    buffers: &mut Buffers,
+    out: &mut CudaStorage,
+) -> Result<()> {
+    let (_, device) = cuda::kind(query);
+    let [b, h, ..] = plan.attend.query.dims;
+    let lens = Some(cache.lens.storage());
+    // Keys and values share a storage.
+    let guard = cache.keys.storage_and_layout().0;
+    let keys = cuda::storage_of(OP, &guard)?;
     let attend = sparse_attend::Kernels::new(&plan.attend, query)?;
-    op.workspace.with(device, |buffers| {
-        if let (Some(selection), Some(index)) = (&plan.selection, op.index) {
-            select(selection, plan.step, lens, query, index, buffers)?;
-        }
-        let lists = match &plan.selection {
-            None => None,
-            Some(_) => Some([buffers.indices.get(OP)?, buffers.list_lens.get(OP)?, buffers.weights.get(OP)?]),
-        };
-        let tail = match &plan.attend.tail {
-            None => None,
-            Some(_) => Some([buffers.tail_out.get(OP)?, buffers.tail_lse.get(OP)?]),
-        };
-        let partials = buffers.partials.of(device, attend.partials_len(), DType::F32)?;
-        let stats = buffers.attend_stats.of(device, attend.stats_len(), DType::F32)?;
-        let lse = buffers.lse.of(device, b * h, DType::F32)?;
-        attend.run(plan.step, lens, [query, keys, values], lists, tail, [partials, stats, &mut out, lse])
-    })?;
-    Ok(out)
+    if let (Some(selection), Some(index)) = (&plan.selection, &cache.index) {
+        select(selection, plan.step, lens, query, index, buffers)?;
+    }
+    let lists = match &plan.selection {
+        None => None,
+        Some(_) => Some([buffers.indices.get(OP)?, buffers.list_lens.get(OP)?, buffers.weights.get(OP)?]),
+    };
+    let tail = match &plan.attend.tail {
+        None => None,
+        Some(_) => Some([buffers.tail_out.get(OP)?, buffers.tail_lse.get(OP)?]),
+    };
+    let partials = buffers.partials.of(device, attend.partials_len(), DType::F32)?;
+    let stats = buffers.attend_stats.of(device, attend.stats_len(), DType::F32)?;
+    let lse = buffers.lse.of(device, b * h, DType::F32)?;
+    attend.run(plan.step, lens, [query, keys, keys], lists, tail, [partials, stats, out, lse])
 }
 
 /// Scores the candidates and leaves the lists of what to attend to in `buffers`, and the attention to all others.
