@@ -291,12 +291,13 @@ impl Case {
     fn run_ragged(&self, device: &Device, report: &dyn Fn(&str, usize, Call) -> Result<()>) -> Result<()> {
         const LAYERS: usize = 4;
         const ROOM: usize = 4096;
-        let attn = PqAttention::new(self.config(), self.scale())?;
+        let config = PqConfig { heavy: Heavy::Fraction(0.02), ..self.config() };
+        let attn = PqAttention::new(config.clone(), self.scale())?;
         let random = |b, heads, n| Tensor::randn(0f32, 1.0, (b, heads, n, self.d), device)?.to_dtype(self.dtype);
         let (shortest, longest) = (1024, self.n);
         let lens: Vec<_> = (0..self.b).map(|i| shortest + (longest - shortest) * i / (self.b - 1)).collect();
         let mean = lens.iter().sum::<usize>() / self.b;
-        let codebook = Codebook::train(&random(1, self.h_kv, 8192)?, &self.config())?;
+        let codebook = Codebook::train(&random(1, self.h_kv, 8192)?, &config)?;
         let new = |b: usize, n: usize| {
             let mut cache = attn.new_cache([b, self.h_kv, self.d], n + ROOM, self.dtype, device)?;
             for first in (0..n).step_by(8192) {
@@ -316,22 +317,29 @@ impl Case {
             (0..LAYERS).map(|_| lens.iter().map(|len| new(1, *len)).collect()).collect()
         };
         let code = self.pq_dim + usize::from(self.coarse > 0);
-        let attended = self.heavy + self.sink + self.window;
-        let bytes = self.h_kv * (lens.iter().sum::<usize>() * code + self.b * attended * 2 * self.d * 2);
-        let one = [random(1, self.h, self.b)?, random(1, self.h_kv, self.b)?, random(1, self.h_kv, self.b)?];
-        let batch = one.each_ref().map(|x| x.permute((2, 1, 0, 3))?.contiguous());
-        let [q, k, v] = &one;
+        let attended = |len: &usize| config.heavy.count(*len) + self.sink + self.window;
+        let attended: usize = lens.iter().map(attended).sum();
+        let bytes =
+            self.h_kv * (lens.iter().sum::<usize>() * code + attended * 2 * self.d * self.dtype.size_in_bytes());
+        // Tokens that differ: equal keys would tie.
+        let token = |_| Ok([random(1, self.h, self.b)?, random(1, self.h_kv, self.b)?, random(1, self.h_kv, self.b)?]);
+        let tokens: Vec<[Tensor; 3]> = (0..64).map(token).collect::<Result<_>>()?;
         for (what, lens) in [("ragged", &lens), ("even", &vec![mean; self.b])] {
             let layers = RefCell::new(layers(lens)?);
             report(what, bytes, &|i| {
-                let caches = &mut layers.borrow_mut()[i % LAYERS];
+                let (caches, [q, k, v]) = (&mut layers.borrow_mut()[i % LAYERS], &tokens[i % tokens.len()]);
                 attn.forward_packed(q, k, v, caches.iter_mut().map(|cache| (cache, 1))).map(drop)
             })?;
         }
-        let [q, k, v] = batch;
-        let (q, k, v) = (q?, k?, v?);
+        let of_batch = |token: &[Tensor; 3]| -> Result<Vec<Tensor>> {
+            token.iter().map(|x| x.permute((2, 1, 0, 3))?.contiguous()).collect()
+        };
+        let tokens: Vec<_> = tokens.iter().map(of_batch).collect::<Result<_>>()?;
         let caches = RefCell::new((0..LAYERS).map(|_| new(self.b, mean)).collect::<Result<Vec<_>>>()?);
-        report("batch", bytes, &|i| attn.forward(&q, &k, &v, &mut caches.borrow_mut()[i % LAYERS]).map(drop))
+        report("batch", bytes, &|i| {
+            let (cache, qkv) = (&mut caches.borrow_mut()[i % LAYERS], &tokens[i % tokens.len()]);
+            attn.forward(&qkv[0], &qkv[1], &qkv[2], cache).map(drop)
+        })
     }
 
     fn run(&self, device: &Device, copy_gb_per_s: f64, json: bool) -> Result<()> {

@@ -141,6 +141,20 @@ __device__ void nearest_by_thread(const SubVectors<T>& vectors, const Centroids&
   }
 }
 
+// The index of the least of a warp's distances, to all lanes; of equal ones the lower. No centroid is nearest to NaN: 0.
+__device__ inline u32 nearest_of_lanes(float best, u32 index) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other = __shfl_xor_sync(ALL_LANES, best, lanes);
+    const u32 other_index = __shfl_xor_sync(ALL_LANES, index, lanes);
+    if (other < best || (other == best && other_index < index)) {
+      best = other;
+      index = other_index;
+    }
+  }
+  return index == UINT32_MAX ? 0 : index;
+}
+
 constexpr int MAX_COLUMNS = 257;
 
 // As `nearest_by_thread`, for any length; a block covers one sub-vector a warp.
@@ -167,17 +181,8 @@ __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& c
       index = c;
     }
   }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float other = __shfl_xor_sync(ALL_LANES, best, lanes);
-    const u32 other_index = __shfl_xor_sync(ALL_LANES, index, lanes);
-    if (other < best || (other == best && other_index < index)) {
-      best = other;
-      index = other_index;
-    }
-  }
-  // No centroid is nearest to NaN: code 0.
-  if (lane == 0) write(i, static_cast<u8>(index == UINT32_MAX ? 0 : index));
+  const u32 code = nearest_of_lanes(best, index);
+  if (lane == 0) write(i, static_cast<u8>(code));
 }
 
 // Either way: by warp where LEN is 0.

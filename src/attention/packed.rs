@@ -85,8 +85,7 @@ impl PqAttention {
 
     fn forward_parts(&self, query: &Tensor, parts: &mut [Part]) -> Result<Tensor> {
         let mut outs = vec![None; parts.len()];
-        #[cfg(feature = "cuda")]
-        if let Some((places, out)) = self.decode_parts_on_gpu(query, parts)? {
+        if let Some((places, out)) = self.decode_parts(query, parts)? {
             if places.len() == parts.len() {
                 return Ok(out);
             }
@@ -102,9 +101,16 @@ impl PqAttention {
         Tensor::cat(&outs, 2)
     }
 
-    /// The step of all parts that decode sparsely, whose places are returned with what they attended to; None if no two do.
+    /// On a CPU all parts take their steps one by one.
+    #[cfg(not(feature = "cuda"))]
+    fn decode_parts(&self, _: &Tensor, _: &mut [Part]) -> Result<Option<(Vec<usize>, Tensor)>> {
+        Ok(None)
+    }
+
+    /// On a GPU the step of all parts that decode sparsely, whose places are returned with what they attended to; None if no
+    /// two do.
     #[cfg(feature = "cuda")]
-    fn decode_parts_on_gpu(&self, query: &Tensor, parts: &mut [Part]) -> Result<Option<(Vec<usize>, Tensor)>> {
+    fn decode_parts(&self, query: &Tensor, parts: &mut [Part]) -> Result<Option<(Vec<usize>, Tensor)>> {
         let decodes = |part: &Part| part.query.dims()[2] == 1 && !self.config.is_dense(part.cache.len() + 1);
         let count = parts.len();
         let (places, steps): (Vec<_>, Vec<_>) = parts.iter_mut().enumerate().filter(|(_, part)| decodes(part)).unzip();

@@ -7,6 +7,7 @@
 
 mod fused;
 mod single;
+mod work;
 mod workspace;
 
 use candle_core::backend::BackendStorage;

@@ -34,11 +34,10 @@ const TENSORS: usize = 10;
 /// The most sequences of a launch.
 const MAX_SEQUENCES: usize = 16;
 
-const THREADS: usize = 128;
-const WARPS: usize = THREADS / 32;
+const THREADS: usize = 256;
 
-/// Blocks of threads a multiprocessor: idle ones cost time too.
-const BLOCKS: usize = 2;
+/// Keys that a block of threads takes at a time.
+const KEYS: usize = 8;
 
 pub(super) fn run(plans: &[Plan], caches: &[Indexed], due: Due) -> Result<()> {
     let (storages, places) = cuda::lock(&caches.iter().flat_map(tensors).collect::<Vec<_>>());
@@ -72,8 +71,7 @@ pub(super) fn run(plans: &[Plan], caches: &[Indexed], due: Due) -> Result<()> {
             n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
             n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
         });
-        let rows = together.len() * h_kv;
-        let blocks = due.block.div_ceil(WARPS).min((BLOCKS * gpu.multiprocessors).div_ceil(rows));
+        let blocks = due.block.div_ceil(KEYS).min(gpu.multiprocessors);
         kernel.launch().value(&params).run([blocks, h_kv, together.len()], THREADS as u32, 0)?;
     }
     Ok(())
