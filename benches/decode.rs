@@ -63,7 +63,7 @@ const GQA: Case = Case {
 /// A cluster and 8 x 8 bits of the residual.
 const RESIDUAL: Case = Case { pq_dim: 8, coarse: 256, ..GQA };
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 15] = [
     Case {
         name: "seed-w0",
         h_kv: 32,
@@ -97,7 +97,8 @@ const CASES: [Case; 14] = [
     },
     Case { name: "tail-1m", n: 1 << 20, heavy: 10_486, tail: Tail::ClusterMeans, ..RESIDUAL },
     Case { name: "tail-batch8-32k", b: 8, heavy: 656, tail: Tail::ClusterMeans, ..RESIDUAL },
-    Case { name: "ragged8-32k", b: 8, heavy: 656, tail: Tail::ClusterMeans, is_ragged: true, ..RESIDUAL },
+    Case { name: "ragged8-32k", b: 8, tail: Tail::ClusterMeans, is_ragged: true, ..RESIDUAL },
+    Case { name: "ragged9-32k", b: 9, tail: Tail::ClusterMeans, is_ragged: true, ..RESIDUAL },
 ];
 
 /// What is measured: the `i`-th of some calls.

@@ -1423,6 +1423,45 @@ fn shared_launches_equal_single_ones() -> Result<()> {
     Ok(())
 }
 
+/// Nine sequences, whose 72 rows do not divide a device: blocks finish one row and begin the next.
+#[test]
+fn blocks_of_two_rows_equal_blocks_of_one() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(write);
+    let (h_kv, d) = (8, 64);
+    for (h, selection, tail) in
+        [(8, Selection::PerQueryHead, Tail::ClusterMeans), (32, Selection::PerKvHead, Tail::ClusterMeans)]
+    {
+        let config = PqConfig { pq_dim: 8, pq_bits: 6, coarse: 64, tail, selection, ..PqConfig::default() };
+        let attn = PqAttention::new(config, 0.125)?;
+        let random = |heads, s| Tensor::randn(0f32, 1.0, (1, heads, s, d), &gpu)?.to_dtype(DType::F16);
+        let mut packed = Vec::new();
+        for i in 0..9 {
+            let mut cache = attn.new_cache([1, h_kv, d], 0, DType::F16, &gpu)?;
+            cache.append(&random(h_kv, 16_000 + 500 * i)?, &random(h_kv, 16_000 + 500 * i)?)?;
+            cache.build_index()?;
+            packed.push(cache);
+        }
+        // One that is short beside the others, of which a block has several rows.
+        packed[4].truncate(700)?;
+        packed[4].build_index()?;
+        let mut alone = packed.iter_mut().map(PqKvCache::fork).collect::<Result<Vec<_>>>()?;
+        let mut errors = Vec::new();
+        for step in 0..12 {
+            let (q, k, v) = (random(h, 9)?, random(h_kv, 9)?, random(h_kv, 9)?);
+            let got = attn.forward_packed(&q, &k, &v, packed.iter_mut().map(|cache| (cache, 1)))?;
+            for (i, cache) in alone.iter_mut().enumerate() {
+                let of = |tensor: &Tensor| tensor.narrow(2, i, 1);
+                let want = attn.forward(&of(&q)?, &of(&k)?, &of(&v)?, cache)?;
+                errors.push(error_of(&format!("{selection:?}, step {step}, sequence {i}"), &of(&got)?, &want));
+            }
+        }
+        errors.sort_by(f64::total_cmp);
+        let (median, most) = (errors[errors.len() / 2], errors[errors.len() - 2]);
+        assert!(median < 2e-3 && most < 5e-2, "{selection:?}: off by {median}, the second worst by {most}");
+    }
+    Ok(())
+}
+
 /// The norm of the differences, beside that of the numbers.
 #[track_caller]
 fn error_of(what: &str, got: &Tensor, want: &Tensor) -> f64 {

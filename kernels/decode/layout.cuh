@@ -131,7 +131,8 @@ struct Part {
   u32 sink;
   u32 window_start;
   u32 first_chunk;
-  u32 stop;  // where the block's keys end
+  u32 chunk_step;
+  u32 stop;  // where its chunks end
   u32 slot;  // of its shared memory: where the scores of its first chunk are
 
   // The split of a bundle that is the `split`-th, or the one of block `block` of `search`.
@@ -161,7 +162,7 @@ struct Part {
 
   // The first position of a lane's keys, the `i`-th time.
   __device__ u32 position(u32 i) const {
-    return (first_chunk + i * WARPS + threadIdx.x / 32) * CHUNK + threadIdx.x % 32 * EACH;
+    return (first_chunk + (i * WARPS + threadIdx.x / 32) * chunk_step) * CHUNK + threadIdx.x % 32 * EACH;
   }
 
   // The head's place among those of all sequences.

@@ -38,14 +38,24 @@ __device__ u32 find_parts(Part* parts, const Decode& p) {
     u32 team = (max(from, own.first_unit) - own.first_unit) / own.units;
     for (u32 start = own.first_unit + team * own.units; team < teams && start < to; team++, start += own.units) {
       Part part = Part::of<BY_KV>(sequence, team / bundles, team % bundles, blockIdx.x, false, HEADS, p);
-      // Its units in chunks of the keys that there are.
-      const u64 first = max(from, start) - start, last = min(to, start + own.units) - start, chunks = ceil_div(part.end, CHUNK);
-      part.first_chunk = static_cast<u32>(first * chunks / own.units);
-      const u32 last_chunk = static_cast<u32>(last * chunks / own.units);
-      part.stop = min(part.end, last_chunk * CHUNK);
+      const u32 chunks = (part.end + CHUNK - 1) / CHUNK;
+      if (p.units_per_block == 1) {
+        // Blocks take turns: neighbours, which are often heavy together, go to all of them.
+        part.first_chunk = part.split;
+        part.chunk_step = part.splits;
+        part.stop = part.end;
+        part.slot = 0;
+      } else {
+        // As large a share of the keys as of the team's units, in one piece.
+        const u64 first = max(from, start) - start, last = min(to, start + own.units) - start;
+        const u32 last_chunk = static_cast<u32>(last * chunks / own.units);
+        part.first_chunk = static_cast<u32>(first * chunks / own.units);
+        part.chunk_step = 1;
+        part.stop = min(part.end, last_chunk * CHUNK);
+        part.slot = slot;
+        slot += last_chunk - part.first_chunk;
+      }
       part.k = static_cast<u32>(p.step.selected(part.n));
-      part.slot = slot;
-      slot += last_chunk - part.first_chunk;
       parts[count++] = part;
     }
   }
