@@ -1423,9 +1423,9 @@ fn shared_launches_equal_single_ones() -> Result<()> {
     Ok(())
 }
 
-/// Nine sequences, whose 72 rows do not divide a device: blocks finish one row and begin the next.
+/// Nine sequences of 16,000 keys and more, one of them short: some share the device's blocks, others have one a row.
 #[test]
-fn blocks_of_two_rows_equal_blocks_of_one() -> Result<()> {
+fn long_sequences_in_shared_launches() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(write);
     let (h_kv, d) = (8, 64);
     for (h, selection, tail) in
@@ -1441,7 +1441,6 @@ fn blocks_of_two_rows_equal_blocks_of_one() -> Result<()> {
             cache.build_index()?;
             packed.push(cache);
         }
-        // One that is short beside the others, of which a block has several rows.
         packed[4].truncate(700)?;
         packed[4].build_index()?;
         let mut alone = packed.iter_mut().map(PqKvCache::fork).collect::<Result<Vec<_>>>()?;

@@ -45,10 +45,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   constexpr u32 LIST_WARPS = WARPS_OF_BLOCK / LISTS, LIST_GROUPS = GROUPS / LISTS;
   // Keys whose loads are on their way at a time, as many as registers hold.
   constexpr bool IS_WIDE = sizeof(T) == 4;
-  constexpr int AHEAD = !BY_KV       ? (IS_WIDE ? 3 : 5)
-                        : HEADS == 1 ? (IS_WIDE ? 2 : 3)
-                        : HEADS == 2 ? 2
-                                     : (IS_WIDE ? 1 : 2);
+  constexpr int AHEAD = BY_KV ? (HEADS < 4 ? (IS_WIDE ? 2 : 3) : (IS_WIDE ? 1 : 2)) : (IS_WIDE ? 3 : 5);
   constexpr int PER_GROUP = BY_KV ? HEADS : 1;
   // Ranks of open keys, later the warps' results, then sums of splits.
   constexpr u32 MERGED = WARPS_OF_BLOCK * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
@@ -65,8 +62,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __shared__ u32 positions[LISTS][RESOLVED];
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(positions);
   static_assert(RESOLVED >= 256);
-  const u32 row = blockIdx.y / p.bundles;
-  const Part part = Part::of<BY_KV>(row / p.h_kv, row % p.h_kv, blockIdx.y % p.bundles, blockIdx.x, true, HEADS, p);
+  const Part part(blockIdx.y, blockIdx.x, HEADS, p);
   const Sequence& sequence = p.sequences[part.sequence];
   const u32 splits = part.splits, split = part.split, per_warp = sequence.per_warp;
   if (split >= splits) return;
@@ -153,7 +149,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const Ranked<HEADS, BY_KV> ranked(scores, masses, is_list ? list : 0, part, p);
   const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
   const u32 list_of_sequence = BY_KV ? part.kv : part.first_head + (is_list ? list : 0);
-  const u32* const of_list = lists + sequence.lists_before + static_cast<u64>(list_of_sequence) * p.splits * per_split;
+  const u32* const of_list = lists + sequence.lists_before + static_cast<u64>(list_of_sequence) * splits * per_split;
   const bool are_kept = n_open_all <= KEPT;
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) {

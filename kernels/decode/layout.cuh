@@ -55,8 +55,8 @@ struct Sequence {
   u32 capacity;
   u32 ahead;  // so many of its last keys are not seen
   u32 shared;
-  u32 units;       // of work, of a team
-  u32 first_unit;  // of all
+  u32 splits;
+  u32 first_block;  // of `search`
 };
 
 struct Decode {
@@ -68,8 +68,7 @@ struct Decode {
   u32 h_kv;
   u32 group;
   u32 bundles;  // a row
-  u32 splits;           // the most of a team
-  u32 units_per_block;  // of `search`
+  u32 splits;         // the most of a sequence
   u32 histogram_at;   // where it is in the shared memory of `search`: behind the tables and the tail's masses
   u32 shared_chunks;  // of scores, which come behind it
   u32 head_dim;
@@ -111,10 +110,7 @@ struct alignas(8) Listed {
   u32 open;
 };
 
-// Rows of a block of `search`, at most. Rust: MAX_PARTS in ops/decode/work.rs.
-constexpr u32 MAX_PARTS = 8;
-
-// A row, or a bundle by query head, and one block's keys of it. Sizes of a sequence fit 32 bits, as its length does.
+// A row and this block's keys of it. Sizes of a sequence fit 32 bits, as its length does.
 struct Part {
   u32 sequence;
   u32 split;
@@ -125,44 +121,32 @@ struct Part {
   u32 first_head;
   u32 heads;
   u32 n;
-  u32 k;      // keys to select
   u32 begin;  // candidates
   u32 end;
   u32 sink;
   u32 window_start;
-  u32 first_chunk;
-  u32 chunk_step;
-  u32 stop;  // where its chunks end
-  u32 slot;  // of its shared memory: where the scores of its first chunk are
 
-  // The split of a bundle that is the `split`-th, or the one of block `block` of `search`.
-  template <bool BY_KV>
-  __device__ static Part of(u32 sequence, u32 kv, u32 bundle, u32 split_or_block, bool is_split, u32 heads_per_bundle,
-                            const Decode& p) {
+  // Of a split of the `of_all`-th of all bundles.
+  __device__ Part(u32 of_all, u32 split, u32 heads_per_bundle, const Decode& p) : split(split) {
+    bundle = of_all % p.bundles;
+    row = of_all / p.bundles;
+    sequence = row / p.h_kv;
+    kv = row % p.h_kv;
+    first_head = kv * p.group + bundle * heads_per_bundle;
+    heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
     const Sequence& own = p.sequences[sequence];
-    const u32 team = BY_KV ? kv : kv * p.bundles + bundle, start = own.first_unit + team * own.units;
-    const u32 first_block = start / p.units_per_block;
-    Part part;
-    part.sequence = sequence;
-    part.split = is_split ? split_or_block : split_or_block - first_block;
-    part.splits = (start + own.units - 1) / p.units_per_block - first_block + 1;
-    part.kv = kv;
-    part.row = sequence * p.h_kv + kv;
-    part.bundle = bundle;
-    part.first_head = kv * p.group + bundle * heads_per_bundle;
-    part.heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
-    part.n = min(*own.len, own.capacity);
-    part.n -= min(own.ahead, part.n);
-    part.begin = static_cast<u32>(p.step.init_offset);
-    part.end = part.n - static_cast<u32>(min(p.step.window, u64{part.n}));
-    part.sink = static_cast<u32>(min(p.step.sink, u64{part.n}));
-    part.window_start = max(part.end, part.sink);
-    return part;
+    splits = own.splits;
+    n = min(*own.len, own.capacity);
+    n -= min(own.ahead, n);
+    begin = static_cast<u32>(p.step.init_offset);
+    end = n - static_cast<u32>(min(p.step.window, u64{n}));
+    sink = static_cast<u32>(min(p.step.sink, u64{n}));
+    window_start = max(end, sink);
   }
 
   // The first position of a lane's keys, the `i`-th time.
   __device__ u32 position(u32 i) const {
-    return (first_chunk + (i * WARPS + threadIdx.x / 32) * chunk_step) * CHUNK + threadIdx.x % 32 * EACH;
+    return ((i * WARPS + threadIdx.x / 32) * splits + split) * CHUNK + threadIdx.x % 32 * EACH;
   }
 
   // The head's place among those of all sequences.

@@ -84,7 +84,7 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows,
   uint2 next[EACH];
   u32 next_clusters = 0;
   const auto load = [&](u32 at, u32 chunk) {
-    if (at >= part.stop) return;
+    if (at >= part.end) return;
     const u8* const from = codes + static_cast<u64>(at) * p.pq_dim + chunk * SUBSPACES;
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
@@ -92,7 +92,7 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows,
   };
   u32 at = part.position(0);
   load(at, 0);
-  for (u32 i = 0; at - lane * EACH < part.stop; i++) {
+  for (u32 i = 0; at - lane * EACH < part.end; i++) {
     const u32 later = part.position(i + 1);
     Entry<HEADS> x[EACH] = {};
     if (p.n_clusters) {
@@ -125,7 +125,7 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows,
         }
       }
     }
-    scores.store(part.slot + i * WARPS + warp, at / CHUNK, bundle, x);
+    scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
     if constexpr (BY_KV) {
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
@@ -186,11 +186,11 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float scale = p.scale * LOG2_E;
   u32 at = part.position(0);
-  for (u32 i = 0; at - lane * EACH < part.stop; at = part.position(++i)) {
+  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i)) {
     float mass[EACH] = {};
     for (u32 bundle = 0; bundle < p.bundles; bundle++) {
       Entry<HEADS> x[EACH];
-      scores.load(part.slot + i * WARPS + warp, at / CHUNK, bundle, x);
+      scores.load(i * WARPS + warp, at / CHUNK, bundle, x);
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
         const float shift = shifts[bundle * HEADS + h];
@@ -201,7 +201,7 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32
           mass[j] += x[j].x[h];
         }
       }
-      scores.store(part.slot + i * WARPS + warp, at / CHUNK, bundle, x);
+      scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
     }
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {

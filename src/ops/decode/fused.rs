@@ -2,7 +2,6 @@
 
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
-use super::work::Work;
 use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, View, OP};
 use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
@@ -25,8 +24,8 @@ struct Sequence {
     capacity: u32,
     ahead: u32,
     shared: u32,
-    units: u32,
-    first_unit: u32,
+    splits: u32,
+    first_block: u32,
 }
 
 /// `kernels/decode/layout.cuh`
@@ -42,7 +41,6 @@ struct Decode {
     group: u32,
     bundles: u32,
     splits: u32,
-    units_per_block: u32,
     histogram_at: u32,
     shared_chunks: u32,
     head_dim: u32,
@@ -62,10 +60,10 @@ const TENSORS: usize = 10;
 const ADDRESSES: usize = TENSORS + 2;
 
 const THREADS: usize = 512;
-pub(super) const WARPS: usize = THREADS / 32;
+const WARPS: usize = THREADS / 32;
 
 /// Keys that a warp takes at a time.
-pub(super) const CHUNK: usize = 128;
+const CHUNK: usize = 128;
 
 /// Subspaces of a row of the tables, and its bytes.
 const SUBSPACES: usize = 8;
@@ -77,7 +75,7 @@ const MAX_HEADS: usize = 4;
 /// Shared memory that a block has beside what the launch asks for, at most.
 const STATIC_BYTES: usize = 7 << 10;
 
-pub(super) const MAX_SPLITS: usize = 64;
+const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
 const MAX_GROUP: usize = 64;
 
@@ -119,9 +117,7 @@ impl Fused {
                 return Ok(None);
             }
             for b in 0..plan.attend.query.dims[0] {
-                // A graph of one cache serves it as it grows.
-                let keys = if caches.len() == 1 { plan.shared + plan.attend.keys.dims[2] } else { cache.len };
-                sequences.push((i, keys, Sequence::new(plan, selection, cache.ahead, dtype, b)?));
+                sequences.push((i, cache.len, Sequence::new(plan, selection, cache.ahead, dtype, b)?));
             }
         }
         let (Some(shape), Some(plan)) = (shape, plans.first()) else { return Ok(None) };
@@ -182,14 +178,12 @@ impl Fused {
         let (n, splits) = (decode.n_sequences as usize, decode.splits as usize);
         let (bundles, lists) = (n * shape.h_kv * shape.bundles(), n * shape.lists());
         let (heads, padded_dim) = (bundles * shape.heads(), shape.padded_dim());
-        let (mut room, mut list_room, mut units) = (0, 0, 0);
+        let (mut room, mut list_room, mut blocks) = (0, 0, 0);
         for sequence in &decode.sequences[..n] {
             room += sequence.room as usize;
-            list_room += shape.lists() * splits * sequence.per_warp as usize * WARPS;
-            units += shape.teams() * sequence.units as usize;
+            list_room += shape.lists() * sequence.list_room();
+            blocks += shape.teams() * sequence.splits as usize;
         }
-
-        let blocks = units.div_ceil(decode.units_per_block as usize);
 
         let tables = buffers.tables.of(device, heads * shape.entries(), DType::F32)?;
         let scores = buffers.scores.of(device, room * heads / n, DType::F32)?;
@@ -257,8 +251,8 @@ impl Sequence {
         capacity: 0,
         ahead: 0,
         shared: 0,
-        units: 0,
-        first_unit: 0,
+        splits: 0,
+        first_block: 0,
     };
 
     /// The `b`-th sequence of a cache, which has no place in a launch yet.
@@ -300,11 +294,35 @@ impl Sequence {
             ..Self::NONE
         })
     }
+
+    /// Positions of a list.
+    fn list_room(&self) -> usize {
+        self.per_warp as usize * WARPS * self.splits as usize
+    }
 }
 
 /// Where the `b`-th of what lies along the first dimension begins, in bytes.
 fn bytes_to<const N: usize>(view: DeviceView<N>, b: usize, element: usize) -> u64 {
     (b as u64).wrapping_mul(view.strides[0]).wrapping_add(view.offset).wrapping_mul(element as u64)
+}
+
+/// Shares `blocks` among sequences of so many keys, of which each can use as many as its second number says: as even as whole
+/// blocks allow. Those of equal lengths have equally many.
+fn share(mut blocks: usize, sequences: &[(usize, usize)]) -> Vec<usize> {
+    let mut shares = vec![1; sequences.len()];
+    blocks = blocks.saturating_sub(shares.len());
+    loop {
+        // Who has the most keys a block, and could have another one.
+        let needy = |i: &usize| shares[*i] < sequences[*i].1;
+        let load = |i: usize| sequences[i].0 as f64 / shares[i] as f64;
+        let most = (0..shares.len()).filter(needy).map(load).fold(0.0, f64::max);
+        let of_most: Vec<_> = (0..shares.len()).filter(needy).filter(|i| load(*i) == most).collect();
+        if of_most.is_empty() || of_most.len() > blocks {
+            return shares;
+        }
+        blocks -= of_most.len();
+        of_most.into_iter().for_each(|i| shares[i] += 1);
+    }
 }
 
 /// The sizes that the steps of all caches have in common.
@@ -388,13 +406,14 @@ impl Shape {
         CHUNK * self.heads() * size_of::<f32>()
     }
 
-    /// The parameters of a launch of some sequences, of which `first` are launched before: of each its cache, its keys,
+    /// The parameters of a launch of some sequences, of which `first` are launched before: of each its cache, its length,
     /// and what is known of it.
     fn params(&self, plan: &Plan, first: usize, sequences: &[(usize, usize, Sequence)], gpu: &Gpu) -> Result<Decode> {
         let bundles = self.bundles();
-        let keys: Vec<_> = sequences.iter().map(|(_, keys, _)| *keys).collect();
-        // A block a multiprocessor.
-        let work = Work::new(&keys, self.teams(), gpu.multiprocessors);
+        // A block a multiprocessor, where each has keys for all of its warps.
+        let useful = |sequence: &Sequence| (sequence.capacity as usize).div_ceil(CHUNK * WARPS).clamp(1, MAX_SPLITS);
+        let wanted: Vec<_> = sequences.iter().map(|(_, len, sequence)| (*len, useful(sequence))).collect();
+        let shares = share(gpu.multiprocessors / self.teams(), &wanted);
         let mut decode = Decode {
             sequences: [Sequence::NONE; MAX_SEQUENCES],
             step: plan.step,
@@ -404,8 +423,7 @@ impl Shape {
             h_kv: u32_of(OP, "h_kv", self.h_kv)?,
             group: u32_of(OP, "group", self.group())?,
             bundles: u32_of(OP, "group", bundles)?,
-            splits: u32_of(OP, "splits", work.splits)?,
-            units_per_block: u32_of(OP, "splits", work.units_per_block)?,
+            splits: 1,
             histogram_at: u32_of(OP, "pq_dim", self.histogram_at())?,
             shared_chunks: 0,
             head_dim: u32_of(OP, "head_dim", self.head_dim)?,
@@ -416,26 +434,26 @@ impl Shape {
             has_tail: u32::from(self.has_tail),
             scale: plan.attend.scale,
         };
-        let (mut room_before, mut lists_before, mut first_unit, mut chunks) = (0, 0, 0, Vec::new());
-        for (i, (to, (_, _, from))) in decode.sequences.iter_mut().zip(sequences).enumerate() {
-            chunks.push(from.room as usize / CHUNK);
-            let per_warp = work.chunks_of_block(i, chunks[i]).div_ceil(WARPS) * CHUNK;
+        let (mut room_before, mut lists_before, mut first_block, mut chunks) = (0, 0, 0, 0);
+        for ((to, (_, _, from)), splits) in decode.sequences.iter_mut().zip(sequences).zip(shares) {
+            let list_room = (from.capacity as usize).next_multiple_of(CHUNK * WARPS * splits);
             *to = Sequence {
                 room_before,
                 lists_before,
-                per_warp: u32_of(OP, "capacity", per_warp)?,
-                units: u32_of(OP, "capacity", work.units[i])?,
-                first_unit: u32_of(OP, "capacity", first_unit)?,
+                first_block: u32_of(OP, "b", first_block)?,
+                splits: splits as u32,
+                per_warp: u32_of(OP, "capacity", list_room / (WARPS * splits))?,
                 ..*from
             };
             room_before += u64::from(from.room);
-            lists_before += (self.lists() * work.splits * per_warp * WARPS) as u64;
-            first_unit += self.teams() * work.units[i];
+            lists_before += (self.lists() * list_room) as u64;
+            first_block += self.teams() * splits;
+            chunks = chunks.max(list_room / splits / CHUNK * if self.by_kv { bundles } else { 1 });
+            decode.splits = decode.splits.max(splits as u32);
         }
-        let wanted = work.chunks_of_all(&chunks) * if self.by_kv { bundles } else { 1 };
         let others = self.histogram_at() + self.histogram_bytes() + STATIC_BYTES;
         let available = gpu.shared_bytes.saturating_sub(others) / self.chunk_bytes();
-        decode.shared_chunks = u32_of(OP, "capacity", wanted.min(available))?;
+        decode.shared_chunks = u32_of(OP, "capacity", chunks.min(available))?;
         Ok(decode)
     }
 

@@ -7,7 +7,6 @@
 
 mod fused;
 mod single;
-mod work;
 mod workspace;
 
 use candle_core::backend::BackendStorage;
