@@ -185,9 +185,9 @@ __device__ void index_block(const IndexBlock& p) {
   add_values(values, clusters, own.sums + static_cast<u64>(first_cluster) * p.head_dim, own.counts + first_cluster, p);
 }
 
-#define KERNEL(suffix, type)                                                               \
-  extern "C" __global__ __launch_bounds__(THREADS, 2) void index_block_##suffix(   \
-      const __grid_constant__ IndexBlock p) {                                              \
-    index_block<type>(p);                                                                  \
+#define KERNEL(suffix, type)                                                     \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void index_block_##suffix( \
+      const __grid_constant__ IndexBlock p) {                                    \
+    index_block<type>(p);                                                        \
   }
 FOR_EACH_FLOAT(KERNEL)

@@ -258,19 +258,25 @@ impl PqKvCache {
     pub(crate) fn append_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
         let mut new = Vec::new();
         for (cache, [keys, values]) in caches.iter_mut() {
-            let added = cache.check_new(keys, values)?;
-            cache.reserve(added)?;
+            cache.reserve(keys.dims()[2])?;
             cache.reclaim()?;
-            let (keys, values, first) = (cache.apart(keys)?, cache.apart(values)?, cache.shared());
-            let Some(lens) = &cache.lens else {
-                bail!("PqKvCache: append: expected caches on a GPU, got one that is not")
-            };
-            new.push(ops::New { cache: &cache.kv, first, lens, keys, values });
+            match cache.as_new(keys, values)? {
+                Some(of_cache) => new.push(of_cache),
+                None => bail!("PqKvCache: append: expected caches on a GPU, got one that is not"),
+            }
         }
         ops::append(&new)?;
         drop(new);
         caches.iter_mut().for_each(|(cache, [keys, _])| cache.len += keys.dims()[2]);
         Ok(())
+    }
+
+    /// What is written behind its last keys and values, if it is on a GPU.
+    #[cfg(feature = "cuda")]
+    fn as_new(&self, keys: &Tensor, values: &Tensor) -> Result<Option<ops::New<'_>>> {
+        let Some(lens) = &self.lens else { return Ok(None) };
+        let (keys, values) = (self.apart(keys)?, self.apart(values)?);
+        Ok(Some(ops::New { cache: &self.kv, first: self.shared(), lens, keys, values }))
     }
 
     /// Takes note of the queries of the last positions, `[b, h, s, head_dim]`: codebooks trained from now on know what they
@@ -284,12 +290,11 @@ impl PqKvCache {
 
     /// Writes keys and values behind the last ones, where there is room.
     fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let (keys, values, shared) = (&self.apart(keys)?, &self.apart(values)?, self.shared());
         #[cfg(feature = "cuda")]
-        if let Some(lens) = &self.lens {
-            let (keys, values) = (keys.clone(), values.clone());
-            return ops::append(&[ops::New { cache: &self.kv, first: shared, lens, keys, values }]);
+        if let Some(new) = self.as_new(keys, values)? {
+            return ops::append(&[new]);
         }
+        let (keys, values, shared) = (self.apart(keys)?, self.apart(values)?, self.shared());
         point_of_failure()?;
         self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len - shared)?;
         point_of_failure()?;
