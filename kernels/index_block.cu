@@ -19,7 +19,7 @@ struct Sequence {
   float* sums;             // [h_kv, n_clusters, head_dim], or null
   u32* counts;             // [h_kv, n_clusters], or null
   const u32* len;
-  u32* arrived;  // [h_kv], blocks of threads that are done
+  u32* arrived;  // [h_kv], parts of a row's block that are done
   u64 key_stride;
   u64 codes_stride;
   u64 clusters_stride;
@@ -30,6 +30,8 @@ struct IndexBlock {
   Sequence sequences[MAX_SEQUENCES];
   u64 init_offset;
   u64 block;  // keys
+  u32 n_sequences;
+  u32 h_kv;
   u32 head_dim;
   u32 pq_dim;
   u32 pq_len;
@@ -38,151 +40,279 @@ struct IndexBlock {
 };
 
 constexpr u32 THREADS = 256;
-constexpr u32 KEYS = THREADS / 32;  // a warp each
+constexpr u32 WARPS = THREADS / 32;
+constexpr u32 KEYS = 5;  // that a block of threads takes at a time
 
-// The longest row of a key in shared memory, and centroids there, of which those that come next are on their way.
-constexpr u32 LONGEST = 257;
-constexpr u32 TILE = 256 * 17;
+// Columns of a table that are in shared memory at a time, of a centroid for each thread; so many of these tiles there are,
+// of which one is read while the others are on their way.
+constexpr u32 COLUMNS = 16;
+constexpr u32 TILES = 4;
+constexpr u32 TILE = THREADS * (COLUMNS + 4);
 
-// Lanes that read a column of rows as long as this meet in no bank.
-__device__ inline u32 stride_of(u32 columns) { return columns | 1; }
+// The longest key.
+constexpr u32 LONGEST = 256;
 
-// The centroids nearest to a block's sub-vectors in each of some tables, [tables, count, columns]; the same bits as
-// nearest_by_warp in nearest.cuh. `x`, [KEYS, stride_of(...)], has the sub-vectors of each table side by side, `len` elements
-// each; `last(key, table)` is what comes behind these where there are more columns. Calls `write(key, table, index)`.
-template <class Last, class Write>
-__device__ void find_nearest(const float* x, u32 x_stride, u32 len, const float* centroids, u32 tables, u32 count, u32 columns,
-                             float (&tiles)[2][TILE], Last last, Write write) {
-  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = stride_of(columns);
-  const u32 rows = min(count, TILE / stride >= 32 ? TILE / stride / 32 * 32 : TILE / stride);
-  const u32 tiles_of_table = (count + rows - 1) / rows, rows_on = THREADS / columns, columns_on = THREADS % columns;
-  const auto load = [&](u32 i) {
-    const u32 first = i / tiles_of_table * count + i % tiles_of_table * rows, n = min(rows, count - i % tiles_of_table * rows);
-    if (i < tables * tiles_of_table) {
-      u32 row = threadIdx.x / columns, column = threadIdx.x % columns;
-      for (u32 j = threadIdx.x; j < n * columns; j += THREADS) {
-        __pipeline_memcpy_async(&tiles[i % 2][row * stride + column], &centroids[first * columns + j], sizeof(float));
-        row += rows_on, column += columns_on;
-        if (column >= columns) row++, column -= columns;
+// From a row of a tile to the next, so that lanes that read WIDTH floats of rows side by side meet in no bank.
+template <u32 WIDTH>
+constexpr u32 STRIDE = (COLUMNS / WIDTH | 1) * WIDTH;
+
+// WIDTH floats of shared memory.
+template <u32 WIDTH>
+struct alignas(4 * WIDTH) Floats {
+  float x[WIDTH];
+};
+template <u32 WIDTH>
+__device__ inline Floats<WIDTH> load_floats(const float* from) { return *reinterpret_cast<const Floats<WIDTH>*>(from); }
+
+// The centroids nearest to a block's sub-vectors in each of some tables, [tables, count, columns] of at most THREADS
+// centroids; the same bits as nearest_by_warp in nearest.cuh. A thread has a centroid, and one load of it serves all keys.
+// `x`, [KEYS, head_dim], has the sub-vectors of each table side by side, `len` elements each; `last(key, table)` is what
+// comes behind these where there are more columns. Calls `write(key, table, code)`. Rows of x and of tables are read WIDTH
+// floats at a time.
+template <u32 WIDTH, class Last, class Write>
+__device__ void find_nearest(const float* x, u32 head_dim, u32 len, const float* centroids, u32 tables, u32 count, u32 columns,
+                             float* tiles, Last last, Write write) {
+  __shared__ Nearest of_warps[2][KEYS][WARPS];
+  const u32 tiles_of_table = (columns + COLUMNS - 1) / COLUMNS, all = tables * tiles_of_table;
+  u32 loaded_table = 0, loaded_column = 0, loaded = 0;
+  const auto load_next = [&] {
+    if (loaded_table < tables) {
+      constexpr u32 PIECES = COLUMNS / WIDTH;
+      const float* const from = centroids + static_cast<u64>(loaded_table) * count * columns + loaded_column;
+      float* const to = tiles + loaded % TILES * TILE;
+#pragma unroll 4
+      for (u32 i = 0; i < PIECES; i++) {
+        const u32 row = (i * THREADS + threadIdx.x) / PIECES, at = threadIdx.x % PIECES * WIDTH;
+        if (row < count && loaded_column + at < columns) {
+          __pipeline_memcpy_async(to + row * STRIDE<WIDTH> + at, from + row * columns + at, WIDTH * sizeof(float));
+        }
       }
+      loaded++, loaded_column += COLUMNS;
+      if (loaded_column >= columns) loaded_table++, loaded_column = 0;
     }
     __pipeline_commit();
   };
-  float best = INFINITY;
-  u32 index = UINT32_MAX;
-  load(0);
-  for (u32 i = 0; i < tables * tiles_of_table; i++) {
-    const u32 table = i / tiles_of_table, tile = i % tiles_of_table, n = min(rows, count - tile * rows);
-    load(i + 1);
-    __pipeline_wait_prior(1);
+  for (u32 i = 0; i + 1 < TILES; i++) load_next();
+  // What the warps have found in a table, brought together while they are in the next.
+  const auto finish = [&](u32 table) {
+    if (threadIdx.x >= KEYS) return;
+    Nearest nearest = of_warps[table % 2][threadIdx.x][0];
+#pragma unroll
+    for (u32 warp = 1; warp < WARPS; warp++) nearest = nearer(nearest, of_warps[table % 2][threadIdx.x][warp]);
+    write(threadIdx.x, table, nearest.code());
+  };
+  float distances[KEYS];
+  u32 table = 0, column = 0;
+  for (u32 i = 0; i < all; i++) {
+    __pipeline_wait_prior(TILES - 2);
+    __syncthreads();  // the tile has come, and the one before it has been read
+    load_next();
+    if (column == 0 && table > 0) finish(table - 1);
+    const float* const centroid = tiles + i % TILES * TILE + threadIdx.x * STRIDE<WIDTH>;
+    const float* const own = x + table * len + column;
+    if (column == 0) {
+#pragma unroll
+      for (u32 key = 0; key < KEYS; key++) distances[key] = 0;
+    }
+    const auto add = [&](u32 j) {
+      const auto c = load_floats<WIDTH>(centroid + j);
+#pragma unroll
+      for (u32 key = 0; key < KEYS; key++) {
+        const auto a = load_floats<WIDTH>(own + key * head_dim + j);
+#pragma unroll
+        for (u32 k = 0; k < WIDTH; k++) distances[key] = add_square(distances[key], a.x[k] - c.x[k]);
+      }
+    };
+    const u32 n = min(COLUMNS, len - min(column, len));
+    if (n == COLUMNS) {
+#pragma unroll
+      for (u32 j = 0; j < COLUMNS; j += WIDTH) add(j);
+    } else {
+#pragma unroll 1
+      for (u32 j = 0; j < n; j += WIDTH) add(j);
+    }
+    if (n < COLUMNS && columns > len) {
+#pragma unroll
+      for (u32 key = 0; key < KEYS; key++) distances[key] = add_square(distances[key], last(key, table) - centroid[n]);
+    }
+    column += COLUMNS;
+    if (column < columns) continue;
+#pragma unroll
+    for (u32 key = 0; key < KEYS; key++) {
+      const bool is_there = threadIdx.x < count && distances[key] < INFINITY;
+      const Nearest own = {is_there ? distances[key] : INFINITY, is_there ? threadIdx.x : UINT32_MAX};
+      const Nearest nearest = nearest_of_lanes(own);
+      if (threadIdx.x % 32 == 0) of_warps[table % 2][key][threadIdx.x / 32] = nearest;
+    }
+    table++, column = 0;
+  }
+  __syncthreads();
+  finish(tables - 1);
+}
+
+// Adds a row's values to the sums of their clusters: those of a cluster one after the other as they lie. A warp takes the
+// first key of a cluster and those that follow it there. `staged` has room for TILES * TILE floats.
+template <class T>
+__device__ void add_values(const T* values, const u8* clusters, float* sums, u32* counts, T* staged, const IndexBlock& p) {
+  constexpr u32 WORDS = 3, MOST = 32 * WORDS;  // keys at a time, a bit each
+  constexpr u32 BATCH = 8, ELEMENTS = 4;       // loads of a thread that are on their way
+  __shared__ u32 cluster_of[MOST];
+  const u32 lane = threadIdx.x % 32, most = min(MOST, TILES * TILE * 4 / (p.head_dim * static_cast<u32>(sizeof(T))));
+  for (u64 begin = 0; begin < p.block; begin += most) {
+    const u32 n = static_cast<u32>(min(p.block - begin, u64{most})), elements = n * p.head_dim;
+    __syncthreads();  // those before have been added
+    if (threadIdx.x < n) {
+      const u32 cluster = __ldcg(&clusters[begin + threadIdx.x]);
+      cluster_of[threadIdx.x] = cluster;
+      atomicAdd(&counts[cluster], 1);
+    }
+    for (u32 i = threadIdx.x; i < elements; i += BATCH * THREADS) {
+      T x[BATCH];
+#pragma unroll
+      for (u32 k = 0; k < BATCH; k++) x[k] = values[begin * p.head_dim + min(i + k * THREADS, elements - 1)];
+#pragma unroll
+      for (u32 k = 0; k < BATCH; k++) {
+        if (i + k * THREADS < elements) staged[i + k * THREADS] = x[k];
+      }
+    }
     __syncthreads();
-    const float* const own = x + warp * x_stride + table * len;
-    const float behind = columns > len ? last(warp, table) : 0;
-    for (u32 c = lane; c < n; c += 32) {
-      const float* const centroid = &tiles[i % 2][c * stride];
-      float distance = 0;
-#pragma unroll 16
-      for (u32 j = 0; j < len; j++) distance = add_square(distance, own[j] - centroid[j]);
-      if (columns > len) distance = add_square(distance, behind - centroid[len]);
-      if (distance < best) best = distance, index = tile * rows + c;
-    }
-    if (tile + 1 == tiles_of_table) {
-      const u32 nearest = nearest_of_lanes(best, index);
-      if (lane == 0) write(warp, table, static_cast<u8>(nearest));
-      best = INFINITY, index = UINT32_MAX;
-    }
-    __syncthreads();  // the tile has been read
-  }
-}
-
-// Adds a row's values to the sums of their clusters, an element a thread, one after the other as they lie.
-template <class T>
-__device__ void add_values(const T* values, const u8* clusters, float* sums, u32* counts, const IndexBlock& p) {
-  // Loaded at a time, where one may be of the cluster of another before it.
-  constexpr u32 BATCH = 8;
-  for (u64 t = threadIdx.x; t < p.block; t += THREADS) atomicAdd(&counts[__ldcg(&clusters[t])], 1);
-  for (u32 e = threadIdx.x; e < p.head_dim; e += THREADS) {
-    for (u64 first = 0; first < p.block; first += BATCH) {
-      u32 cluster[BATCH];
-      float sum[BATCH], value[BATCH];
+    u32 own[WORDS];
 #pragma unroll
-      for (u32 i = 0; i < BATCH; i++) {
-        const u64 t = min(first + i, p.block - 1);
-        cluster[i] = first + i < p.block ? __ldcg(&clusters[t]) : UINT32_MAX;
-        value[i] = widen(values[t * p.head_dim + e]);
+    for (u32 w = 0; w < WORDS; w++) own[w] = w * 32 + lane < n ? cluster_of[w * 32 + lane] : UINT32_MAX;
+    for (u32 key = threadIdx.x / 32; key < n; key += WARPS) {
+      const u32 cluster = cluster_of[key];
+      u32 same[WORDS], before = 0;
+#pragma unroll
+      for (u32 w = 0; w < WORDS; w++) {
+        same[w] = __ballot_sync(ALL_LANES, own[w] == cluster);
+        const u32 below = key / 32 > w ? ALL_LANES : key / 32 == w ? (1u << key % 32) - 1 : 0;
+        before |= same[w] & below;
       }
+      if (before) continue;
+      for (u32 first = lane; first < p.head_dim; first += 32 * ELEMENTS) {
+        float sum[ELEMENTS];
 #pragma unroll
-      for (u32 i = 0; i < BATCH; i++) sum[i] = cluster[i] == UINT32_MAX ? 0 : sums[cluster[i] * p.head_dim + e];
+        for (u32 k = 0; k < ELEMENTS; k++) {
+          const u32 e = first + k * 32;
+          sum[k] = e < p.head_dim ? sums[cluster * p.head_dim + e] : 0;
+        }
 #pragma unroll
-      for (u32 i = 0; i < BATCH; i++) {
+        for (u32 w = 0; w < WORDS; w++) {
+          for (u32 left = same[w]; left; left &= left - 1) {
+            const T* const value = staged + (w * 32 + __ffs(left) - 1) * p.head_dim;
 #pragma unroll
-        for (u32 j = 0; j < i; j++) sum[i] = cluster[j] == cluster[i] ? sum[j] : sum[i];
-        sum[i] += value[i];
-      }
+            for (u32 k = 0; k < ELEMENTS; k++) sum[k] += widen(value[min(first + k * 32, p.head_dim - 1)]);
+          }
+        }
 #pragma unroll
-      for (u32 i = 0; i < BATCH; i++) {
-        if (cluster[i] != UINT32_MAX) sums[cluster[i] * p.head_dim + e] = sum[i];
+        for (u32 k = 0; k < ELEMENTS; k++) {
+          const u32 e = first + k * 32;
+          if (e < p.head_dim) sums[cluster * p.head_dim + e] = sum[k];
+        }
       }
     }
   }
 }
 
-// The last `block` keys of a sequence are due where they are full: blocks of keys follow each other from init_offset on. Of
-// each key first its cluster, then its codes. The last block of threads of a row adds up the values.
-// Grid: (any number of blocks, which share the keys; h_kv; sequences).
+__device__ inline u64 length_of(const Sequence& own) { return min(static_cast<u64>(*own.len), own.capacity); }
+
+// Encodes KEYS keys from the `first`-th of a head's block on: of each first its cluster, then its codes. Where they are the
+// last part of `parts` to be done the block's values are added up as well.
 template <class T>
-__device__ void index_block(const IndexBlock& p) {
-  const Sequence& own = p.sequences[blockIdx.z];
-  const u32 h = blockIdx.y;
-  const u64 length = min(static_cast<u64>(*own.len), own.capacity);
-  if (length <= p.init_offset || (length - p.init_offset) % p.block != 0) return;
-  const u64 begin = length - p.block;
+__device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, float* tiles, const IndexBlock& p) {
+  const u64 begin = length_of(own) - p.block;
   const T* const keys = static_cast<const T*>(own.keys) + h * own.key_stride + begin * p.head_dim;
   const float* const weights = own.weights + h * p.head_dim;
   const u32 first_cluster = h * p.n_clusters, first_table = h * p.pq_dim;
   const float* const coarse = own.coarse + static_cast<u64>(first_cluster) * p.head_dim;
-  const u32 columns = p.pq_len + (own.phi ? 1 : 0), stride = stride_of(p.head_dim);
+  const u32 columns = p.pq_len + (own.phi ? 1 : 0);
   const float* const centroids = own.centroids + static_cast<u64>(first_table) * p.n_centroids * columns;
   u8* const codes = own.codes + h * own.codes_stride + begin * p.pq_dim;
   u8* const clusters = own.clusters + h * own.clusters_stride + begin;
-  __shared__ float x[KEYS * LONGEST], tiles[2][TILE];
+  __shared__ alignas(16) float x[KEYS * LONGEST];
   __shared__ u8 nearest_clusters[KEYS];
   // The coordinate that the inner-product metric adds to that of a key, which has no weights and no cluster.
   const auto augmentation = [&](u32 key, u32 m) {
     float norm = 0;
-    for (u32 j = 0; j < p.pq_len; j++) norm = add_square(norm, x[key * stride + m * p.pq_len + j]);
+    for (u32 j = 0; j < p.pq_len; j++) norm = add_square(norm, x[key * p.head_dim + m * p.pq_len + j]);
     return __fsqrt_rn(fmaxf(own.phi[first_table + m] - norm, 0.0f));
   };
-  for (u64 first = blockIdx.x * KEYS; first < p.block; first += gridDim.x * KEYS) {
-    __syncthreads();  // those of the keys before have been read
-#pragma unroll 4
-    for (u32 i = threadIdx.x; i < KEYS * p.head_dim; i += THREADS) {
-      const u32 key = i / p.head_dim, j = i - key * p.head_dim;
-      const float element = widen(keys[min(first + key, p.block - 1) * p.head_dim + j]);
-      x[key * stride + j] = own.weights ? __fmul_rn(element, weights[j]) : element;
+  __syncthreads();  // those of the keys before have been read
+  // A thread's elements of keys, all loaded before the first is waited for.
+  const u32 elements = KEYS * p.head_dim;
+  T element[KEYS];
+#pragma unroll
+  for (u32 k = 0; k < KEYS; k++) {
+    const u32 i = min(k * THREADS + threadIdx.x, elements - 1);
+    element[k] = keys[min(first * p.head_dim + i, p.block * p.head_dim - 1)];
+  }
+#pragma unroll
+  for (u32 k = 0; k < KEYS; k++) {
+    const u32 i = k * THREADS + threadIdx.x;
+    if (i < elements) x[i] = own.weights ? __fmul_rn(widen(element[k]), weights[i % p.head_dim]) : widen(element[k]);
+  }
+  __syncthreads();
+  // The same code for clusters and for codes: what runs once waits for its instructions more than for anything else.
+#pragma unroll 1
+  for (u32 round = own.coarse ? 0 : 1; round < 2; round++) {
+    const bool is_cluster = round == 0;
+    const auto write = [&](u32 key, u32 m, u8 index) {
+      if (is_cluster) nearest_clusters[key] = index;
+      if (first + key < p.block) (is_cluster ? clusters[first + key] : codes[(first + key) * p.pq_dim + m]) = index;
+    };
+    const u32 len = is_cluster ? p.head_dim : p.pq_len, tables = is_cluster ? 1 : p.pq_dim;
+    const u32 count = is_cluster ? p.n_clusters : p.n_centroids, all_columns = is_cluster ? len : columns;
+    const float* const from = is_cluster ? coarse : centroids;
+    if (len % 4 == 0 && all_columns == len && reinterpret_cast<u64>(from) % 16 == 0) {
+      find_nearest<4>(x, p.head_dim, len, from, tables, count, all_columns, tiles, augmentation, write);
+    } else {
+      find_nearest<1>(x, p.head_dim, len, from, tables, count, all_columns, tiles, augmentation, write);
     }
     __syncthreads();
-    if (own.coarse) {
-      const auto write = [&](u32 key, u32, u8 cluster) {
-        nearest_clusters[key] = cluster;
-        if (first + key < p.block) clusters[first + key] = cluster;
-      };
-      find_nearest(x, stride, p.head_dim, coarse, 1, p.n_clusters, p.head_dim, tiles, augmentation, write);
-#pragma unroll 4
-      for (u32 i = threadIdx.x; i < KEYS * p.head_dim; i += THREADS) {
-        const u32 key = i / p.head_dim, j = i - key * p.head_dim;
-        x[key * stride + j] = __fsub_rn(x[key * stride + j], coarse[nearest_clusters[key] * p.head_dim + j]);
-      }
-      __syncthreads();
+    if (!is_cluster) break;
+    float centroid[KEYS];
+#pragma unroll
+    for (u32 k = 0; k < KEYS; k++) {
+      const u32 i = min(k * THREADS + threadIdx.x, elements - 1), key = i / p.head_dim;
+      centroid[k] = coarse[nearest_clusters[key] * p.head_dim + i - key * p.head_dim];
     }
-    const auto write = [&](u32 key, u32 m, u8 code) {
-      if (first + key < p.block) codes[(first + key) * p.pq_dim + m] = code;
-    };
-    find_nearest(x, stride, p.pq_len, centroids, p.pq_dim, p.n_centroids, columns, tiles, augmentation, write);
+#pragma unroll
+    for (u32 k = 0; k < KEYS; k++) {
+      const u32 i = k * THREADS + threadIdx.x;
+      if (i < elements) x[i] = __fsub_rn(x[i], centroid[k]);
+    }
+    __syncthreads();
   }
-  if (!own.sums || !is_last(&own.arrived[h], gridDim.x)) return;
+  if (!own.sums || !is_last(&own.arrived[h], parts)) return;
   const T* const values = static_cast<const T*>(own.values) + h * own.key_stride + begin * p.head_dim;
-  add_values(values, clusters, own.sums + static_cast<u64>(first_cluster) * p.head_dim, own.counts + first_cluster, p);
+  float* const sums = own.sums + static_cast<u64>(first_cluster) * p.head_dim;
+  add_values(values, clusters, sums, own.counts + first_cluster, reinterpret_cast<T*>(tiles), p);
+}
+
+// The last `block` keys of a sequence are due where they are full: blocks of keys follow each other from init_offset on.
+// Grid: any number of blocks, which share what is due.
+template <class T>
+__device__ void index_block(const IndexBlock& p) {
+  extern __shared__ __align__(16) float tiles[];  // [TILES, TILE]
+  __shared__ u32 all_due;                         // a bit a sequence
+  if (threadIdx.x < 32) {
+    bool is_due = false;
+    if (threadIdx.x < p.n_sequences) {
+      const u64 length = length_of(p.sequences[threadIdx.x]);
+      is_due = length > p.init_offset && (length - p.init_offset) % p.block == 0;
+    }
+    const u32 due = __ballot_sync(ALL_LANES, is_due);
+    if (threadIdx.x == 0) all_due = due;
+  }
+  __syncthreads();
+  if (!all_due) return;
+  const u64 parts = ceil_div(p.block, KEYS), parts_of_sequence = parts * p.h_kv;
+  for (u64 i = blockIdx.x; i < __popc(all_due) * parts_of_sequence; i += gridDim.x) {
+    u32 due = all_due;
+    for (u64 before = i / parts_of_sequence; before > 0; before--) due &= due - 1;
+    const u32 h = static_cast<u32>(i / parts % p.h_kv);
+    index_keys<T>(p.sequences[__ffs(due) - 1], h, i % parts * KEYS, static_cast<u32>(parts), tiles, p);
+  }
 }
 
 #define KERNEL(suffix, type)                                                     \

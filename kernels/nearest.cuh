@@ -141,18 +141,24 @@ __device__ void nearest_by_thread(const SubVectors<T>& vectors, const Centroids&
   }
 }
 
-// The index of the least of a warp's distances, to all lanes; of equal ones the lower. No centroid is nearest to NaN: 0.
-__device__ inline u32 nearest_of_lanes(float best, u32 index) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float other = __shfl_xor_sync(ALL_LANES, best, lanes);
-    const u32 other_index = __shfl_xor_sync(ALL_LANES, index, lanes);
-    if (other < best || (other == best && other_index < index)) {
-      best = other;
-      index = other_index;
-    }
-  }
-  return index == UINT32_MAX ? 0 : index;
+// A centroid and how far it is; UINT32_MAX for none.
+struct Nearest {
+  float distance;
+  u32 index;
+
+  // No centroid is nearest to NaN: 0.
+  __device__ u8 code() const { return index == UINT32_MAX ? 0 : static_cast<u8>(index); }
+};
+
+// Of two that are equally far the one of the lower index.
+__device__ inline Nearest nearer(Nearest a, Nearest b) {
+  return b.distance < a.distance || (b.distance == a.distance && b.index < a.index) ? b : a;
+}
+
+// That of a warp, to all lanes. Distances are sums of squares, whose bits are in the order of their values.
+__device__ inline Nearest nearest_of_lanes(Nearest own) {
+  const u32 bits = __float_as_uint(own.distance), least = __reduce_min_sync(ALL_LANES, bits);
+  return {__uint_as_float(least), __reduce_min_sync(ALL_LANES, bits == least ? own.index : UINT32_MAX)};
 }
 
 constexpr int MAX_COLUMNS = 257;
@@ -181,8 +187,8 @@ __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& c
       index = c;
     }
   }
-  const u32 code = nearest_of_lanes(best, index);
-  if (lane == 0) write(i, static_cast<u8>(code));
+  const u8 code = nearest_of_lanes({best, index}).code();
+  if (lane == 0) write(i, code);
 }
 
 // Either way: by warp where LEN is 0.

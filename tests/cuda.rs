@@ -538,6 +538,8 @@ fn index_block() -> Result<()> {
         ([1, 1, 256], (16, 4, 4), 0, weighted, DType::F32),
         ([1, 2, 128], (16, 5, 0), 30, (Metric::InnerProduct, false), DType::BF16),
         ([2, 1, 33], (3, 3, 8), 300, plain, DType::F32),
+        ([1, 2, 128], (32, 4, 16), 9, plain, DType::BF16),
+        ([1, 1, 96], (6, 6, 0), 20, (Metric::InnerProduct, false), DType::F16),
     ] {
         let mut rng = Rng(31);
         let tail = if coarse > 0 { Tail::ClusterMeans } else { Tail::None };

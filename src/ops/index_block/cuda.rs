@@ -22,6 +22,8 @@ struct IndexBlock {
     sequences: [Sequence; MAX_SEQUENCES],
     init_offset: u64,
     block: u64,
+    n_sequences: u32,
+    h_kv: u32,
     head_dim: u32,
     pq_dim: u32,
     pq_len: u32,
@@ -36,8 +38,11 @@ const MAX_SEQUENCES: usize = 16;
 
 const THREADS: usize = 256;
 
-/// Keys that a block of threads takes at a time.
-const KEYS: usize = 8;
+/// Keys of a part, which a block of threads takes at a time.
+const KEYS: usize = 5;
+
+/// Shared memory for four tiles of centroids.
+const SHARED_BYTES: usize = 4 * THREADS * (16 + 4) * size_of::<f32>();
 
 pub(super) fn run(plans: &[Plan], caches: &[Indexed], due: Due) -> Result<()> {
     let (storages, places) = cuda::lock(&caches.iter().flat_map(tensors).collect::<Vec<_>>());
@@ -65,14 +70,18 @@ pub(super) fn run(plans: &[Plan], caches: &[Indexed], due: Due) -> Result<()> {
             sequences: all,
             init_offset: due.init_offset as u64,
             block: due.block as u64,
+            n_sequences: u32_of(OP, "sequences", together.len())?,
+            h_kv: u32_of(OP, "h_kv", h_kv)?,
             head_dim: u32_of(OP, "head_dim", head_dim)?,
             pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
             pq_len: u32_of(OP, "pq_len", head_dim / pq_dim)?,
             n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
             n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
         });
-        let blocks = due.block.div_ceil(KEYS).min(gpu.multiprocessors);
-        kernel.launch().value(&params).run([blocks, h_kv, together.len()], THREADS as u32, 0)?;
+        // As many parts as there can be, but one on each multiprocessor: two would wait for each other while others are idle.
+        let parts = due.block.div_ceil(KEYS).saturating_mul(h_kv * together.len());
+        let blocks = parts.min(gpu.multiprocessors);
+        kernel.launch().value(&params).run([blocks, 1, 1], THREADS as u32, SHARED_BYTES)?;
     }
     Ok(())
 }
