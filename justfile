@@ -31,13 +31,18 @@ needle *args:
 test-cuda *args:
     REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda --test cuda_memory {{args}}
 
-# The same under compute-sanitizer, but for cuBLAS's kernels, in which synccheck hangs; racecheck takes many minutes
+# The same under compute-sanitizer. What cuBLAS's kernels write on a Hopper GPU initcheck does not see, and racecheck fails in
+# them: these two are given tests without. synccheck hangs in them and passes them over; racecheck takes many minutes
 sanitize:
     #!/usr/bin/env bash
     set -euo pipefail
-    for tool in memcheck initcheck synccheck racecheck; do
+    for tool in memcheck synccheck initcheck racecheck; do
+        case $tool in
+            initcheck | racecheck) tests="append cluster_sums decode_of encode group_mass long_sequences" ;;
+            *) tests="--skip four_million" ;;
+        esac
         CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="compute-sanitizer --tool $tool --kernel-regex-exclude kns=nvjet --error-exitcode 1" \
-            REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda -- --skip four_million
+            REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda -- $tests
     done
 
 # Files of caches, ops and caches in use, changed at random towards code that was not reached: so many seconds each
