@@ -41,7 +41,7 @@ const THREADS: usize = 256;
 /// Keys of a part, which a block of threads takes at a time.
 const KEYS: usize = 5;
 
-/// Shared memory for four tiles of centroids.
+/// Shared memory for tiles of centroids: `TILES * TILE` floats in `kernels/index_block.cu`.
 const SHARED_BYTES: usize = 4 * THREADS * (16 + 4) * size_of::<f32>();
 
 pub(super) fn run(plans: &[Plan], caches: &[Indexed], due: Due) -> Result<()> {
