@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Geometry, KmeansOptions, Selected};
-use candle_pq_attn::{Codebook, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
+use candle_pq_attn::{Codebook, Heavy, Metric, PagePool, PqAttention, PqConfig, PqKvCache, Selection, Tail};
 use serde_json::json;
 
 struct Case {
@@ -101,6 +101,9 @@ const CASES: [Case; 15] = [
     Case { name: "ragged9-32k", b: 9, tail: Tail::ClusterMeans, is_ragged: true, ..RESIDUAL },
 ];
 
+/// Tokens that there is room for behind a case's keys.
+const ROOM: usize = 4096;
+
 /// What is measured: the `i`-th of some calls.
 type Call<'a> = &'a dyn Fn(usize) -> Result<()>;
 
@@ -177,11 +180,27 @@ impl Case {
         }
     }
 
-    /// A layer's cache, with room for the tokens that are measured, indexed with the codebook of another device.
+    /// A layer's cache, with room for the tokens that are measured.
     fn cache(&self, attn: &PqAttention, layer: &Layer, codebook: &Codebook) -> Result<PqKvCache> {
-        const ROOM: usize = 4096;
+        let (dims, device) = ([self.b, self.h_kv, self.d], layer.keys.device());
+        self.fill(attn.new_cache(dims, self.n + ROOM, self.dtype, device)?, layer, codebook)
+    }
+
+    /// The same in pages, of which no two follow each other.
+    fn paged_cache(&self, layer: &Layer, codebook: &Codebook) -> Result<PqKvCache> {
+        let (dims, pages) = ([self.b, self.h_kv, self.d], (self.n + ROOM).div_ceil(PagePool::PAGE));
+        let pool = PagePool::new(self.config(), dims, 2 * pages, self.dtype, layer.keys.device())?;
+        let (mut cache, mut between) = (pool.new_cache()?, pool.new_cache()?);
+        for page in 0..pages {
+            cache.reserve(page * PagePool::PAGE + 1)?;
+            between.reserve(page * PagePool::PAGE + 1)?;
+        }
+        self.fill(cache, layer, codebook)
+    }
+
+    /// A cache with a layer's keys and values, indexed with the codebook of another device.
+    fn fill(&self, mut cache: PqKvCache, layer: &Layer, codebook: &Codebook) -> Result<PqKvCache> {
         let device = layer.keys.device();
-        let mut cache = attn.new_cache([self.b, self.h_kv, self.d], self.n + ROOM, self.dtype, device)?;
         cache.append(&layer.keys, &layer.values)?;
         let here = Codebook::new(codebook.centroids()?.to_device(device)?, None)?;
         cache.set_codebook(match codebook.coarse() {
@@ -280,18 +299,23 @@ impl Case {
             let cache = &mut caches.borrow_mut()[0];
             self.assert_close("forward", &attn.forward(query, key, value, cache)?, &want)?;
         }
-        report("forward", bytes, &|i| {
-            let mut caches = caches.borrow_mut();
+        let forward = |i: usize, caches: &mut [PqKvCache]| {
             let (layer, (key, value)) = (i % caches.len(), &tokens[i % tokens.len()]);
             attn.forward(query, key, value, &mut caches[layer]).map(drop)
-        })
+        };
+        report("forward", bytes, &|i| forward(i, &mut caches.borrow_mut()))?;
+        if self.tail == Tail::None || self.n > 131_072 {
+            return Ok(());
+        }
+        let paged: Result<Vec<_>> = layers.iter().take(4).map(|layer| self.paged_cache(layer, &codebook)).collect();
+        let paged = RefCell::new(paged?);
+        report("paged", bytes, &|i| forward(i, &mut paged.borrow_mut()))
     }
 
     /// Tokens of several sequences in packed steps: of lengths from 1k to 32k, and of as many that are all as long as their
     /// mean, as caches of their own and as one batch.
     fn run_ragged(&self, device: &Device, report: &dyn Fn(&str, usize, Call) -> Result<()>) -> Result<()> {
         const LAYERS: usize = 4;
-        const ROOM: usize = 4096;
         let config = PqConfig { heavy: Heavy::Fraction(0.02), ..self.config() };
         let attn = PqAttention::new(config.clone(), self.scale())?;
         let random = |b, heads, n| Tensor::randn(0f32, 1.0, (b, heads, n, self.d), device)?.to_dtype(self.dtype);

@@ -11,6 +11,7 @@ struct Sequence {
   void* cached_values;   // as the keys
   u32* len;
   u32* arrived;  // blocks that are done
+  const u32* pages;  // of the cached keys and values, or null
   u64 key_strides[3];
   u64 value_strides[3];
   u64 cached_stride;  // between heads
@@ -42,7 +43,7 @@ __device__ void append(const Append& p) {
     for (u64 i = static_cast<u64>(blockIdx.x) * THREADS + threadIdx.x; i < pieces; i += static_cast<u64>(gridDim.x) * THREADS) {
       const u64 e = i % row_pieces * WIDTH, row = i / row_pieces, h = row / p.added, t = row % p.added;
       const T* from = rows + (h * strides[0] + t * strides[1] + e * strides[2]);
-      T* to = cached + (h * own.cached_stride + (length + t) * p.head_dim + e);
+      T* to = cached + (h * own.cached_stride + place_of(length + t, own.pages) * p.head_dim + e);
       *reinterpret_cast<Piece*>(to) = *reinterpret_cast<const Piece*>(from);
     }
   }

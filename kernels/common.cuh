@@ -61,6 +61,14 @@ struct Step {
   }
 };
 
+// Positions of a page. Rust: PAGE in src/ops.
+constexpr u32 PAGE = 128;
+
+// Where in its tensor a position lies, whose `pages` may be null.
+__device__ inline u64 place_of(u64 position, const u32* pages) {
+  return pages ? static_cast<u64>(__ldg(&pages[position / PAGE])) * PAGE + position % PAGE : position;
+}
+
 __device__ inline u64 ceil_div(u64 x, u64 y) { return (x + y - 1) / y; }
 
 __device__ inline float widen(float x) { return x; }

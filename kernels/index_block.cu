@@ -18,6 +18,8 @@ struct Sequence {
   const float* coarse;     // [h_kv, n_clusters, head_dim], or null
   float* sums;             // [h_kv, n_clusters, head_dim], or null
   u32* counts;             // [h_kv, n_clusters], or null
+  const u32* pages;        // of keys and values, or null
+  const u32* code_pages;   // of codes and clusters, or null
   const u32* len;
   u32* arrived;  // [h_kv], parts of a row's block that are done
   u64 key_stride;
@@ -151,40 +153,48 @@ __device__ void find_nearest(const float* x, u32 head_dim, u32 len, const float*
 }
 
 // Adds a row's values to the sums of their clusters: those of a cluster one after the other as they lie. A warp takes the
-// first key of a cluster and those that follow it there. `staged` has room for TILES * TILE floats.
+// first key of a cluster and those that follow it there. `first` is the position of the block's first key; `staged` has room
+// for TILES * TILE floats.
 template <class T>
-__device__ void add_values(const T* values, const u8* clusters, float* sums, u32* counts, T* staged, const IndexBlock& p) {
+__device__ void add_values(const Sequence& own, u32 h, u64 first, T* staged, const IndexBlock& p) {
   constexpr u32 WORDS = 3, MOST = 32 * WORDS;  // keys at a time, a bit each
   constexpr u32 BATCH = 8, ELEMENTS = 4;       // loads of a thread that are on their way
   __shared__ u32 cluster_of[MOST];
+  const T* const values = static_cast<const T*>(own.values) + h * own.key_stride;
+  const u8* const clusters = own.clusters + h * own.clusters_stride;
+  float* const sums = own.sums + static_cast<u64>(h) * p.n_clusters * p.head_dim;
+  u32* const counts = own.counts + h * p.n_clusters;
   const u32 lane = threadIdx.x % 32, most = min(MOST, TILES * TILE * 4 / (p.head_dim * static_cast<u32>(sizeof(T))));
   for (u64 begin = 0; begin < p.block; begin += most) {
     const u32 n = static_cast<u32>(min(p.block - begin, u64{most})), elements = n * p.head_dim;
     __syncthreads();  // those before have been added
     if (threadIdx.x < n) {
-      const u32 cluster = __ldcg(&clusters[begin + threadIdx.x]);
+      const u32 cluster = __ldcg(&clusters[place_of(first + begin + threadIdx.x, own.code_pages)]);
       cluster_of[threadIdx.x] = cluster;
       atomicAdd(&counts[cluster], 1);
     }
     for (u32 i = threadIdx.x; i < elements; i += BATCH * THREADS) {
       T x[BATCH];
 #pragma unroll
-      for (u32 k = 0; k < BATCH; k++) x[k] = values[begin * p.head_dim + min(i + k * THREADS, elements - 1)];
+      for (u32 k = 0; k < BATCH; k++) {
+        const u32 element = min(i + k * THREADS, elements - 1), key = element / p.head_dim;
+        x[k] = values[place_of(first + begin + key, own.pages) * p.head_dim + (element - key * p.head_dim)];
+      }
 #pragma unroll
       for (u32 k = 0; k < BATCH; k++) {
         if (i + k * THREADS < elements) staged[i + k * THREADS] = x[k];
       }
     }
     __syncthreads();
-    u32 own[WORDS];
+    u32 of_lane[WORDS];
 #pragma unroll
-    for (u32 w = 0; w < WORDS; w++) own[w] = w * 32 + lane < n ? cluster_of[w * 32 + lane] : UINT32_MAX;
+    for (u32 w = 0; w < WORDS; w++) of_lane[w] = w * 32 + lane < n ? cluster_of[w * 32 + lane] : UINT32_MAX;
     for (u32 key = threadIdx.x / 32; key < n; key += WARPS) {
       const u32 cluster = cluster_of[key];
       u32 same[WORDS], before = 0;
 #pragma unroll
       for (u32 w = 0; w < WORDS; w++) {
-        same[w] = __ballot_sync(ALL_LANES, own[w] == cluster);
+        same[w] = __ballot_sync(ALL_LANES, of_lane[w] == cluster);
         const u32 below = key / 32 > w ? ALL_LANES : key / 32 == w ? (1u << key % 32) - 1 : 0;
         before |= same[w] & below;
       }
@@ -221,14 +231,14 @@ __device__ inline u64 length_of(const Sequence& own) { return min(static_cast<u6
 template <class T>
 __device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, float* tiles, const IndexBlock& p) {
   const u64 begin = length_of(own) - p.block;
-  const T* const keys = static_cast<const T*>(own.keys) + h * own.key_stride + begin * p.head_dim;
+  const T* const keys = static_cast<const T*>(own.keys) + h * own.key_stride;
   const float* const weights = own.weights + h * p.head_dim;
   const u32 first_cluster = h * p.n_clusters, first_table = h * p.pq_dim;
   const float* const coarse = own.coarse + static_cast<u64>(first_cluster) * p.head_dim;
   const u32 columns = p.pq_len + (own.phi ? 1 : 0);
   const float* const centroids = own.centroids + static_cast<u64>(first_table) * p.n_centroids * columns;
-  u8* const codes = own.codes + h * own.codes_stride + begin * p.pq_dim;
-  u8* const clusters = own.clusters + h * own.clusters_stride + begin;
+  u8* const codes = own.codes + h * own.codes_stride;
+  u8* const clusters = own.clusters + h * own.clusters_stride;
   __shared__ alignas(16) float x[KEYS * LONGEST];
   __shared__ u8 nearest_clusters[KEYS];
   // The coordinate that the inner-product metric adds to that of a key, which has no weights and no cluster.
@@ -243,8 +253,9 @@ __device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, flo
   T element[KEYS];
 #pragma unroll
   for (u32 k = 0; k < KEYS; k++) {
-    const u32 i = min(k * THREADS + threadIdx.x, elements - 1);
-    element[k] = keys[min(first * p.head_dim + i, p.block * p.head_dim - 1)];
+    const u32 i = min(k * THREADS + threadIdx.x, elements - 1), key = i / p.head_dim;
+    const u64 position = begin + min(first + key, p.block - 1);
+    element[k] = keys[place_of(position, own.pages) * p.head_dim + (i - key * p.head_dim)];
   }
 #pragma unroll
   for (u32 k = 0; k < KEYS; k++) {
@@ -258,7 +269,9 @@ __device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, flo
     const bool is_cluster = round == 0;
     const auto write = [&](u32 key, u32 m, u8 index) {
       if (is_cluster) nearest_clusters[key] = index;
-      if (first + key < p.block) (is_cluster ? clusters[first + key] : codes[(first + key) * p.pq_dim + m]) = index;
+      if (first + key >= p.block) return;
+      const u64 place = place_of(begin + first + key, own.code_pages);
+      (is_cluster ? clusters[place] : codes[place * p.pq_dim + m]) = index;
     };
     const u32 len = is_cluster ? p.head_dim : p.pq_len, tables = is_cluster ? 1 : p.pq_dim;
     const u32 count = is_cluster ? p.n_clusters : p.n_centroids, all_columns = is_cluster ? len : columns;
@@ -284,9 +297,7 @@ __device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, flo
     __syncthreads();
   }
   if (!own.sums || !is_last(&own.arrived[h], parts)) return;
-  const T* const values = static_cast<const T*>(own.values) + h * own.key_stride + begin * p.head_dim;
-  float* const sums = own.sums + static_cast<u64>(first_cluster) * p.head_dim;
-  add_values(values, clusters, sums, own.counts + first_cluster, reinterpret_cast<T*>(tiles), p);
+  add_values(own, h, begin, reinterpret_cast<T*>(tiles), p);
 }
 
 // The last `block` keys of a sequence are due where they are full: blocks of keys follow each other from init_offset on.

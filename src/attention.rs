@@ -199,7 +199,7 @@ impl PqAttention {
     }
 
     /// The same, or with an index a sparse step, if the cache is on a GPU. The kernels that suit any step read keys that lie in
-    /// one piece: a fork has a copy of its own then.
+    /// one piece: a fork has a copy of its own then, and of pages there is one for the step.
     #[cfg(feature = "cuda")]
     fn decode_on_gpu(&self, query: &Tensor, index: Option<Index>, cache: &mut PqKvCache) -> Result<Option<Tensor>> {
         if index.is_none() && cache.is_capturing()? {
@@ -212,6 +212,9 @@ impl PqAttention {
         let out = step(cache)?;
         if out.is_some() || !query.device().is_cuda() {
             return Ok(out);
+        }
+        if let Some(copy) = cache.out_of_pages(index.clone())? {
+            return self.decode_together(query, &[copy]);
         }
         cache.unshare()?;
         step(cache)
@@ -250,10 +253,7 @@ impl PqAttention {
             }
             _ => None,
         };
-        let (prefix, [keys, values]) = cache.pieces()?;
-        let prefix = prefix.as_ref().map(|[keys, values]| [keys, values]);
-        let own = [&keys, &values];
-        Ok(ops::sparse_attend_to_both(query, prefix, own, &selected, tail.as_ref(), self.scale)?.out)
+        Ok(ops::sparse_attend_to_cache(query, &cache.keys_and_values()?, &selected, tail.as_ref(), self.scale)?.out)
     }
 
     /// Lists what to attend to of `n` keys by the scores of the candidates.

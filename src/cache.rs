@@ -2,9 +2,12 @@
 
 mod file;
 mod fork;
+mod pages;
 
 pub use file::{load_caches, save_caches, SavedCaches};
+pub use pages::PagePool;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
@@ -14,17 +17,18 @@ use tracing::trace_span;
 use crate::codebook::Codebook;
 use crate::config::{Metric, PqConfig, Tail};
 use crate::fault::point_of_failure;
-use crate::ops::{ClusterSums, Coarse};
+use crate::ops::{ClusterSums, Coarse, PAGE};
 use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
 use crate::{cuda::Lens, ops};
 use fork::Prefix;
+use pages::Pages;
 
 /// Keys, values and codes of one layer, `[b, h_kv, n, ...]`, growing along `n`.
 ///
 /// - **Growth.** [`append`](Self::append) writes the new keys and values behind the old ones. Capacity doubles when it
 ///   runs out, so an append costs amortised O(1) a key; give [`new`](Self::new) the final length and nothing is ever
-///   copied.
+///   copied. A cache of a [`PagePool`] grows by pages, without copying.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have grown by [`PqConfig::refresh`] since: what the codebook has not seen it codes
 ///   poorly. Keys are encoded in blocks of `window + 1`, when a block is full, which is
@@ -58,6 +62,8 @@ pub struct PqKvCache {
     config: PqConfig,
     /// The first keys and values, where the cache is a fork.
     prefix: Option<Prefix>,
+    /// Which of the positions of `kv` and `codes` are its own, where these are a pool's.
+    pages: Option<Pages>,
     /// Keys, then values, behind those of the prefix: `[2, b, h_kv, own_capacity, head_dim]`.
     kv: Tensor,
     /// Forks have clones of this as long as they read `kv`, of which they see `lent_len` keys at most.
@@ -80,6 +86,41 @@ pub struct PqKvCache {
     version: u64,
     /// The most bytes to reserve.
     max_bytes: Option<usize>,
+}
+
+/// Memory for keys, values and codes.
+#[derive(Debug, Clone)]
+struct Store {
+    /// `[2, b, h_kv, capacity, head_dim]`
+    kv: Tensor,
+    /// `[b, h_kv, capacity, pq_dim]`
+    codes: Tensor,
+    /// `[b, h_kv, capacity]`, with coarse clusters.
+    coarse_codes: Option<Tensor>,
+}
+
+impl Store {
+    /// See [`PqKvCache::new`].
+    fn new(config: &PqConfig, dims: [usize; 3], capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let [batch, kv_heads, head_dim] = dims;
+        config.validate(head_dim)?;
+        if batch == 0 || kv_heads == 0 {
+            bail!("PqKvCache: expected at least one sequence and one KV head, got batch {batch}, h_kv {kv_heads}");
+        }
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            bail!("PqKvCache: dtype: expected f32, f16 or bf16, got {}", dtype.as_str());
+        }
+        check_capacity(dims, capacity, dtype)?;
+        let code_capacity = code_capacity(capacity);
+        Ok(Self {
+            kv: Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?,
+            codes: Tensor::zeros((batch, kv_heads, code_capacity, config.pq_dim), DType::U8, device)?,
+            coarse_codes: match config.coarse {
+                0 => None,
+                _ => Some(Tensor::zeros((batch, kv_heads, code_capacity), DType::U8, device)?),
+            },
+        })
+    }
 }
 
 /// What a captured step relies on: replayed where another is found, it would work on memory that is gone, or leave
@@ -143,44 +184,37 @@ pub struct Memory {
 }
 
 impl PqKvCache {
-    /// A cache for `batch` sequences with room for `capacity` keys (0: grow from the first append).
+    /// A cache for sequences of `[batch, kv_heads, head_dim]` with room for `capacity` keys (0: grow from the first append).
     ///
     /// # Errors
     /// A config that does not suit `head_dim`, no sequences or heads, or a dtype other than f32, f16 and bf16.
     pub fn new(
         config: PqConfig,
-        [batch, kv_heads, head_dim]: [usize; 3],
+        dims: [usize; 3],
         capacity: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        config.validate(head_dim)?;
-        if batch == 0 || kv_heads == 0 {
-            bail!("PqKvCache: expected at least one sequence and one KV head, got batch {batch}, h_kv {kv_heads}");
-        }
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            bail!("PqKvCache: dtype: expected f32, f16 or bf16, got {}", dtype.as_str());
-        }
-        check_capacity([batch, kv_heads, head_dim], capacity, dtype)?;
+        let store = Store::new(&config, dims, capacity, dtype, device)?;
+        Self::of_store(config, store, None)
+    }
+
+    /// An empty cache in this memory, which is others' as well where it has `pages` of it.
+    fn of_store(config: PqConfig, store: Store, pages: Option<Pages>) -> Result<Self> {
+        let Store { kv, codes, coarse_codes } = store;
         #[cfg(feature = "cuda")]
-        let lens = match device {
+        let lens = match kv.device() {
             Device::Cuda(device) => {
                 crate::cuda::prepare(device)?;
-                Some(Lens::new(device, [batch, kv_heads])?)
+                Some(Lens::new(device, [kv.dims()[1], kv.dims()[2]])?)
             }
             _ => None,
-        };
-        let kv = Tensor::zeros((2, batch, kv_heads, capacity, head_dim), dtype, device)?;
-        let code_capacity = code_capacity(capacity);
-        let codes = Tensor::zeros((batch, kv_heads, code_capacity, config.pq_dim), DType::U8, device)?;
-        let coarse_codes = match config.coarse {
-            0 => None,
-            _ => Some(Tensor::zeros((batch, kv_heads, code_capacity), DType::U8, device)?),
         };
         let encoded = config.init_offset();
         Ok(Self {
             config,
             prefix: None,
+            pages,
             kv,
             lent: Arc::default(),
             lent_len: 0,
@@ -276,7 +310,9 @@ impl PqKvCache {
     fn as_new(&self, keys: &Tensor, values: &Tensor) -> Result<Option<ops::New<'_>>> {
         let Some(lens) = &self.lens else { return Ok(None) };
         let (keys, values) = (self.apart(keys)?, self.apart(values)?);
-        Ok(Some(ops::New { cache: &self.kv, first: self.shared(), lens, keys, values }))
+        let (first, capacity) = (self.shared(), self.capacity());
+        let pages = self.pages.as_ref().and_then(|pages| pages.kv.on_gpu());
+        Ok(Some(ops::New { cache: &self.kv, first, capacity, pages, lens, keys, values }))
     }
 
     /// Takes note of the queries of the last positions, `[b, h, s, head_dim]`: codebooks trained from now on know what they
@@ -294,11 +330,40 @@ impl PqKvCache {
         if let Some(new) = self.as_new(keys, values)? {
             return ops::append(&[new]);
         }
-        let (keys, values, shared) = (self.apart(keys)?, self.apart(values)?, self.shared());
-        point_of_failure()?;
-        self.kv.get(0)?.slice_set(&keys.contiguous()?, 2, self.len - shared)?;
-        point_of_failure()?;
-        self.kv.get(1)?.slice_set(&values.contiguous()?, 2, self.len - shared)
+        let of_piece = |tensor: &Tensor, positions: &Range<usize>| {
+            self.apart(tensor)?.narrow(2, positions.start - self.len, positions.len())?.contiguous()
+        };
+        for (place, positions) in self.own_places(self.len..self.len + keys.dims()[2]) {
+            point_of_failure()?;
+            self.kv.get(0)?.slice_set(&of_piece(keys, &positions)?, 2, place)?;
+            point_of_failure()?;
+            self.kv.get(1)?.slice_set(&of_piece(values, &positions)?, 2, place)?;
+        }
+        Ok(())
+    }
+
+    /// Where positions that are not a prefix's lie in `kv`: of each piece its first place, and which positions it has.
+    fn own_places(&self, positions: Range<usize>) -> Vec<(usize, Range<usize>)> {
+        match &self.pages {
+            Some(pages) => pages.kv.places(positions),
+            None => vec![(positions.start - self.shared(), positions)],
+        }
+    }
+
+    /// Where codes of some positions lie, as [`own_places`](Self::own_places).
+    fn code_places(&self, positions: Range<usize>) -> Vec<(usize, Range<usize>)> {
+        match &self.pages {
+            Some(pages) => pages.codes.places(positions),
+            None => vec![(positions.start, positions)],
+        }
+    }
+
+    /// What `codes` has of some positions: a view where they lie in one piece.
+    fn codes_between(&self, codes: &Tensor, positions: Range<usize>) -> Result<Tensor> {
+        match &self.pages {
+            Some(pages) => pages.codes.gather(codes, positions),
+            None => codes.narrow(2, positions.start, positions.len()),
+        }
     }
 
     /// `tensor`, or a copy where it is a view of these keys and values: Candle writes to no tensor what is in it.
@@ -338,25 +403,40 @@ impl PqKvCache {
         Ok(())
     }
 
-    /// Makes room for `additional` more keys; doubles the capacity at least when it grows.
+    /// Makes room for `additional` more keys; doubles the capacity at least when it grows, but by pages in a
+    /// [`PagePool`].
     ///
     /// # Errors
-    /// More memory than can be addressed, than [`set_max_bytes`](Self::set_max_bytes) allows, or than the device has (a
-    /// CPU aborts there); the cache is then as before.
+    /// More memory than can be addressed, than [`set_max_bytes`](Self::set_max_bytes) allows, than the pool has free pages, or
+    /// than the device has (a CPU aborts there); the cache is then as before.
     pub fn reserve(&mut self, additional: usize) -> Result<()> {
         const SMALLEST: usize = 256;
         let (needed, shared) = (self.len.saturating_add(additional), self.shared());
         if needed <= self.capacity() {
             return Ok(());
         }
+        self.forbid_capture("growth", "reserve room for all steps")?;
+        if self.pages.is_some() {
+            return self.take_pages(needed);
+        }
         let wanted = self.own_capacity().saturating_mul(2).max(SMALLEST).saturating_add(shared);
         let capacity = self.affordable(needed, wanted)?;
         check_capacity(self.dims(), capacity, self.dtype())?;
-        self.forbid_capture("growth", "reserve room for all steps")?;
         let code_capacity = code_capacity(capacity);
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| with_room(codes, 2, code_capacity)).transpose()?;
         (self.kv, self.codes) = (with_room(&self.kv, 3, capacity - shared)?, with_room(&self.codes, 2, code_capacity)?);
         (self.coarse_codes, self.lent, self.lent_len) = (coarse_codes, Arc::default(), 0);
+        self.version = next_version();
+        Ok(())
+    }
+
+    /// Grows to `needed` positions by pages.
+    fn take_pages(&mut self, needed: usize) -> Result<()> {
+        let needed = needed.checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
+        self.affordable(needed, needed)?;
+        if let Some(pages) = &mut self.pages {
+            pages.grow_to(needed)?;
+        }
         self.version = next_version();
         Ok(())
     }
@@ -426,14 +506,14 @@ impl PqKvCache {
     }
 
     /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
-    /// is room for.
+    /// is room for, or where they are in pages all of the pool.
     fn last_index(&self) -> Result<Index> {
-        let candidates = self.config.candidates(self.len);
-        let positions = match self.kv.device().is_cuda() {
-            true => self.config.init_offset()..self.capacity(),
-            false => candidates,
+        let (start, device) = (self.config.init_offset(), self.kv.device());
+        let of_positions = |codes: &Tensor| match (&self.pages, device.is_cuda()) {
+            (Some(_), true) => codes.narrow(2, start, codes.dims()[2] - start),
+            (None, true) => codes.narrow(2, start, self.capacity() - start),
+            (_, false) => self.codes_between(codes, self.config.candidates(self.len)),
         };
-        let of_positions = |codes: &Tensor| codes.narrow(2, positions.start, positions.len());
         let Some(trained) = &self.trained else {
             bail!(
                 "PqKvCache: index: expected at least {} keys (n_centroids, coarse) from init_offset {} on, got {} keys",
@@ -456,7 +536,7 @@ impl PqKvCache {
         })
     }
 
-    /// Keys and values of all positions that there is room for, if they are on a GPU, for a step that searches `index` and does
+    /// Keys and values of all positions that there is room for, or of all in the pool, if they are on a GPU, for a step that searches `index` and does
     /// not see the last `ahead` keys.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_gpu(&self, index: Option<Index>, ahead: usize) -> Result<Option<ops::Sequences<'_>>> {
@@ -466,7 +546,9 @@ impl PqKvCache {
                 let of = |kv: &Tensor| Ok::<_, candle_core::Error>([kv.get(0)?, kv.get(1)?]);
                 let prefix = self.prefix.as_ref().map(|prefix| of(&prefix.kv)).transpose()?;
                 let ([keys, values], shared, len) = (of(&self.kv)?, self.shared(), self.len - ahead);
-                Ok(Some(ops::Sequences { keys, values, prefix, shared, lens, len, ahead, index }))
+                let tables = |pages: &'_ Pages| Some([pages.kv.on_gpu()?.clone(), pages.codes.on_gpu()?.clone()]);
+                let (pages, capacity) = (self.pages.as_ref().and_then(tables), self.capacity());
+                Ok(Some(ops::Sequences { keys, values, prefix, shared, pages, capacity, lens, len, ahead, index }))
             }
         }
     }
@@ -528,7 +610,8 @@ impl PqKvCache {
             let _span = trace_span!("pq-attn-train").entered();
             self.forbid_capture("training", "call build_index")?;
             let start = self.config.init_offset();
-            let keys = self.keys()?.narrow(2, start, self.len - start)?;
+            self.own_codes_from(start)?;
+            let keys = self.between(0, start..self.len)?;
             let weights = self.queries.weights(self.dims(), keys.device())?;
             let codebook = Codebook::train_weighted(&keys, weights.as_ref(), &self.config)?;
             self.use_codebook(codebook, Some(self.len))?;
@@ -580,13 +663,19 @@ impl PqKvCache {
 
     /// Encodes the keys up to `end` that have no codes yet.
     fn encode(&mut self, end: usize) -> Result<()> {
+        if self.trained.is_some() && self.encoded < end {
+            self.own_codes_from(self.encoded)?;
+        }
         let Some(trained) = &self.trained else { return Ok(()) };
         if self.encoded < end {
             let _span = trace_span!("pq-attn-encode").entered();
             let codes = (&self.codes, self.coarse_codes.as_ref());
-            for (kv, first, positions) in self.segments(self.encoded..end) {
-                let keys = kv.get(0)?.narrow(2, positions.start - first, positions.len())?;
-                trained.codebook.encode_into(codes, &keys, positions.start)?;
+            for piece in self.pieces_of(self.encoded..end) {
+                let keys = self.between(0, piece.clone())?;
+                for (place, positions) in self.code_places(piece.clone()) {
+                    let keys = keys.narrow(2, positions.start - piece.start, positions.len())?;
+                    trained.codebook.encode_into(codes, &keys, place)?;
+                }
             }
             self.encoded = end;
         }
@@ -603,9 +692,9 @@ impl PqKvCache {
 
     fn add_values(&self, trained: &mut Trained, end: usize) -> Result<()> {
         if let (Some(clusters), Some(codes)) = (&mut trained.clusters, &self.coarse_codes) {
-            for (kv, first, positions) in self.segments(trained.summed..end) {
-                let values = kv.get(1)?.narrow(2, positions.start - first, positions.len())?;
-                clusters.add(&values, &codes.narrow(2, positions.start, positions.len())?)?;
+            for positions in self.pieces_of(trained.summed..end) {
+                let values = self.between(1, positions.clone())?;
+                clusters.add(&values, &self.codes_between(codes, positions.clone())?)?;
                 trained.summed = positions.end;
             }
         }
@@ -627,6 +716,9 @@ impl PqKvCache {
     #[cfg(feature = "cuda")]
     pub(crate) fn index_last_blocks(caches: &mut [&mut Self]) -> Result<()> {
         let _span = trace_span!("pq-attn-encode").entered();
+        for cache in caches.iter_mut() {
+            cache.own_codes_from(cache.encoded)?;
+        }
         let Some(first) = caches.first() else { return Ok(()) };
         let due = ops::Due { init_offset: first.config.init_offset(), block: first.block() };
         let indexed = caches.iter().filter_map(|cache| cache.as_indexed().transpose());
@@ -644,7 +736,8 @@ impl PqKvCache {
     #[cfg(feature = "cuda")]
     fn as_indexed(&self) -> Result<Option<ops::Indexed<'_>>> {
         let earlier = self.blocks_end(self.len.saturating_sub(1));
-        let (first, room) = (self.shared(), self.own_capacity());
+        // In pages, all of the pool.
+        let (first, room) = (self.shared(), self.kv.dims()[3]);
         let (Some(trained), Some(lens)) = (&self.trained, &self.lens) else { return Ok(None) };
         if self.encoded < earlier.max(first) || (trained.clusters.is_some() && trained.summed != self.encoded) {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
@@ -653,7 +746,9 @@ impl PqKvCache {
         let codes = self.codes.narrow(2, first, room)?;
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, first, room)).transpose()?;
         let (encoder, clusters) = (trained.codebook.encoder(), trained.clusters.as_ref());
-        Ok(Some(ops::Indexed { codes, kv, coarse_codes, encoder, clusters, lens, first }))
+        let pages = self.pages.as_ref().and_then(|pages| Some([pages.kv.on_gpu()?, pages.codes.on_gpu()?]));
+        let capacity = self.capacity();
+        Ok(Some(ops::Indexed { codes, kv, coarse_codes, encoder, clusters, lens, first, pages, capacity }))
     }
 
     /// Whether launches are recorded for a CUDA graph rather than run.
@@ -824,7 +919,7 @@ impl PqKvCache {
         Ok(())
     }
 
-    /// Keys so far, `[b, h_kv, n, head_dim]`: a view; of a [`fork`](Self::fork) a copy.
+    /// Keys so far, `[b, h_kv, n, head_dim]`: a view, or a copy of what lies in several pieces.
     ///
     /// # Errors
     /// What the device gives.
@@ -832,7 +927,7 @@ impl PqKvCache {
         self.between(0, 0..self.len)
     }
 
-    /// Values so far, `[b, h_kv, n, head_dim]`: a view; of a [`fork`](Self::fork) a copy.
+    /// Values so far, `[b, h_kv, n, head_dim]`: a view, or a copy of what lies in several pieces.
     ///
     /// # Errors
     /// What the device gives.
@@ -840,7 +935,7 @@ impl PqKvCache {
         self.between(1, 0..self.len)
     }
 
-    /// Codes of the keys that have some, `[b, h_kv, encoded - init_offset, pq_dim]` u8: a view.
+    /// Codes of the keys that have some, `[b, h_kv, encoded - init_offset, pq_dim]` u8: a view, or a copy of pages.
     ///
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
@@ -848,7 +943,8 @@ impl PqKvCache {
         self.of_encoded(&self.codes)
     }
 
-    /// Clusters of the keys that have codes, `[b, h_kv, encoded - init_offset]` u8: a view; None without coarse clusters.
+    /// Clusters of the keys that have codes, `[b, h_kv, encoded - init_offset]` u8, as [`codes`](Self::codes); None without coarse
+    /// clusters.
     ///
     /// # Errors
     /// None in practice; narrowing a tensor returns a result.
@@ -861,7 +957,7 @@ impl PqKvCache {
         match self.trained {
             None => codes.narrow(2, 0, 0),
             Some(_) if self.encoded <= start => codes.narrow(2, 0, 0),
-            Some(_) => codes.narrow(2, start, self.encoded - start),
+            Some(_) => self.codes_between(codes, start..self.encoded),
         }
     }
 
@@ -891,7 +987,7 @@ impl PqKvCache {
     }
 
     fn own_capacity(&self) -> usize {
-        self.kv.dims()[3]
+        self.pages.as_ref().map_or(self.kv.dims()[3], Pages::capacity)
     }
 
     /// The config it was made with.
@@ -918,7 +1014,8 @@ impl PqKvCache {
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
         let [b, h_kv, head_dim] = self.dims();
-        let kv_bytes = 2 * b * h_kv * (self.len - self.shared()) * head_dim * self.dtype().size_in_bytes();
+        let shared = self.pages.as_ref().map_or(self.shared(), |pages| pages.kv.inherited(self.len));
+        let kv_bytes = 2 * b * h_kv * (self.len - shared) * head_dim * self.dtype().size_in_bytes();
         let encoded = if self.trained.is_some() { self.encoded - self.config.init_offset() } else { 0 };
         let key = self.config.pq_dim + usize::from(self.config.coarse > 0);
         let (codebook, clusters) =

@@ -32,6 +32,7 @@
 //! - [`PqConfig`]: what is kept, selected and attended to
 //! - [`PqAttention`]: dense prefill, sparse decode
 //! - [`PqKvCache`]: keys, values and codes of one layer; [`Codebook`]: their centroids
+//! - [`PagePool`]: memory that many caches take pages of, for servers
 //! - [`save_caches`], [`load_caches`]: a document that was read, kept on disk
 //! - [`DecodeGraph`]: a whole model's decode step as a CUDA graph
 //! - [`KvCache`]: with the calls of `candle_nn::kv_cache::KvCache`, for code whose attention is yet to change
@@ -72,7 +73,7 @@ mod query_weights;
 pub mod tuning {}
 
 pub use attention::PqAttention;
-pub use cache::{load_caches, save_caches, Memory, PqKvCache, SavedCaches};
+pub use cache::{load_caches, save_caches, Memory, PagePool, PqKvCache, SavedCaches};
 pub use codebook::Codebook;
 pub use config::{Heavy, Metric, PqConfig, Selection, Tail};
 pub use graph::DecodeGraph;

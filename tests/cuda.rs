@@ -18,7 +18,9 @@ use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, IndexOp, Result, Tensor};
 use candle_pq_attn::ops::{self, ClusterSums, Geometry, KmeansOptions, Selected, PADDING};
-use candle_pq_attn::{Codebook, DecodeGraph, Heavy, Metric, PqAttention, PqConfig, PqKvCache, Selection, Tail};
+use candle_pq_attn::{
+    Codebook, DecodeGraph, Heavy, Metric, PagePool, PqAttention, PqConfig, PqKvCache, Selection, Tail,
+};
 use common::{integers, lay_out, numbers, Rng, Strides, DTYPES, STRIDES};
 
 fn gpu() -> Option<Device> {
@@ -926,6 +928,31 @@ fn tail_attend_at_the_extremes() -> Result<()> {
     Ok(())
 }
 
+/// A pool of which `pages` are free, with none beside another, and who has the others.
+fn scattered_pages(
+    attn: &PqAttention,
+    dims: [usize; 3],
+    pages: usize,
+    dtype: DType,
+    gpu: &Device,
+) -> Result<(PagePool, Vec<PqKvCache>)> {
+    let pool = PagePool::new(attn.config().clone(), dims, 2 * pages, dtype, gpu)?;
+    let mut held = Vec::new();
+    for _ in 0..2 * pages {
+        let mut cache = pool.new_cache()?;
+        cache.reserve(1)?;
+        held.push(cache);
+    }
+    // As they were taken.
+    let mut is_free = true;
+    held.retain(|_| {
+        is_free = !is_free;
+        is_free
+    });
+    assert_eq!(pool.free_pages(), pages);
+    Ok((pool, held))
+}
+
 /// What `launch` launches, as a graph.
 fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     let stream = gpu.as_cuda_device()?.cuda_stream();
@@ -952,7 +979,7 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
         (DType::BF16, Selection::PerKvHead, Heavy::Fraction(0.07), true, (32, Tail::ClusterMeans), true),
     ] {
         let mut rng = Rng(18);
-        let ([b, h, h_kv, d], prompt, steps) = ([2, 8, 2, 64], 500, 400);
+        let ([b, h, h_kv, d], prompt, steps) = ([2, 8, 2, 64], 500, 522);
         let config = PqConfig {
             heavy,
             pq_dim: 8,
@@ -975,10 +1002,16 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
             let one = |all: &Tensor| all.narrow(2, step, 1)?.contiguous();
             Ok([one(&queries)?, one(&keys)?, one(&values)?])
         };
-        // Room for the prompt, the first step, the replays and one more.
+        // Room for the prompt, the first step, the replays and one more, which are whole pages.
         let room = prompt + steps + 2;
-        let [mut eager, mut replayed] =
-            [attn.new_cache([b, h_kv, d], room, dtype, &gpu)?, attn.new_cache([b, h_kv, d], room, dtype, &gpu)?];
+        assert!(room.is_multiple_of(PagePool::PAGE));
+        let (pool, _held) = scattered_pages(&attn, [b, h_kv, d], room / PagePool::PAGE, dtype, &gpu)?;
+        let mut eager = attn.new_cache([b, h_kv, d], room, dtype, &gpu)?;
+        let mut replayed = match is_dense || tail == Tail::None {
+            true => attn.new_cache([b, h_kv, d], room, dtype, &gpu)?,
+            false => pool.new_cache()?,
+        };
+        replayed.reserve(room)?;
         for cache in [&mut eager, &mut replayed] {
             attn.forward(&prompt_queries, &prompt_keys, &prompt_keys, cache)?;
             cache.build_index()?;
@@ -1026,9 +1059,12 @@ fn replayed_steps_equal_eager_ones() -> Result<()> {
 fn graph_steps_of_a_layer_equal_eager_ones() -> Result<()> {
     const STEPS: usize = 1000;
     let (_guard, gpu) = gpu_or_skip!(write);
-    for (b, selection, is_dense) in
-        [(1, Selection::PerQueryHead, false), (2, Selection::PerKvHead, false), (1, Selection::PerQueryHead, true)]
-    {
+    for (b, selection, is_dense, is_paged) in [
+        (1, Selection::PerQueryHead, false, false),
+        (2, Selection::PerKvHead, false, false),
+        (1, Selection::PerQueryHead, true, false),
+        (2, Selection::PerQueryHead, false, true),
+    ] {
         let mut rng = Rng(24);
         let (h, h_kv, d) = (8, 2, 64);
         let config =
@@ -1044,13 +1080,24 @@ fn graph_steps_of_a_layer_equal_eager_ones() -> Result<()> {
         };
         let [prompt, _] = pair(&mut rng, &gpu, &[b, h + 2 * h_kv, 40, d], DType::BF16, STRIDES[0])?;
         let [steps, _] = pair(&mut rng, &gpu, &[b, h + 2 * h_kv, STEPS, d], DType::BF16, STRIDES[0])?;
-        let new_cache = || -> Result<PqKvCache> {
-            // Dense at first, sparse later; room for half of the steps.
-            let mut cache = attn.new_cache([b, h_kv, d], 40 + STEPS / 2, DType::BF16, &gpu)?;
+        let (pool, _held) = scattered_pages(&attn, [b, h_kv, d], 20, DType::BF16, &gpu)?;
+        let new_cache = |is_paged: bool| -> Result<PqKvCache> {
+            // Room for half of the steps.
+            let mut cache = match is_paged {
+                true => pool.new_cache()?,
+                false => attn.new_cache([b, h_kv, d], 40 + STEPS / 2, DType::BF16, &gpu)?,
+            };
+            cache.reserve(40 + STEPS / 2)?;
             forward(&prompt, &mut cache)?;
             Ok(cache)
         };
-        let (mut eager, mut caches) = (new_cache()?, [new_cache()?]);
+        let (mut eager, mut caches) = (new_cache(is_paged)?, [new_cache(is_paged)?]);
+        // Dense at first, sparse later: no graph has a dense step over pages.
+        for step in 0..if is_paged { 200 } else { 0 } {
+            let [qkv, _] = pair(&mut Rng(step), &gpu, &[b, h + 2 * h_kv, 1, d], DType::BF16, STRIDES[0])?;
+            assert_same_bits("before", &forward(&qkv, &mut caches[0])?, &forward(&qkv, &mut eager)?)?;
+        }
+        let prompt_len = eager.len();
         let mut graph =
             DecodeGraph::new(|qkv: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| forward(qkv, &mut caches[0]));
         let mut replays = 0;
@@ -1060,9 +1107,9 @@ fn graph_steps_of_a_layer_equal_eager_ones() -> Result<()> {
             let (got, want) = (graph.step(&qkv, &mut caches)?, forward(&qkv, &mut eager)?);
             assert_same_bits(&format!("{b} {selection:?} {is_dense} step {step}"), &got, &want)?;
         }
-        assert!(replays > 900, "{b} {selection:?} {is_dense}: {replays} of {STEPS} steps were replays");
+        assert!(replays > 900, "{b} {selection:?} {is_dense} {is_paged}: {replays} of {STEPS} steps were replays");
         let [replayed] = caches;
-        assert_eq!((replayed.len(), eager.len()), (40 + STEPS, 40 + STEPS));
+        assert_eq!((replayed.len(), eager.len()), (prompt_len + STEPS, prompt_len + STEPS));
         assert_same_bits("keys", &replayed.keys()?, &eager.keys()?)?;
         assert_same_bits("values", &replayed.values()?, &eager.values()?)?;
         if !is_dense {
@@ -1339,6 +1386,22 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     cache.append(&prompt, &prompt)?;
     let full = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
     assert!(full.contains("growth"), "{full}");
+
+    let pool = PagePool::new(attn.config().clone(), [1, 2, 64], 6, DType::F32, &gpu)?;
+    let mut cache = pool.new_cache()?;
+    cache.append(&prompt, &prompt)?;
+    cache.build_index()?;
+    attn.forward_dense(&one, &one, &one, &mut cache)?;
+    let dense = message(capture(&gpu, || attn.forward_dense(&one, &one, &one, &mut cache).map(drop)));
+    assert!(dense.contains("copies keys out of pages"), "{dense}");
+    attn.forward(&one, &one, &one, &mut cache)?;
+    let mut fork = cache.fork()?;
+    cache.truncate(120)?;
+    cache.build_index()?;
+    let shared = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
+    assert!(shared.contains("an append to what a fork reads"), "{shared}");
+    attn.forward(&one, &one, &one, &mut fork)?;
+    assert_eq!((cache.len(), fork.len()), (120, 203));
     Ok(())
 }
 
@@ -1380,6 +1443,12 @@ fn shared_launches_equal_single_ones() -> Result<()> {
         packed[3] = packed[19].fork()?;
         packed[7] = packed[19].fork()?;
         let mut alone = packed.iter_mut().map(PqKvCache::fork).collect::<Result<Vec<_>>>()?;
+        // Some are in pages, which lie apart, and one is a fork that shares some of them.
+        let (pool, _held) = scattered_pages(&attn, [1, h_kv, d], 400, dtype, &gpu)?;
+        for place in [0, 6, 18, 19] {
+            packed[place] = pool.copy_of(&packed[place])?;
+        }
+        packed[3] = packed[19].fork()?;
         let mut errors = Vec::new();
         // In which most of them fill a block of keys.
         for step in 0..40 {
@@ -1401,7 +1470,7 @@ fn shared_launches_equal_single_ones() -> Result<()> {
             assert_same_bits("keys", &packed.keys()?, &alone.keys()?)?;
             assert_same_index(&what, packed, alone)?;
         }
-        // A short one, two forks and a long one.
+        // A short one, two forks and a long one, in pages but for one fork.
         let runs = packed.iter_mut().zip(&mut alone).enumerate().filter(|(i, _)| [0, 3, 7, 18].contains(i));
         for (i, (run, alone)) in runs {
             for step in 0..12 {

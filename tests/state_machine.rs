@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Geometry};
 use candle_pq_attn::{
-    load_caches, save_caches, Heavy, Metric, PqAttention, PqConfig, PqKvCache, SavedCaches, Selection, Tail,
+    load_caches, save_caches, Heavy, Metric, PagePool, PqAttention, PqConfig, PqKvCache, SavedCaches, Selection, Tail,
 };
 use common::{assert_close, assert_same_bits, attend, integers, numbers, Rng};
 use proptest::collection::vec;
@@ -115,6 +115,8 @@ const OTHERS: usize = 3;
 struct Machine {
     attn: PqAttention,
     cache: PqKvCache,
+    /// Where the caches are in pages.
+    pool: Option<PagePool>,
     b: usize,
     max_bytes: usize,
     rng: Rng,
@@ -132,14 +134,20 @@ struct Other {
 }
 
 impl Machine {
-    fn new(config: PqConfig, b: usize) -> Result<Self> {
-        let attn = PqAttention::new(config, SCALE)?;
-        let mut cache = attn.new_cache([b, H_KV, D], 0, DType::F32, &Device::Cpu)?;
+    fn new(config: PqConfig, b: usize, is_paged: bool) -> Result<Self> {
+        // For this cache, the others, one that is loaded and forks that train anew.
+        const PAGES: usize = 2 * (OTHERS + 2) * MAX_KEYS.div_ceil(PagePool::PAGE);
+        let (attn, dims) = (PqAttention::new(config.clone(), SCALE)?, [b, H_KV, D]);
+        let pool = is_paged.then(|| PagePool::new(config, dims, PAGES, DType::F32, &Device::Cpu)).transpose()?;
+        let mut cache = match &pool {
+            Some(pool) => pool.new_cache()?,
+            None => attn.new_cache(dims, 0, DType::F32, &Device::Cpu)?,
+        };
         // Room for an index, whatever the config, and for all that `MAX_KEYS` take.
-        let max_bytes = b * H_KV * (MAX_KEYS * (2 * D * 4 + 5) + 8192);
+        let max_bytes = b * H_KV * (MAX_KEYS.next_multiple_of(PagePool::PAGE) * (2 * D * 4 + 5) + 8192);
         cache.set_max_bytes(max_bytes)?;
         let heads = vec![Vec::new(); b * H_KV];
-        Ok(Self { attn, cache, b, max_bytes, rng: Rng(17), keys: heads.clone(), values: heads, others: Vec::new() })
+        Ok(Self { attn, cache, pool, b, max_bytes, rng: Rng(17), keys: heads.clone(), values: heads, others: Vec::new() })
     }
 
     fn len(&self) -> usize {
@@ -216,6 +224,9 @@ impl Machine {
                 save_caches(file.path(), [&self.cache], "state")?;
                 let SavedCaches { mut caches, about } = load_caches(file.path(), 0, &Device::Cpu)?;
                 let mut loaded = caches.remove(0);
+                if let Some(pool) = &self.pool {
+                    loaded = pool.copy_of(&loaded)?;
+                }
                 loaded.set_max_bytes(self.max_bytes)?;
                 assert_eq!(about, "state");
                 let (mut got, want) = (snapshot(&loaded)?, snapshot(&self.cache)?);
@@ -421,8 +432,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_cache_is_its_keys_and_values(config in config(), b in 1usize..3, ops in vec(op(), 1..25)) {
-        let mut machine = Machine::new(config, b).unwrap();
+    fn a_cache_is_its_keys_and_values(config in config(), b in 1usize..3, is_paged: bool, ops in vec(op(), 1..25)) {
+        let mut machine = Machine::new(config, b, is_paged).unwrap();
         for op in &ops {
             machine.run(op).unwrap();
         }

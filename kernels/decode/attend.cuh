@@ -12,7 +12,7 @@ constexpr int ATTEND_THREADS = D > 128 ? 256 : 512;
 template <int D>
 constexpr int ATTEND_BLOCKS = D > 128 ? 2 : 0;
 
-// Positions of a list that a block resolves before it attends.
+// Positions of a list whose places a block finds before it attends.
 constexpr u32 RESOLVED = 256;
 
 // A list's keys as they are ranked: masses of a row, or scores of one head of a bundle.
@@ -59,8 +59,8 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __shared__ u32 tail_counts[MAX_CLUSTERS];
   __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
   __shared__ u64 pivots[LISTS];
-  __shared__ u32 positions[LISTS][RESOLVED];
-  u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(positions);
+  __shared__ u32 places[LISTS][RESOLVED];
+  u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(places);
   static_assert(RESOLVED >= 256);
   const Part part(blockIdx.y, blockIdx.x, HEADS, p);
   const Sequence& sequence = p.sequences[part.sequence];
@@ -178,8 +178,9 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     const u32 segment = segment_of<WARPS>(before_sure[list], row);
     return own[segment * per_warp + (row - before_sure[list][segment])];
   };
+  const auto place = [&](u32 position) { return static_cast<u32>(place_of(position, sequence.pages)); };
   const auto resolve = [&] {
-    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) positions[list][i] = sure_position(i);
+    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) places[list][i] = place(sure_position(i));
   };
   // Where an open key counts in the tail: its cluster, and its shares or scores.
   struct OpenKey {
@@ -190,7 +191,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     const u32 position = ~static_cast<u32>(rank);
     const u64 at = (part.scores_at(p) + score_slot(position)) * HEADS + (BY_KV ? 0 : list);
     OpenKey key;
-    key.cluster = clusters[position];
+    key.cluster = clusters[place_of(position, sequence.code_pages)];
 #pragma unroll
     for (int h = 0; h < PER_GROUP; h++) key.scores[h] = scores[at + h];
     return key;
@@ -265,24 +266,25 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     bool is_attended[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-      u32 row = i + u * LIST_GROUPS, position = 0;
+      u32 row = i + u * LIST_GROUPS, at = 0;  // where its key is
       is_attended[u] = row < n_rows;
       if (row < n_sure) {
-        position = row < RESOLVED ? positions[list][row] : sure_position(row);
+        at = row < RESOLVED ? places[list][row] : place(sure_position(row));
       } else if ((row -= n_sure) < n_open) {
         const u32 segment = segment_of<WARPS>(before_open[list], row);
-        position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
+        const u32 position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
         is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
+        at = place(position);
       } else {
         const u32 edge = split + (row - n_open) * splits;
-        position = edge < part.sink ? edge : part.window_start + (edge - part.sink);
+        at = place(edge < part.sink ? edge : part.window_start + (edge - part.sink));
       }
       key[u] = value[u] = {};
       if (is_attended[u] && e < p.head_dim) {
-        const bool is_own = position >= sequence.shared;
-        const u64 at = static_cast<u64>(position) * p.head_dim + e;
-        key[u] = load_chunk((is_own ? keys : prefix_keys) + at);
-        value[u] = load_chunk((is_own ? values : prefix_values) + at);
+        const bool is_own = at >= sequence.shared;  // of which there are none in pages
+        const u64 first = static_cast<u64>(at) * p.head_dim + e;
+        key[u] = load_chunk((is_own ? keys : prefix_keys) + first);
+        value[u] = load_chunk((is_own ? values : prefix_values) + first);
       }
     }
     float product[AHEAD][PER_GROUP];

@@ -12,6 +12,7 @@ constexpr u32 MAX_GROUP = 64;
 // Keys that a warp takes at a time: four adjacent ones a lane.
 constexpr u32 EACH = 4;
 constexpr u32 CHUNK = 32 * EACH;
+static_assert(PAGE % CHUNK == 0);
 
 // Where the scores of a key are: those that the lanes of a warp write or read at once lie side by side.
 __device__ inline u32 score_slot(u32 position) {
@@ -42,6 +43,8 @@ struct Sequence {
   const float* coarse;        // [h_kv, n_clusters, head_dim], or null
   const float* sums;          // [h_kv, n_clusters, head_dim], or null
   const u32* counts;          // [h_kv, n_clusters], or null
+  const u32* pages;           // of keys and values, or null
+  const u32* code_pages;      // of codes and clusters, or null
   const u32* len;
   u64 query_stride;
   u64 key_stride;  // and of values

@@ -61,7 +61,7 @@ struct Scores {
 // Adds up the entries of this block's keys. By KV head returns a thread's statistics of the softmax, by query head counts
 // in `histogram`.
 template <int HEADS, bool BY_KV>
-__device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
+__device__ void add_entries(const u8* codes, const u8* clusters, const u32* pages, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
                             Stats (&stats)[HEADS], u32* histogram, const ScoreBins* bins, const Part& part,
                             const Decode& p) {
   constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
@@ -83,12 +83,14 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u8* rows,
   // Codes of what comes next are on their way.
   uint2 next[EACH];
   u32 next_clusters = 0;
+  u64 place = 0;
   const auto load = [&](u32 at, u32 chunk) {
     if (at >= part.end) return;
-    const u8* const from = codes + static_cast<u64>(at) * p.pq_dim + chunk * SUBSPACES;
+    if (chunk == 0) place = place_of(at, pages);
+    const u8* const from = codes + place * p.pq_dim + chunk * SUBSPACES;
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
-    if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + at));
+    if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + place));
   };
   u32 at = part.position(0);
   load(at, 0);

@@ -65,8 +65,9 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   // Codes are on their way to the second-level cache while the tables are brought together.
   u32 at = part.position(0);
   for (u32 i = 0; at < part.end; at = part.position(++i)) {
-    prefetch(codes + static_cast<u64>(at) * p.pq_dim);
-    if (p.n_clusters && lane % 8 == 0) prefetch(clusters + at);
+    const u64 place = place_of(at, sequence.code_pages);
+    prefetch(codes + place * p.pq_dim);
+    if (p.n_clusters && lane % 8 == 0) prefetch(clusters + place);
   }
   meet(&first_search.arrived, part.splits, 1);
 
@@ -82,7 +83,8 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
       __syncthreads();
     }
     Stats own[HEADS];
-    add_entries<HEADS, BY_KV>(codes, clusters, rows, scores, bundle, own, histogram, score_bins, part, p);
+    add_entries<HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part,
+                              p);
     if constexpr (BY_KV) {
       __shared__ Stats of_warps[HEADS][WARPS];
 #pragma unroll
@@ -144,7 +146,8 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
   at = part.position(0);
   const auto load_clusters = [&](u32 at) {
-    return p.has_tail && at < part.end ? __ldg(reinterpret_cast<const u32*>(clusters + at)) : 0;
+    if (!p.has_tail || at >= part.end) return 0u;
+    return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, sequence.code_pages)));
   };
   u32 next_clusters = load_clusters(at);
   for (u32 i = 0; at - lane * EACH < part.end;) {

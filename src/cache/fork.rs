@@ -7,8 +7,13 @@ use std::sync::Arc;
 use candle_core::bail;
 use candle_core::{Result, Tensor};
 
-use super::{copy_to, next_version, with_room, PqKvCache, Trained};
-use crate::ops::ClusterSums;
+use super::pages::Pages;
+#[cfg(feature = "cuda")]
+use super::Index;
+use super::{copy_to, next_version, with_room, PqKvCache, Store, Trained};
+use crate::ops::{ClusterSums, KeysAndValues};
+#[cfg(feature = "cuda")]
+use crate::ops::{Coarse, Sequences};
 
 /// The first keys and values of a fork, in the memory of the cache that it was made of.
 #[derive(Debug, Clone)]
@@ -58,6 +63,9 @@ impl PqKvCache {
     /// ```
     pub fn fork(&mut self) -> Result<Self> {
         self.forbid_capture("fork", "fork")?;
+        if let Some(pages) = &self.pages {
+            return self.fork_pages(pages.sharing(self.len, self.device())?);
+        }
         if Arc::strong_count(&self.lent) == 1 {
             self.lent_len = 0;
         }
@@ -75,23 +83,48 @@ impl PqKvCache {
         fork.reserve(own.len() + 1)?;
         fork.set_len(shared)?;
         fork.append(&keys, &values)?;
-        fork.trained = self.trained.as_ref().map(Trained::fork).transpose()?;
-        fork.encoded = self.encoded;
-        fork.queries = self.queries.clone();
-        let coded = self.config.init_offset()..self.encoded;
-        if self.trained.is_some() && !coded.is_empty() {
-            for (to, from) in
-                [(Some(&fork.codes), Some(&self.codes)), (fork.coarse_codes.as_ref(), self.coarse_codes.as_ref())]
-            {
-                if let (Some(to), Some(from)) = (to, from) {
-                    to.slice_set(&from.narrow(2, coded.start, coded.len())?.contiguous()?, 2, coded.start)?;
-                }
-            }
-        }
+        fork.copy_index(self)?;
         if self.prefix.is_none() {
             self.lent_len = self.lent_len.max(shared);
         }
         Ok(fork)
+    }
+
+    /// A fork that shares all pages but those that either of them will write to.
+    fn fork_pages(&self, pages: Pages) -> Result<Self> {
+        let (kv, codes, coarse_codes) = (self.kv.clone(), self.codes.clone(), self.coarse_codes.clone());
+        let mut fork = Self::of_store(self.config.clone(), Store { kv, codes, coarse_codes }, Some(pages))?;
+        fork.max_bytes = self.max_bytes;
+        fork.set_len(self.len)?;
+        fork.take_index(self)?;
+        fork.reclaim()?;
+        Ok(fork)
+    }
+
+    /// Has the codebook, sums and queries of `from`, and as many codes.
+    fn take_index(&mut self, from: &Self) -> Result<()> {
+        self.trained = from.trained.as_ref().map(Trained::fork).transpose()?;
+        self.encoded = from.encoded;
+        self.queries = from.queries.clone();
+        Ok(())
+    }
+
+    /// The same, with copies of the codes of `from`, whose keys and values this has already.
+    pub(super) fn copy_index(&mut self, from: &Self) -> Result<()> {
+        self.take_index(from)?;
+        let coded = self.config.init_offset()..self.encoded;
+        if self.trained.is_none() || coded.is_empty() {
+            return Ok(());
+        }
+        let coarse_codes = (self.coarse_codes.as_ref(), from.coarse_codes()?);
+        for (to, from) in [(Some(&self.codes), Some(from.codes()?)), coarse_codes] {
+            let (Some(to), Some(from)) = (to, from) else { continue };
+            for (place, positions) in self.code_places(coded.clone()) {
+                let codes = from.narrow(2, positions.start - coded.start, positions.len())?;
+                to.slice_set(&codes.contiguous()?, 2, place)?;
+            }
+        }
+        Ok(())
     }
 
     /// Keys and values that are in another cache's memory.
@@ -99,21 +132,24 @@ impl PqKvCache {
         self.prefix.as_ref().map_or(0, |prefix| prefix.len)
     }
 
-    /// The memory that positions lie in: of each piece the tensor, the position that it begins with, and which of them.
-    pub(super) fn segments(&self, positions: Range<usize>) -> impl Iterator<Item = (&Tensor, usize, Range<usize>)> {
+    /// Positions cut where those of the prefix end.
+    pub(super) fn pieces_of(&self, positions: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
         let shared = self.shared();
         let of_prefix = positions.start..positions.end.min(shared);
         let own = positions.start.max(shared)..positions.end;
-        let of_prefix = self.prefix.as_ref().map(|prefix| (&prefix.kv, 0, of_prefix));
-        of_prefix.into_iter().chain([(&self.kv, shared, own)]).filter(|(_, _, positions)| !positions.is_empty())
+        [of_prefix, own].into_iter().filter(|positions| !positions.is_empty())
     }
 
     /// Keys (0) or values (1) at `positions`, `[b, h_kv, positions, head_dim]`: a view where they lie in one piece.
     pub(super) fn between(&self, which: usize, positions: Range<usize>) -> Result<Tensor> {
-        let piece = |(kv, first, positions): (&Tensor, usize, Range<usize>)| {
-            kv.get(which)?.narrow(2, positions.start - first, positions.len())
+        if let Some(pages) = &self.pages {
+            return pages.kv.gather(&self.kv.get(which)?, positions);
+        }
+        let piece = |positions: Range<usize>| match &self.prefix {
+            Some(prefix) if positions.start < prefix.len => prefix.kv.get(which)?.narrow(2, positions.start, positions.len()),
+            _ => self.kv.get(which)?.narrow(2, positions.start - self.shared(), positions.len()),
         };
-        let mut pieces = self.segments(positions).map(piece).collect::<Result<Vec<_>>>()?;
+        let mut pieces = self.pieces_of(positions).map(piece).collect::<Result<Vec<_>>>()?;
         match pieces.len() {
             0 => self.kv.get(which)?.narrow(2, 0, 0),
             1 => Ok(pieces.remove(0)),
@@ -131,28 +167,55 @@ impl PqKvCache {
         }
     }
 
-    /// Keys and values of the prefix, and its own, `[b, h_kv, ..., head_dim]` each: views.
-    pub(crate) fn pieces(&self) -> Result<(Option<[Tensor; 2]>, [Tensor; 2])> {
+    /// Keys and values where they are.
+    pub(crate) fn keys_and_values(&self) -> Result<KeysAndValues> {
+        if let Some(pages) = &self.pages {
+            let own = [self.kv.get(0)?, self.kv.get(1)?];
+            return Ok(KeysAndValues { prefix: None, own, pages: Some(pages.kv.numbers()) });
+        }
         let of = |positions: Range<usize>| {
             Ok::<_, candle_core::Error>([self.between(0, positions.clone())?, self.between(1, positions)?])
         };
         let shared = self.shared();
-        Ok(((shared > 0).then(|| of(0..shared)).transpose()?, of(shared..self.len)?))
+        let prefix = (shared > 0).then(|| of(0..shared)).transpose()?;
+        Ok(KeysAndValues { prefix, own: of(shared..self.len)?, pages: None })
     }
 
     /// Before keys are written behind the last: where forks read what was there, this cache goes on in a copy.
     pub(super) fn reclaim(&mut self) -> Result<()> {
-        if self.is_read_behind() {
+        let is_read_behind = self.is_read_behind();
+        if is_read_behind {
             self.forbid_capture("an append to what a fork reads", "append a key")?;
-            self.kv = with_room(&self.kv, 3, self.own_capacity())?;
-            (self.lent, self.lent_len, self.version) = (Arc::default(), 0, next_version());
         }
+        if let Some(pages) = &mut self.pages {
+            pages.kv.own_from(self.len, &[self.kv.get(0)?, self.kv.get(1)?])?;
+            return self.own_codes_from(self.encoded);
+        }
+        if !is_read_behind {
+            return Ok(());
+        }
+        self.kv = with_room(&self.kv, 3, self.own_capacity())?;
+        (self.lent, self.lent_len, self.version) = (Arc::default(), 0, next_version());
         Ok(())
     }
 
-    /// Whether forks read the memory behind the last key.
+    /// Before codes are written from position `first` on: the same for their pages.
+    pub(super) fn own_codes_from(&mut self, first: usize) -> Result<()> {
+        match &self.pages {
+            Some(pages) if pages.codes.is_shared_from(first) => {}
+            _ => return Ok(()),
+        }
+        self.forbid_capture("codes in pages that a fork reads", "take a step")?;
+        let tensors: Vec<_> = [Some(&self.codes), self.coarse_codes.as_ref()].into_iter().flatten().cloned().collect();
+        self.pages.as_mut().map_or(Ok(()), |pages| pages.codes.own_from(first, &tensors))
+    }
+
+    /// Whether forks read the memory behind the last key, or behind its codes.
     pub(super) fn is_read_behind(&self) -> bool {
-        self.len - self.shared() < self.lent_len && Arc::strong_count(&self.lent) > 1
+        match &self.pages {
+            Some(pages) => pages.kv.is_shared_from(self.len) || pages.codes.is_shared_from(self.encoded),
+            None => self.len - self.shared() < self.lent_len && Arc::strong_count(&self.lent) > 1,
+        }
     }
 
     /// What a fork of which `len` keys are left shares, whole blocks again, and its own memory with the others; None where
@@ -163,6 +226,30 @@ impl PqKvCache {
         let shared = self.blocks_end(len).min(len);
         let own = with_room(&prefix.kv.narrow(3, shared, len - shared)?, 3, self.own_capacity().max(len - shared))?;
         Ok(Some(((shared > 0).then(|| Prefix { len: shared, ..prefix.clone() }), own)))
+    }
+
+    /// Keys and values, and of `index` the codes, copied from pages into one piece each, for steps of kernels that read no
+    /// pages. None of a cache that is not paged, or on a CPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn out_of_pages(&self, index: Option<Index>) -> Result<Option<Sequences<'_>>> {
+        let (Some(pages), Some(lens)) = (&self.pages, &self.lens) else { return Ok(None) };
+        self.forbid_capture("a step that copies keys out of pages", "take one such step")?;
+        let positions = 0..self.capacity();
+        // They are to share a storage.
+        let kv = Tensor::stack(&[self.between(0, positions.clone())?, self.between(1, positions.clone())?], 0)?;
+        let coded = self.config.init_offset()..positions.end;
+        let copy = |codes: &Tensor| pages.codes.gather(codes, coded.clone());
+        let with_copies = |index: Index| {
+            let codes_of = |coarse: Coarse| match &self.coarse_codes {
+                Some(codes) => Ok::<_, candle_core::Error>(Some(Coarse { codes: copy(codes)?, ..coarse })),
+                None => Ok(None),
+            };
+            let coarse = index.coarse.map(codes_of).transpose()?.flatten();
+            Ok::<_, candle_core::Error>(Index { codes: copy(&self.codes)?, coarse, ..index })
+        };
+        let (index, [keys, values]) = (index.map(with_copies).transpose()?, [kv.get(0)?, kv.get(1)?]);
+        let (len, capacity) = (self.len, positions.end);
+        Ok(Some(Sequences { keys, values, prefix: None, shared: 0, pages: None, capacity, lens, len, ahead: 0, index }))
     }
 
     /// Takes a copy of what it shares.
@@ -179,9 +266,8 @@ impl PqKvCache {
         }
         let kv = Tensor::zeros((2, b, h_kv, capacity, head_dim), self.dtype(), self.device())?;
         for which in 0..2 {
-            for (from, first, positions) in self.segments(0..self.len) {
-                let piece = from.get(which)?.narrow(2, positions.start - first, positions.len())?;
-                copy_to(&kv.get(which)?, positions.start, &piece)?;
+            for positions in self.pieces_of(0..self.len) {
+                copy_to(&kv.get(which)?, positions.start, &self.between(which, positions)?)?;
             }
         }
         (self.kv, self.prefix, self.version) = (kv, None, next_version());

@@ -45,10 +45,13 @@ pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Sele
 pub use kmeans::{kmeans, KmeansOptions};
 pub(crate) use score::Coarse;
 pub use score::{residual_score, score};
-pub(crate) use sparse_attend::sparse_attend_to_both;
+pub(crate) use sparse_attend::{sparse_attend_to_cache, KeysAndValues};
 pub use sparse_attend::{dense_attend, sparse_attend, sparse_attend_with_tail, Attended};
 pub use tail_attend::tail_attend;
 pub use topk::topk;
+
+/// Positions of a page: a warp of `search` takes as many at a time. `kernels/common.cuh`
+pub(crate) const PAGE: usize = 128;
 
 /// The largest head dimension.
 pub const MAX_HEAD_DIM: usize = 256;

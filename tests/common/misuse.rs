@@ -3,7 +3,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Attended, ClusterSums, Geometry, KmeansOptions, Selected};
 use candle_pq_attn::{
-    load_caches, save_caches, Codebook, DecodeGraph, Heavy, KvCache, Metric, PqAttention, PqConfig, PqKvCache, Tail,
+    load_caches, save_caches, Codebook, DecodeGraph, Heavy, KvCache, Metric, PagePool, PqAttention, PqConfig, PqKvCache,
+    Tail,
 };
 
 use super::common::*;
@@ -54,6 +55,7 @@ pub fn all(on: On) -> Result<()> {
     config(on)?;
     cache_and_attention(on)?;
     prefill_and_budget(on)?;
+    pages(on)?;
     packed(on)?;
     drop_in(on)?;
     files(on)?;
@@ -868,6 +870,59 @@ fn prefill_and_budget(on: On) -> Result<()> {
     ]);
     assert_eq!(state(&cache)?, before);
     Ok(())
+}
+
+fn pages(on: On) -> Result<()> {
+    let config = PqConfig { pq_dim: 4, pq_bits: 4, coarse: 0, tail: Tail::None, ..PqConfig::default() };
+    let new = |dims, pages, dtype| PagePool::new(config.clone(), dims, pages, dtype, on.device);
+    let pool = new([1, 2, 16], 3, DType::F32)?;
+    let other = PqConfig { sink: 5, ..config.clone() };
+    let of_others = PqKvCache::new(other, [1, 2, 16], 0, DType::F32, on.device)?;
+    let mut of_other_dims = PqKvCache::new(config.clone(), [1, 3, 16], 0, DType::F32, on.device)?;
+    of_other_dims.append(&on.f32s(&[1, 3, 1, 16]), &on.f32s(&[1, 3, 1, 16]))?;
+    let copy_of_others = pool.copy_of(&of_others).map(drop);
+    let wanted = copy_of_others.as_ref().expect_err("another config").to_string();
+    assert!(wanted.starts_with("PagePool: cache: expected one made with the pool's config, got PqConfig"), "{wanted}");
+
+    let mut cache = pool.new_cache()?;
+    let kv = on.f32s(&[1, 2, 300, 16]);
+    cache.append(&kv.narrow(2, 0, 200)?, &kv.narrow(2, 0, 200)?)?;
+    cache.build_index()?;
+    let before = (numbers(&cache.keys()?), integers(&cache.codes()?), cache.len(), cache.capacity(), pool.free_pages());
+    let mut fork = cache.fork()?;
+    let appended = cache.append(&kv, &kv);
+    let second = cache.fork().map(drop);
+    on.assert_errors(vec![
+        (
+            new([1, 2, 16], 0, DType::F32).map(drop),
+            "PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got 0 of [1, 2, 16]",
+        ),
+        (
+            new([1, 2, 16], 1 << 20, DType::F32).map(drop),
+            "PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got 1048576 of [1, 2, 16]",
+        ),
+        (
+            new([1, 2, 16], usize::MAX / 8, DType::F32).map(drop),
+            "PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got 2305843009213693951 of [1, 2, 16]",
+        ),
+        (new([1, 2, 16], 1, DType::U8).map(drop), "PqKvCache: dtype: expected f32, f16 or bf16, got u8"),
+        (
+            new([1, 0, 16], 1, DType::F32).map(drop),
+            "PqKvCache: expected at least one sequence and one KV head, got batch 1, h_kv 0",
+        ),
+        (pool.copy_of(&of_other_dims).map(drop), "PqKvCache: keys: expected [1, 2, s, 16], got [1, 3, 1, 16]"),
+        (appended, "PagePool: expected 2 free pages, got 0 of 3"),
+        (second, "PagePool: expected 1 free pages, got 0 of 3"),
+        (cache.reserve(usize::MAX), "PagePool: expected 144115188075855870 free pages, got 0 of 3"),
+    ]);
+    let after = (numbers(&cache.keys()?), integers(&cache.codes()?), cache.len(), cache.capacity(), 1);
+    assert_eq!(after, before);
+    // The last page is the fork's copy of a part of one.
+    assert_eq!((pool.free_pages(), fork.len()), (0, 200));
+    fork.append(&kv.narrow(2, 0, 50)?, &kv.narrow(2, 0, 50)?)?;
+    drop(fork);
+    assert_eq!(pool.free_pages(), 1);
+    cache.append(&kv.narrow(2, 0, 180)?, &kv.narrow(2, 0, 180)?)
 }
 
 fn packed(on: On) -> Result<()> {

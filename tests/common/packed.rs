@@ -1,7 +1,7 @@
 //! Sequences that come and go in packed steps, each beside the same one alone.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_pq_attn::{PqAttention, PqConfig, PqKvCache};
+use candle_pq_attn::{PagePool, PqAttention, PqConfig, PqKvCache};
 
 use super::common::{assert_same_bits, small, with_tail, Rng};
 
@@ -16,22 +16,26 @@ struct Pair {
 }
 
 /// Random schedules: a sequence decodes, reads a chunk of a prompt or rests; some end, and their place is taken by a new
-/// one, or by a fork of another.
+/// one, or by a fork of another. The packed ones are caches of their own or of a pool.
 pub fn equal_the_same_alone(device: &Device, dtypes: &[DType]) -> Result<()> {
     for (seed, config) in [small(), with_tail()].into_iter().enumerate() {
         for &dtype in dtypes {
-            schedule(config.clone(), dtype, device, 41 + seed as u64)?;
+            for is_paged in [false, true] {
+                schedule(config.clone(), is_paged, dtype, device, 41 + seed as u64)?;
+            }
         }
     }
     Ok(())
 }
 
-fn schedule(config: PqConfig, dtype: DType, device: &Device, seed: u64) -> Result<()> {
-    let (attn, mut rng) = (PqAttention::new(config, 0.25)?, Rng(seed));
+fn schedule(config: PqConfig, is_paged: bool, dtype: DType, device: &Device, seed: u64) -> Result<()> {
+    let (attn, mut rng) = (PqAttention::new(config.clone(), 0.25)?, Rng(seed));
+    let pool = PagePool::new(config, [1, H_KV, D], 400, dtype, device)?;
     let new = || attn.new_cache([1, H_KV, D], 0, dtype, device);
     let mut pairs = Vec::new();
     for _ in 0..5 {
-        pairs.push(Pair { packed: new()?, alone: new()? });
+        let packed = if is_paged { pool.new_cache()? } else { new()? };
+        pairs.push(Pair { packed, alone: new()? });
     }
     let mut longest = 0;
     for step in 0..120 {
@@ -77,6 +81,8 @@ fn schedule(config: PqConfig, dtype: DType, device: &Device, seed: u64) -> Resul
             first += count;
         }
     }
+    drop(pairs);
+    assert_eq!(pool.free_pages(), 400);
     assert!(longest > 300 && !attn.config().is_dense(longest), "no sequence grew long enough to be sparse: {longest}");
     Ok(())
 }

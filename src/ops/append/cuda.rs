@@ -13,6 +13,8 @@ struct Sequence {
     cached_values: u64,
     len: u64,
     arrived: u64,
+    /// 0 without pages.
+    pages: u64,
     key_strides: [u64; 3],
     value_strides: [u64; 3],
     cached_stride: u64,
@@ -38,7 +40,8 @@ const MAX_SEQUENCES: usize = 16;
 const PIECE: usize = 16;
 
 pub(super) fn run(plans: &[Plan], new: &[New]) -> Result<()> {
-    let tensors: Vec<_> = new.iter().flat_map(|new| [new.cache, &new.keys, &new.values].map(Some)).collect();
+    let tensors: Vec<_> =
+        new.iter().flat_map(|new| [Some(new.cache), Some(&new.keys), Some(&new.values), new.pages]).collect();
     let (storages, places) = cuda::lock(&tensors);
     let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
     let Some((dtype, device)) = storages.first().map(|storage| cuda::kind(storage)) else { return Ok(()) };
@@ -48,11 +51,13 @@ pub(super) fn run(plans: &[Plan], new: &[New]) -> Result<()> {
     let starts = storages.iter().map(|storage| addresses.of(storage)).collect::<Result<Vec<_>>>()?;
     let size = dtype.size_in_bytes();
     let mut sequences = Vec::new();
-    for ((plan, new), places) in plans.iter().zip(new).zip(places.chunks(3)) {
-        let &[Some(cache), Some(keys), Some(values)] = places else { bail!("{OP}: a tensor has no storage") };
+    for ((plan, new), places) in plans.iter().zip(new).zip(places.chunks(4)) {
+        let &[Some(cache), Some(keys), Some(values), pages] = places else { bail!("{OP}: a tensor has no storage") };
+        let pages = pages.map_or(0, |place| starts[place]);
         let starts = [cache, keys, values].map(|place| starts[place]);
         for b in 0..plan.keys.dims[0] {
-            sequences.push(Sequence::new(plan, new, starts, addresses.of(new.lens.storage())?, size, b));
+            let lens = addresses.of(new.lens.storage())?;
+            sequences.push(Sequence { pages, ..Sequence::new(plan, new, starts, lens, size, b) });
         }
     }
     let [added, head_dim, h_kv] = plans[0].sizes();
@@ -95,7 +100,8 @@ impl Sequence {
             key_strides,
             value_strides,
             cached_stride: cached_stride as u64,
-            capacity: (new.first + plan.cache.dims[3]) as u64,
+            capacity: new.capacity as u64,
+            pages: 0,
         }
     }
 }

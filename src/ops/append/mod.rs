@@ -11,10 +11,14 @@ const OP: &str = "append";
 
 /// What is new in a cache.
 pub(crate) struct New<'a> {
-    /// `[2, b, h_kv, capacity, head_dim]`
+    /// `[2, b, h_kv, positions, head_dim]`
     pub(crate) cache: &'a Tensor,
     /// Its first position.
     pub(crate) first: usize,
+    /// Where it has positions in pages, the number of each page in their order, u32.
+    pub(crate) pages: Option<&'a Tensor>,
+    /// Positions that there is room for.
+    pub(crate) capacity: usize,
     pub(crate) lens: &'a Lens,
     /// `[b, h_kv, added, head_dim]` of any strides.
     pub(crate) keys: Tensor,

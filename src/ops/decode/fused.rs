@@ -4,6 +4,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, View, OP};
+use crate::ops::PAGE;
 use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
 
 /// `kernels/decode/layout.cuh`
@@ -56,14 +57,14 @@ struct Decode {
 const MAX_SEQUENCES: usize = 16;
 
 /// Those of a cache, and with the query and the length what a sequence has addresses of.
-const TENSORS: usize = 10;
+const TENSORS: usize = 12;
 const ADDRESSES: usize = TENSORS + 2;
 
 const THREADS: usize = 512;
 const WARPS: usize = THREADS / 32;
 
-/// Keys that a warp takes at a time.
-const CHUNK: usize = 128;
+/// Keys that a warp takes at a time, of one page.
+const CHUNK: usize = PAGE;
 
 /// Subspaces of a row of the tables, and its bytes.
 const SUBSPACES: usize = 8;
@@ -233,6 +234,8 @@ fn tensors<'a>(cache: &'a Sequences) -> [Option<&'a Tensor>; TENSORS] {
         coarse.map(|coarse| &coarse.centroids),
         clusters.map(|clusters| &clusters.sums),
         clusters.map(|clusters| &clusters.counts),
+        cache.pages.as_ref().map(|[kv, _]| kv),
+        cache.pages.as_ref().map(|[_, codes]| codes),
     ]
 }
 
@@ -258,7 +261,7 @@ impl Sequence {
     /// The `b`-th sequence of a cache, which has no place in a launch yet.
     fn new(plan: &Plan, selection: &SelectionPlan, ahead: usize, dtype: DType, b: usize) -> Result<Self> {
         let (attend, score, tail) = (&plan.attend, &selection.score, selection.tail.as_ref());
-        let (key_bytes, capacity) = (dtype.size_in_bytes(), plan.shared + attend.keys.dims[2]);
+        let (key_bytes, capacity) = (dtype.size_in_bytes(), plan.capacity);
         u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK * WARPS * MAX_SPLITS))?;
         let coarse = score.coarse.as_ref();
         let codes = from_first_position(score.codes.device(), plan.step.init_offset);
@@ -280,6 +283,8 @@ impl Sequence {
                 coarse.map_or(0, |coarse| bytes_to(coarse.centroids.device(), b, size_of::<f32>())),
                 tail.map_or(0, |tail| bytes_to(tail.sums.device(), b, size_of::<f32>())),
                 tail.map_or(0, |tail| bytes_to(tail.counts.device(), b, size_of::<u32>())),
+                0, // pages serve all sequences of a cache
+                0,
                 (b * size_of::<u32>()) as u64,
             ],
             query_stride: query.strides[1],

@@ -33,6 +33,11 @@ pub(crate) struct Sequences<'a> {
     pub(crate) prefix: Option<[Tensor; 2]>,
     /// How many there are.
     pub(crate) shared: usize,
+    /// Where the tensors have positions in pages, the number of each page of keys and values, and of codes, u32; without a
+    /// prefix.
+    pub(crate) pages: Option<[Tensor; 2]>,
+    /// Positions that there is room for.
+    pub(crate) capacity: usize,
     pub(crate) lens: &'a Lens,
     /// Roughly what `lens` says: sequences of a step share the device by it.
     pub(crate) len: usize,
@@ -45,7 +50,7 @@ pub(crate) struct Sequences<'a> {
 /// Attends with each position of `query`, `[b, h, caches, head_dim]`, to a cache: to all keys, or by its index to those that
 /// matter to it. Returns `[b, h, caches, head_dim]`.
 ///
-/// None where the fused launches do not suit, which serve several caches, those with a prefix, and runs.
+/// None where the fused launches do not suit, which serve several caches, those with a prefix or in pages, and runs.
 ///
 /// # Errors
 /// Shapes and dtypes that the single ops would refuse, or a step that is captured before one has been run: it would
@@ -62,7 +67,7 @@ pub(crate) fn decode(
     let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);
     let plans = caches.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
     let fused = Fused::new(&plans, caches, query.dtype(), query.device().as_cuda_device()?)?;
-    let is_one = matches!(caches, [Sequences { prefix: None, ahead: 0, .. }]);
+    let is_one = matches!(caches, [Sequences { prefix: None, pages: None, ahead: 0, .. }]);
     if fused.is_none() && !is_one {
         return Ok(None);
     }
@@ -81,6 +86,7 @@ struct Plan {
     /// Keys and values of the first `shared` positions.
     prefix: Option<[View<4>; 2]>,
     shared: usize,
+    capacity: usize,
 }
 
 struct SelectionPlan {
@@ -94,7 +100,7 @@ struct SelectionPlan {
 impl Plan {
     fn new(query: &Tensor, cache: &Sequences, config: &PqConfig, scale: f32) -> Result<Self> {
         let mut attend = sparse_attend::Plan::new(OP, query, &cache.keys, &cache.values, None, None, scale)?;
-        let shared = cache.shared;
+        let (shared, capacity) = (cache.shared, cache.capacity);
         let prefix = match &cache.prefix {
             None => None,
             Some([keys, values]) => {
@@ -102,9 +108,9 @@ impl Plan {
                 Some([of_prefix.keys, of_prefix.values])
             }
         };
-        let capacity = shared + attend.keys.dims[2];
         let Some(index) = &cache.index else {
-            return Ok(Self { step: Step::of_candidates(capacity, 0), selection: None, attend, prefix, shared });
+            let step = Step::of_candidates(capacity, 0);
+            return Ok(Self { step, selection: None, attend, prefix, shared, capacity });
         };
         let selection = SelectionPlan::new(query, index, config, capacity, scale)?;
         attend.lists = Some(selection.attended());
@@ -112,7 +118,8 @@ impl Plan {
             let [b, h, ..] = attend.query.dims;
             attend.tail = Some((View::contiguous(attend.query.dims), View::contiguous([b, h])));
         }
-        Ok(Self { step: Step::of_config(config, capacity), selection: Some(selection), attend, prefix, shared })
+        let step = Step::of_config(config, capacity);
+        Ok(Self { step, selection: Some(selection), attend, prefix, shared, capacity })
     }
 }
 

@@ -31,7 +31,7 @@ struct IndexBlock {
     n_clusters: u32,
 }
 
-const TENSORS: usize = 10;
+const TENSORS: usize = 12;
 
 /// The most sequences of a launch.
 const MAX_SEQUENCES: usize = 16;
@@ -102,6 +102,8 @@ fn tensors<'a>(cache: &'a Indexed) -> [Option<&'a Tensor>; TENSORS] {
         encoder.coarse,
         sums,
         counts,
+        cache.pages.map(|[kv, _]| kv),
+        cache.pages.map(|[_, codes]| codes),
     ]
 }
 
@@ -118,7 +120,9 @@ impl Sequence {
                 2 | 3 => size_of::<u8>(),
                 _ => size_of::<u32>(),
             };
-            let at = (layout.start_offset() + b * layout.stride()[0]).wrapping_sub(before);
+            // Pages serve all sequences of a cache.
+            let of_sequence = if i < TENSORS - 2 { b * layout.stride()[0] } else { 0 };
+            let at = (layout.start_offset() + of_sequence).wrapping_sub(before);
             addresses[i] = start.wrapping_add(at.wrapping_mul(element) as u64);
         }
         let h_kv = plan.into.encode.keys.dims[1];
@@ -129,7 +133,7 @@ impl Sequence {
             key_stride: plan.into.encode.keys.strides[1] as u64,
             codes_stride: plan.into.codes.strides[1] as u64,
             clusters_stride: plan.into.coarse.map_or(0, |(codes, _)| codes.strides[1]) as u64,
-            capacity: (cache.first + plan.into.encode.keys.dims[2]) as u64,
+            capacity: cache.capacity as u64,
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::cuda::Lens;
 
 const OP: &str = "index_block";
 
-/// A cache whose last block of keys may be due; all tensors are of all positions that there is room for.
+/// A cache whose last block of keys may be due; all tensors are of all positions that there is room for, or of a pool's.
 pub(crate) struct Indexed<'a> {
     /// `[b, h_kv, capacity, pq_dim]`
     pub(crate) codes: Tensor,
@@ -25,6 +25,10 @@ pub(crate) struct Indexed<'a> {
     pub(crate) lens: &'a Lens,
     /// The position of the first key; no block begins before it.
     pub(crate) first: usize,
+    /// Where they have positions in pages, the number of each page of keys and values, and of codes, u32.
+    pub(crate) pages: Option<[&'a Tensor; 2]>,
+    /// Positions that there is room for.
+    pub(crate) capacity: usize,
 }
 
 /// What keys are encoded with; all contiguous.

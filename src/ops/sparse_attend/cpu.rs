@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Attend, Lists, Plan, Prefix, Selected};
+use super::{Attend, Lists, Plan, Prefix, Selected, PAGE};
 use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, held, max, slice, Elem};
 use crate::ops::arg::View;
 
@@ -35,7 +35,7 @@ fn run_for<T: Elem>(
     keys: &CpuStorage,
     values: &CpuStorage,
 ) -> Result<(CpuStorage, Vec<f32>)> {
-    let Attend { plan, prefix, selected, tail, .. } = op;
+    let Attend { plan, prefix, pages, selected, tail, .. } = op;
     // One guard for both: they are views of one tensor, and a second read would wait for a writer who waits for the first.
     let storage = prefix.as_ref().map(|prefix| prefix.keys.storage_and_layout().0);
     let (prefix_keys, prefix_values) = match (prefix, &storage) {
@@ -48,8 +48,8 @@ fn run_for<T: Elem>(
     let inputs = Inputs {
         plan,
         query: slice::<T>(query)?,
-        keys: Rows { prefix: prefix_keys, own: Piece { data: slice(keys)?, view: &plan.keys } },
-        values: Rows { prefix: prefix_values, own: Piece { data: slice(values)?, view: &plan.values } },
+        keys: Rows { prefix: prefix_keys, own: Piece { data: slice(keys)?, view: &plan.keys }, pages: *pages },
+        values: Rows { prefix: prefix_values, own: Piece { data: slice(values)?, view: &plan.values }, pages: *pages },
     };
     let [b, h, _, head_dim] = plan.query.dims;
     let heads = plan.heads_per_list();
@@ -154,15 +154,16 @@ struct Piece<'a, T> {
     view: &'a View<4>,
 }
 
-/// Keys or values, in two pieces in a fork.
+/// Keys or values, in two pieces in a fork, or in pages.
 struct Rows<'a, T> {
     prefix: Option<Piece<'a, T>>,
     own: Piece<'a, T>,
+    pages: Option<&'a [u32]>,
 }
 
 impl<'a, T> Rows<'a, T> {
     fn len(&self) -> usize {
-        self.shared() + self.own.view.dims[2]
+        self.shared() + self.pages.map_or(self.own.view.dims[2], |pages| pages.len() * PAGE)
     }
 
     fn shared(&self) -> usize {
@@ -170,7 +171,7 @@ impl<'a, T> Rows<'a, T> {
     }
 
     fn are_adjacent(&self) -> bool {
-        self.prefix.is_none() && self.own.view.has_adjacent_rows()
+        self.prefix.is_none() && self.pages.is_none() && self.own.view.has_adjacent_rows()
     }
 
     /// The row of a position, and what follows it.
@@ -180,6 +181,7 @@ impl<'a, T> Rows<'a, T> {
             Some(prefix) if position < prefix.view.dims[2] => (prefix, position),
             _ => (&self.own, position - self.shared()),
         };
+        let position = self.pages.map_or(position, |pages| pages[position / PAGE] as usize * PAGE + position % PAGE);
         &piece.data[piece.view.at(&[b, kv, position])..]
     }
 }

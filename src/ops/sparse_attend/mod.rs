@@ -13,7 +13,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Ten
 use super::arg::{with_unit_rows, Arg, View};
 use super::indices_and_weights::{Lists, Selected};
 use super::side_output::SideOutput;
-use super::MAX_HEAD_DIM;
+use super::{MAX_HEAD_DIM, PAGE};
 
 /// What attention over some positions gives, in a form that merges with attention over others.
 #[derive(Debug, Clone)]
@@ -115,25 +115,38 @@ pub fn sparse_attend(
     selected: &Selected,
     scale: f32,
 ) -> Result<Attended> {
-    attend("sparse_attend", query, [keys, values], None, Some(selected), None, scale)
+    attend("sparse_attend", query, &KeysAndValues::of(keys, values), Some(selected), None, scale)
 }
 
-/// As [`sparse_attend`], with a tail where there is one, over the keys and values of `prefix` and then those of `own`.
-///
-/// # Shapes
-/// - `prefix`: keys and values of the first positions, as `own`: views of one tensor
+/// Keys and values as a cache has them, `[b, h_kv, positions, head_dim]`.
+pub(crate) struct KeysAndValues {
+    /// Those of the first positions: views of one tensor.
+    pub(crate) prefix: Option<[Tensor; 2]>,
+    /// Those behind them.
+    pub(crate) own: [Tensor; 2],
+    /// Where `own` has positions in pages, [`PAGE`] each, the number of each page in their order.
+    pub(crate) pages: Option<Vec<u32>>,
+}
+
+impl KeysAndValues {
+    /// Of all positions, in one piece.
+    fn of(keys: &Tensor, values: &Tensor) -> Self {
+        Self { prefix: None, own: [keys.clone(), values.clone()], pages: None }
+    }
+}
+
+/// As [`sparse_attend`], with a tail where there is one, over keys and values where they are in a cache on a CPU.
 ///
 /// # Errors
-/// As [`sparse_attend`]; with a prefix on a GPU.
-pub(crate) fn sparse_attend_to_both(
+/// As [`sparse_attend`]; with a prefix or pages on a GPU.
+pub(crate) fn sparse_attend_to_cache(
     query: &Tensor,
-    prefix: Option<[&Tensor; 2]>,
-    own: [&Tensor; 2],
+    cached: &KeysAndValues,
     selected: &Selected,
     tail: Option<&Attended>,
     scale: f32,
 ) -> Result<Attended> {
-    attend("sparse_attend", query, own, prefix, Some(selected), tail, scale)
+    attend("sparse_attend", query, cached, Some(selected), tail, scale)
 }
 
 /// As [`sparse_attend`], merged with attention over other keys before anything is rounded.
@@ -174,7 +187,8 @@ pub fn sparse_attend_with_tail(
     tail: &Attended,
     scale: f32,
 ) -> Result<Attended> {
-    attend("sparse_attend_with_tail", query, [keys, values], None, Some(selected), Some(tail), scale)
+    let all = KeysAndValues::of(keys, values);
+    attend("sparse_attend_with_tail", query, &all, Some(selected), Some(tail), scale)
 }
 
 /// Attends to all keys; otherwise as [`sparse_attend`].
@@ -194,20 +208,20 @@ pub fn sparse_attend_with_tail(
 /// # candle_core::Result::Ok(())
 /// ```
 pub fn dense_attend(query: &Tensor, keys: &Tensor, values: &Tensor, scale: f32) -> Result<Attended> {
-    attend("dense_attend", query, [keys, values], None, None, None, scale)
+    attend("dense_attend", query, &KeysAndValues::of(keys, values), None, None, scale)
 }
 
 fn attend(
     op: &'static str,
     query: &Tensor,
-    [keys, values]: [&Tensor; 2],
-    prefix: Option<[&Tensor; 2]>,
+    cached: &KeysAndValues,
     selected: Option<&Selected>,
     tail: Option<&Attended>,
     scale: f32,
 ) -> Result<Attended> {
+    let [keys, values] = &cached.own;
     let (query, keys, values) = (with_unit_rows(query)?, with_unit_rows(keys)?, with_unit_rows(values)?);
-    let prefix = match prefix {
+    let prefix = match &cached.prefix {
         None => None,
         Some([keys, values]) => {
             let views = Plan::new(op, &query, keys, values, None, None, scale)?;
@@ -217,7 +231,8 @@ fn attend(
     let selected = selected.map(Selected::with_unit_rows).transpose()?;
     let tail = tail.map(Attended::with_unit_rows).transpose()?;
     let plan = Plan::new(op, &query, &keys, &values, selected.as_ref(), tail.as_ref(), scale)?;
-    let op = Attend { plan, prefix, selected, tail, lse: SideOutput::default() };
+    let pages = cached.pages.as_deref();
+    let op = Attend { plan, prefix, pages, selected, tail, lse: SideOutput::default() };
     let out = query.apply_op3_no_bwd(&keys, &values, &op)?;
     Ok(Attended { out, lse: op.lse.take(op.plan.op)? })
 }
@@ -284,15 +299,16 @@ struct Prefix {
     views: [View<4>; 2],
 }
 
-struct Attend {
+struct Attend<'a> {
     plan: Plan,
     prefix: Option<Prefix>,
+    pages: Option<&'a [u32]>,
     selected: Option<Selected>,
     tail: Option<Attended>,
     lse: SideOutput,
 }
 
-impl CustomOp3 for Attend {
+impl CustomOp3 for Attend<'_> {
     fn name(&self) -> &'static str {
         self.plan.op
     }
@@ -323,8 +339,8 @@ impl CustomOp3 for Attend {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        if self.prefix.is_some() {
-            bail!("{}: prefix: expected none on a GPU", self.plan.op);
+        if self.prefix.is_some() || self.pages.is_some() {
+            bail!("{}: keys: expected them in one piece on a GPU, got a prefix or pages", self.plan.op);
         }
         let (selected, tail) = (self.selected.as_ref(), self.tail.as_ref());
         let (out, lse) = cuda::run(&self.plan, selected, tail, query, keys, values)?;
