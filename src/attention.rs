@@ -11,7 +11,7 @@ use tracing::trace_span;
 
 use crate::cache::{Index, PqKvCache};
 use crate::config::{PqConfig, Selection};
-use crate::ops::{self, Coarse, Geometry, Selected};
+use crate::ops::{self, Geometry, Selected};
 
 /// Causal self-attention over a [`PqKvCache`].
 ///
@@ -238,18 +238,14 @@ impl PqAttention {
             return Ok(out);
         }
         let ([_, h_kv, _], n) = (cache.dims(), cache.len());
-        let Index { codes, centroids, coarse, clusters } = &index;
-        let scores = match coarse {
-            Some(Coarse { codes: clusters, centroids: coarse }) => {
-                ops::residual_score(query, codes, centroids, clusters, coarse)?
-            }
-            None => ops::score(query, codes, centroids)?,
-        };
+        let Index { codes, centroids, coarse, clusters, places } = &index;
+        let scores = ops::score_candidates(query, codes, centroids, coarse.as_ref(), places.as_ref())?;
         let selected = self.select(&scores, h_kv, n)?;
         let tail = match (coarse, clusters) {
             (Some(coarse), Some(clusters)) => {
                 let first = self.config.candidates(n).start;
-                Some(ops::tail_attend(&scores, &coarse.codes, clusters, &selected, first, self.scale)?)
+                let codes = (&coarse.codes, places.as_ref());
+                Some(ops::tail_attend_in_pages(&scores, codes, clusters, &selected, first, self.scale)?)
             }
             _ => None,
         };

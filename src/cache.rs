@@ -17,7 +17,7 @@ use tracing::trace_span;
 use crate::codebook::Codebook;
 use crate::config::{Metric, PqConfig, Tail};
 use crate::fault::point_of_failure;
-use crate::ops::{ClusterSums, Coarse, PAGE};
+use crate::ops::{ClusterSums, Coarse, Places, PAGE};
 use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
 use crate::{cuda::Lens, ops};
@@ -172,6 +172,8 @@ pub(crate) struct Index {
     pub(crate) centroids: Tensor,
     pub(crate) coarse: Option<Coarse>,
     pub(crate) clusters: Option<ClusterSums>,
+    /// Where the candidates are, if they are in pages, on a CPU.
+    pub(crate) places: Option<Places>,
 }
 
 /// Bytes in use, as opposed to reserved.
@@ -188,13 +190,7 @@ impl PqKvCache {
     ///
     /// # Errors
     /// A config that does not suit `head_dim`, no sequences or heads, or a dtype other than f32, f16 and bf16.
-    pub fn new(
-        config: PqConfig,
-        dims: [usize; 3],
-        capacity: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn new(config: PqConfig, dims: [usize; 3], capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
         let store = Store::new(&config, dims, capacity, dtype, device)?;
         Self::of_store(config, store, None)
     }
@@ -506,14 +502,17 @@ impl PqKvCache {
     }
 
     /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
-    /// is room for, or where they are in pages all of the pool.
+    /// is room for; where they are in pages, all of the pool.
     fn last_index(&self) -> Result<Index> {
-        let (start, device) = (self.config.init_offset(), self.kv.device());
-        let of_positions = |codes: &Tensor| match (&self.pages, device.is_cuda()) {
+        let (start, candidates) = (self.config.init_offset(), self.config.candidates(self.len));
+        let of_positions = |codes: &Tensor| match (&self.pages, self.kv.device().is_cuda()) {
             (Some(_), true) => codes.narrow(2, start, codes.dims()[2] - start),
             (None, true) => codes.narrow(2, start, self.capacity() - start),
-            (_, false) => self.codes_between(codes, self.config.candidates(self.len)),
+            (Some(_), false) => Ok(codes.clone()),
+            (None, false) => codes.narrow(2, candidates.start, candidates.len()),
         };
+        let place =
+            |pages: &Pages| Places { pages: pages.codes.numbers(), first: candidates.start, n: candidates.len() };
         let Some(trained) = &self.trained else {
             bail!(
                 "PqKvCache: index: expected at least {} keys (n_centroids, coarse) from init_offset {} on, got {} keys",
@@ -533,6 +532,7 @@ impl PqKvCache {
             centroids: trained.codebook.centroids()?,
             coarse,
             clusters: trained.clusters.clone(),
+            places: self.pages.as_ref().filter(|_| self.kv.device().is_cpu()).map(place),
         })
     }
 

@@ -147,7 +147,17 @@ impl Machine {
         let max_bytes = b * H_KV * (MAX_KEYS.next_multiple_of(PagePool::PAGE) * (2 * D * 4 + 5) + 8192);
         cache.set_max_bytes(max_bytes)?;
         let heads = vec![Vec::new(); b * H_KV];
-        Ok(Self { attn, cache, pool, b, max_bytes, rng: Rng(17), keys: heads.clone(), values: heads, others: Vec::new() })
+        Ok(Self {
+            attn,
+            cache,
+            pool,
+            b,
+            max_bytes,
+            rng: Rng(17),
+            keys: heads.clone(),
+            values: heads,
+            others: Vec::new(),
+        })
     }
 
     fn len(&self) -> usize {

@@ -146,7 +146,9 @@ impl PqKvCache {
             return pages.kv.gather(&self.kv.get(which)?, positions);
         }
         let piece = |positions: Range<usize>| match &self.prefix {
-            Some(prefix) if positions.start < prefix.len => prefix.kv.get(which)?.narrow(2, positions.start, positions.len()),
+            Some(prefix) if positions.start < prefix.len => {
+                prefix.kv.get(which)?.narrow(2, positions.start, positions.len())
+            }
             _ => self.kv.get(which)?.narrow(2, positions.start - self.shared(), positions.len()),
         };
         let mut pieces = self.pieces_of(positions).map(piece).collect::<Result<Vec<_>>>()?;

@@ -24,7 +24,7 @@ use crate::ops::PAGE;
 /// rounding: steps of [`PqAttention`](crate::PqAttention), alone, packed with others or in a captured graph, read the pages where
 /// they are. What reads all keys at once makes a copy of them
 /// for as long as it takes, where they are not in one piece: a prefill, training, [`PqKvCache::keys`], saving, dense decode steps,
-/// which a graph cannot have, and on a GPU steps that its fused kernels do not suit. On a CPU a step copies the codes.
+/// which a graph cannot have, and on a GPU steps that its fused kernels do not suit.
 ///
 /// Caches of a pool share tensors: what is said of threads at [`PqKvCache::fork`] holds for them.
 ///
@@ -216,6 +216,7 @@ impl Table {
     }
 
     /// As kernels read it.
+    #[cfg(feature = "cuda")]
     pub(super) fn on_gpu(&self) -> Option<&Tensor> {
         self.on_gpu.as_ref()
     }
@@ -248,7 +249,8 @@ impl Table {
             [(first, ref positions)] => tensor.narrow(2, first, positions.len()),
             ref pieces => {
                 point_of_failure()?;
-                let of_piece = |(first, positions): &(usize, Range<usize>)| *first as u32..(first + positions.len()) as u32;
+                let of_piece =
+                    |(first, positions): &(usize, Range<usize>)| *first as u32..(first + positions.len()) as u32;
                 let places: Vec<_> = pieces.iter().flat_map(of_piece).collect();
                 tensor.index_select(&Tensor::new(places, tensor.device())?, 2)
             }

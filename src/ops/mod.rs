@@ -22,6 +22,7 @@ mod group_mass;
 mod index_block;
 mod indices_and_weights;
 mod kmeans;
+mod places;
 mod score;
 mod side_output;
 mod sparse_attend;
@@ -43,15 +44,14 @@ pub use group_mass::group_mass;
 pub(crate) use index_block::{index_block, Due, Encoder, Indexed};
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
-pub(crate) use score::Coarse;
+pub(crate) use places::{place_of, Places, PAGE};
 pub use score::{residual_score, score};
-pub(crate) use sparse_attend::{sparse_attend_to_cache, KeysAndValues};
+pub(crate) use score::{score_candidates, Coarse};
 pub use sparse_attend::{dense_attend, sparse_attend, sparse_attend_with_tail, Attended};
+pub(crate) use sparse_attend::{sparse_attend_to_cache, KeysAndValues};
 pub use tail_attend::tail_attend;
+pub(crate) use tail_attend::tail_attend_in_pages;
 pub use topk::topk;
-
-/// Positions of a page: a warp of `search` takes as many at a time. `kernels/common.cuh`
-pub(crate) const PAGE: usize = 128;
 
 /// The largest head dimension.
 pub const MAX_HEAD_DIM: usize = 256;

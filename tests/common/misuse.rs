@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_pq_attn::ops::{self, Attended, ClusterSums, Geometry, KmeansOptions, Selected};
 use candle_pq_attn::{
-    load_caches, save_caches, Codebook, DecodeGraph, Heavy, KvCache, Metric, PagePool, PqAttention, PqConfig, PqKvCache,
-    Tail,
+    load_caches, save_caches, Codebook, DecodeGraph, Heavy, KvCache, Metric, PagePool, PqAttention, PqConfig,
+    PqKvCache, Tail,
 };
 
 use super::common::*;

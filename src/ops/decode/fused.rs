@@ -4,8 +4,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, View, OP};
-use crate::ops::PAGE;
 use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
+use crate::ops::PAGE;
 
 /// `kernels/decode/layout.cuh`
 #[repr(C)]

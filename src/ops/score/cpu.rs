@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Coarse, Plan};
+use super::{Places, Plan, Score};
 use crate::cpu::{check_codes, dispatch_float, held, slice, Elem};
 use crate::ops::arg::View;
 
@@ -22,22 +22,21 @@ const MAX_LANES: usize = 8;
 /// Table entries of one subspace: as many as a byte can name, so that no look-up needs a bounds check.
 pub(in crate::ops) type Table<const LANES: usize> = [[f32; LANES]; 256];
 
-pub(super) fn run(
-    plan: &Plan,
-    coarse: Option<&Coarse>,
-    query: &CpuStorage,
-    codes: &CpuStorage,
-    centroids: &CpuStorage,
-) -> Result<Vec<f32>> {
+pub(super) fn run(op: &Score, query: &CpuStorage, codes: &CpuStorage, centroids: &CpuStorage) -> Result<Vec<f32>> {
+    let Score { plan, coarse, places } = op;
+    let check_codes = |name, view: &View<4>, codes: &[u8], n_centroids| match places {
+        None => check_codes(plan.op, name, view, codes, n_centroids),
+        Some(_) => Ok(()), // a cache's own
+    };
     let pq = Quantizer {
         codes_view: &plan.codes,
         codes: slice(codes)?,
         centroids_view: &plan.centroids,
         centroids: slice(centroids)?,
     };
-    check_codes(plan.op, "codes", &plan.codes, pq.codes, plan.centroids.dims[3])?;
+    check_codes("codes", &plan.codes, pq.codes, plan.centroids.dims[3])?;
     let (Some(coarse), Some(views)) = (coarse, &plan.coarse) else {
-        return dispatch_float!(query, run_for(plan, query, &[pq]));
+        return dispatch_float!(query, run_for(op, query, &[pq]));
     };
     let (codes, centroids) = (coarse.codes.storage_and_layout().0, coarse.centroids.storage_and_layout().0);
     let coarse = Quantizer {
@@ -46,8 +45,8 @@ pub(super) fn run(
         centroids_view: &views.centroids,
         centroids: held(plan.op, "coarse_centroids", &centroids)?,
     };
-    check_codes(plan.op, "coarse_codes", &views.codes, coarse.codes, views.centroids.dims[3])?;
-    dispatch_float!(query, run_for(plan, query, &[coarse, pq]))
+    check_codes("coarse_codes", &views.codes, coarse.codes, views.centroids.dims[3])?;
+    dispatch_float!(query, run_for(op, query, &[coarse, pq]))
 }
 
 /// Centroids, and the codes that name them.
@@ -59,10 +58,11 @@ struct Quantizer<'a> {
 }
 
 /// Sums the look-ups of all `quantizers`, in their order.
-fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, quantizers: &[Quantizer]) -> Result<Vec<f32>> {
+fn run_for<T: Elem>(op: &Score, query: &CpuStorage, quantizers: &[Quantizer]) -> Result<Vec<f32>> {
+    let plan = &op.plan;
     let query = slice::<T>(query)?;
     let [b, h, ..] = plan.query.dims;
-    let n = plan.codes.dims[2];
+    let n = op.n();
     let mut scores = vec![0f32; b * h * n];
     if n == 0 {
         return Ok(scores);
@@ -72,10 +72,10 @@ fn run_for<T: Elem>(plan: &Plan, query: &CpuStorage, quantizers: &[Quantizer]) -
         for (part, rows) in rows.chunks_mut(MAX_LANES).enumerate() {
             let heads = Heads { pair, first: part * MAX_LANES };
             match rows.len() {
-                1 => score_heads::<T, 1>(plan, query, quantizers, heads, rows),
-                2 => score_heads::<T, 2>(plan, query, quantizers, heads, rows),
-                3..=4 => score_heads::<T, 4>(plan, query, quantizers, heads, rows),
-                _ => score_heads::<T, 8>(plan, query, quantizers, heads, rows),
+                1 => score_heads::<T, 1>(op, query, quantizers, heads, rows),
+                2 => score_heads::<T, 2>(op, query, quantizers, heads, rows),
+                3..=4 => score_heads::<T, 4>(op, query, quantizers, heads, rows),
+                _ => score_heads::<T, 8>(op, query, quantizers, heads, rows),
             }
         }
     });
@@ -91,15 +91,16 @@ pub(in crate::ops) struct Heads {
 
 /// Scores all keys for up to `LANES` query heads; `rows` are their outputs.
 fn score_heads<T: Elem, const LANES: usize>(
-    plan: &Plan,
+    op: &Score,
     query: &[T],
     quantizers: &[Quantizer],
     heads: Heads,
     rows: &mut [&mut [f32]],
 ) {
-    let h_kv = plan.codes.dims[1];
+    let Plan { codes, query: query_view, group, .. } = &op.plan;
+    let h_kv = codes.dims[1];
     let (b, kv) = (heads.pair / h_kv, heads.pair % h_kv);
-    let query = Queries { view: &plan.query, numbers: query, group: plan.group };
+    let query = Queries { view: query_view, numbers: query, group: *group };
     let tables = |quantizer: &Quantizer| {
         build_tables::<T, LANES>(&query, (quantizer.centroids_view, quantizer.centroids), heads, rows.len())
     };
@@ -109,7 +110,7 @@ fn score_heads<T: Elem, const LANES: usize>(
     let tasks: Vec<Vec<&mut [f32]>> =
         std::iter::from_fn(|| parts.iter_mut().map(|part| part.next()).collect()).collect();
     tasks.into_par_iter().enumerate().for_each(|(task, mut rows)| {
-        score_keys(&tables, [b, kv, task * KEYS_PER_TASK], &mut rows);
+        score_keys(&tables, op.places, [b, kv, task * KEYS_PER_TASK], &mut rows);
     });
 }
 
@@ -117,6 +118,7 @@ fn score_heads<T: Elem, const LANES: usize>(
 #[multiversion(targets = "simd")]
 fn score_keys<const LANES: usize>(
     tables: &[(&Quantizer, Vec<Table<LANES>>)],
+    places: Option<&Places>,
     [b, kv, first]: [usize; 3],
     rows: &mut [&mut [f32]],
 ) {
@@ -125,21 +127,24 @@ fn score_keys<const LANES: usize>(
     for start in (0..count).step_by(KEYS_PER_BLOCK) {
         let sums = &mut sums[..KEYS_PER_BLOCK.min(count - start)];
         sums.fill([0.0; LANES]);
-        for (quantizer, tables) in tables {
-            let codes = Codes::new(quantizer, [b, kv, first + start]);
-            let (wide, rest) = tables.as_chunks::<16>();
-            for (part, tables) in wide.iter().enumerate() {
-                pass(tables, codes.skip(16 * part), sums);
-            }
-            let mut codes = codes.skip(16 * wide.len());
-            let (eight, rest) = rest.as_chunks::<8>();
-            for tables in eight {
-                pass(tables, codes, sums);
-                codes = codes.skip(8);
-            }
-            for table in rest {
-                pass::<LANES, 1>(std::array::from_ref(table), codes, sums);
-                codes = codes.skip(1);
+        for (place, keys) in Places::runs(places, first + start, sums.len()) {
+            let sums = &mut sums[keys];
+            for (quantizer, tables) in tables {
+                let codes = Codes::new(quantizer, [b, kv, place]);
+                let (wide, rest) = tables.as_chunks::<16>();
+                for (part, tables) in wide.iter().enumerate() {
+                    pass(tables, codes.skip(16 * part), sums);
+                }
+                let mut codes = codes.skip(16 * wide.len());
+                let (eight, rest) = rest.as_chunks::<8>();
+                for tables in eight {
+                    pass(tables, codes, sums);
+                    codes = codes.skip(8);
+                }
+                for table in rest {
+                    pass::<LANES, 1>(std::array::from_ref(table), codes, sums);
+                    codes = codes.skip(1);
+                }
             }
         }
         for (lane, row) in rows.iter_mut().enumerate() {

@@ -7,12 +7,12 @@ mod cuda;
 pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
+use candle_core::{bail, CudaStorage};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, Arg, View};
 use super::encode::check_centroids;
-use super::MAX_HEAD_DIM;
+use super::{Places, MAX_HEAD_DIM};
 
 const OP: &str = "score";
 
@@ -44,7 +44,18 @@ const OP: &str = "score";
 /// # candle_core::Result::Ok(())
 /// ```
 pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tensor> {
-    run(OP, query, codes, centroids, None)
+    run(OP, query, codes, centroids, None, None)
+}
+
+/// As [`score`] or [`residual_score`], of the keys at `places` where there are any: on a CPU.
+pub(crate) fn score_candidates(
+    query: &Tensor,
+    codes: &Tensor,
+    centroids: &Tensor,
+    coarse: Option<&Coarse>,
+    places: Option<&Places>,
+) -> Result<Tensor> {
+    run(OP, query, codes, centroids, coarse.cloned(), places)
 }
 
 /// Scores keys whose codes are of residuals: `score[t] = q · coarse[c(t)] + Σ_m LUT[m][codes[t][m]]`, `c(t)` the
@@ -83,14 +94,21 @@ pub fn residual_score(
     coarse_centroids: &Tensor,
 ) -> Result<Tensor> {
     let coarse = Coarse { codes: with_unit_rows(coarse_codes)?, centroids: with_unit_rows(coarse_centroids)? };
-    run("residual_score", query, codes, centroids, Some(coarse))
+    run("residual_score", query, codes, centroids, Some(coarse), None)
 }
 
-fn run(op: &'static str, query: &Tensor, codes: &Tensor, centroids: &Tensor, coarse: Option<Coarse>) -> Result<Tensor> {
+fn run(
+    op: &'static str,
+    query: &Tensor,
+    codes: &Tensor,
+    centroids: &Tensor,
+    coarse: Option<Coarse>,
+    places: Option<&Places>,
+) -> Result<Tensor> {
     let (query, codes) = (with_unit_rows(query)?, with_unit_rows(codes)?);
     let centroids = with_unit_rows(centroids)?;
     let plan = Plan::new(op, &query, &codes, &centroids, coarse.as_ref())?;
-    query.apply_op3_no_bwd(&codes, &centroids, &Score { plan, coarse })
+    query.apply_op3_no_bwd(&codes, &centroids, &Score { plan, coarse, places })
 }
 
 /// The clusters of [`residual_score`].
@@ -169,12 +187,20 @@ impl CoarsePlan {
     }
 }
 
-struct Score {
+struct Score<'a> {
     plan: Plan,
     coarse: Option<Coarse>,
+    places: Option<&'a Places>,
 }
 
-impl CustomOp3 for Score {
+impl Score<'_> {
+    /// Keys that are scored.
+    fn n(&self) -> usize {
+        self.places.map_or(self.plan.codes.dims[2], |places| places.n)
+    }
+}
+
+impl CustomOp3 for Score<'_> {
     fn name(&self) -> &'static str {
         self.plan.op
     }
@@ -189,8 +215,8 @@ impl CustomOp3 for Score {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let [b, h, ..] = self.plan.query.dims;
-        let scores = cpu::run(&self.plan, self.coarse.as_ref(), query, codes, centroids)?;
-        Ok((CpuStorage::F32(scores), (b, h, self.plan.codes.dims[2]).into()))
+        let scores = cpu::run(self, query, codes, centroids)?;
+        Ok((CpuStorage::F32(scores), (b, h, self.n()).into()))
     }
 
     #[cfg(feature = "cuda")]
@@ -203,6 +229,9 @@ impl CustomOp3 for Score {
         centroids: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
+        if self.places.is_some() {
+            bail!("{}: codes: expected them in one piece on a GPU, got pages", self.plan.op);
+        }
         let [b, h, ..] = self.plan.query.dims;
         let scores = cuda::run(&self.plan, self.coarse.as_ref(), query, codes, centroids)?;
         Ok((scores, (b, h, self.plan.codes.dims[2]).into()))

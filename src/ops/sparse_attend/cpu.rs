@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Attend, Lists, Plan, Prefix, Selected, PAGE};
+use super::{place_of, Attend, Lists, Plan, Prefix, Selected, PAGE};
 use crate::cpu::{dispatch_float, dot, exp, exp_and_sum, held, max, slice, Elem};
 use crate::ops::arg::View;
 
@@ -181,7 +181,7 @@ impl<'a, T> Rows<'a, T> {
             Some(prefix) if position < prefix.view.dims[2] => (prefix, position),
             _ => (&self.own, position - self.shared()),
         };
-        let position = self.pages.map_or(position, |pages| pages[position / PAGE] as usize * PAGE + position % PAGE);
+        let position = self.pages.map_or(position, |pages| place_of(pages, position));
         &piece.data[piece.view.at(&[b, kv, position])..]
     }
 }

@@ -13,7 +13,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Ten
 use super::arg::{with_unit_rows, Arg, View};
 use super::indices_and_weights::{Lists, Selected};
 use super::side_output::SideOutput;
-use super::{MAX_HEAD_DIM, PAGE};
+use super::{place_of, MAX_HEAD_DIM, PAGE};
 
 /// What attention over some positions gives, in a form that merges with attention over others.
 #[derive(Debug, Clone)]

@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, Result};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Plan, Selected, Tensor, OP};
+use super::{Places, Plan, Selected, TailAttend, OP};
 use crate::cpu::{check_codes, exp, exp_and_sum, held, max, slice};
 
 /// Candidates of a block, for a parallel task; many, for each block has masses of all clusters to merge.
@@ -19,18 +19,19 @@ type Masses = [f32; 256];
 
 /// Returns outputs and LSEs.
 pub(super) fn run(
-    plan: &Plan,
-    counts: &Tensor,
-    selected: &Selected,
+    op: &TailAttend,
     scores: &CpuStorage,
     codes: &CpuStorage,
     sums: &CpuStorage,
 ) -> Result<(Vec<f32>, Vec<f32>)> {
+    let TailAttend { plan, counts, selected, places, .. } = op;
     let (scores, codes, sums) = (slice::<f32>(scores)?, slice::<u8>(codes)?, slice::<f32>(sums)?);
     let counts = counts.storage_and_layout().0;
     let counts = held::<u32>(OP, "counts", &counts)?;
     let [_, h_kv, n_clusters, head_dim] = plan.sums.dims;
-    check_codes(OP, "codes", &plan.codes, codes, n_clusters)?;
+    if places.is_none() {
+        check_codes(OP, "codes", &plan.codes, codes, n_clusters)?; // else a cache's own
+    }
     let listed = listed(plan, selected)?;
     let [b, h, n] = plan.scores.dims;
     let (mut out, mut lse) = (vec![0f32; b * h * head_dim], vec![f32::NEG_INFINITY; b * h]);
@@ -38,13 +39,14 @@ pub(super) fn run(
     rows.for_each(|(row, (out, lse))| {
         let (b, kv) = (row / h, row % h / (h / h_kv));
         let scores = &scores[plan.scores.at(&[b, row % h])..][..n];
-        let codes = &codes[plan.codes.at(&[b, kv])..][..n];
+        let codes = &codes[plan.codes.at(&[b, kv])..][..plan.codes.dims[2]];
         let listed = &listed[row / (h / plan.lists.lists())];
-        let blocks = scores.par_chunks(BLOCK).zip(codes.par_chunks(BLOCK)).enumerate();
-        let blocks: Vec<Block> = blocks
-            .map(|(i, (scores, codes))| {
+        let blocks: Vec<Block> = scores
+            .par_chunks(BLOCK)
+            .enumerate()
+            .map(|(i, scores)| {
                 let range = [i * BLOCK, i * BLOCK + scores.len()].map(|t| listed.partition_point(|&other| other < t));
-                weigh(scores, codes, &listed[range[0]..range[1]], i * BLOCK, plan.scale)
+                weigh(scores, (codes, *places), &listed[range[0]..range[1]], i * BLOCK, plan.scale)
             })
             .collect();
         let counts = &counts[plan.counts.at(&[b, kv])..][..n_clusters];
@@ -74,9 +76,15 @@ struct Block {
     masses: Masses,
 }
 
-/// Weighs the candidates from `first` on.
+/// Weighs the candidates from `first` on; `codes` are those of all.
 #[multiversion(targets = "simd")]
-fn weigh(scores: &[f32], codes: &[u8], listed: &[usize], first: usize, scale: f32) -> Block {
+fn weigh(
+    scores: &[f32],
+    (codes, places): (&[u8], Option<&Places>),
+    listed: &[usize],
+    first: usize,
+    scale: f32,
+) -> Block {
     let mut weights: Vec<f32> = scores.iter().map(|score| score * scale).collect();
     for &t in listed {
         weights[t - first] = f32::NEG_INFINITY;
@@ -84,9 +92,11 @@ fn weigh(scores: &[f32], codes: &[u8], listed: &[usize], first: usize, scale: f3
     let mut block = Block { shift: max(&weights), masses: [0.0; 256] };
     if block.shift > f32::NEG_INFINITY {
         exp_and_sum(&mut weights, 1.0, block.shift);
-        for (weight, &code) in weights.iter().zip(codes) {
-            // NaN is 0, as on a GPU: of a score that is NaN, or infinite as the largest is.
-            block.masses[usize::from(code)] += weight.max(0.0);
+        for (place, keys) in Places::runs(places, first, weights.len()) {
+            for (weight, &code) in weights[keys].iter().zip(&codes[place..]) {
+                // NaN is 0, as on a GPU: of a score that is NaN, or infinite as the largest is.
+                block.masses[usize::from(code)] += weight.max(0.0);
+            }
         }
     }
     block

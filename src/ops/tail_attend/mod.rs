@@ -14,7 +14,7 @@ use super::arg::{with_unit_rows, Arg, View};
 use super::cluster_sums::ClusterSums;
 use super::indices_and_weights::{Lists, Selected};
 use super::side_output::SideOutput;
-use super::Attended;
+use super::{Attended, Places};
 
 const OP: &str = "tail_attend";
 
@@ -46,11 +46,23 @@ pub fn tail_attend(
     init_offset: usize,
     scale: f32,
 ) -> Result<Attended> {
+    tail_attend_in_pages(scores, (codes, None), clusters, selected, init_offset, scale)
+}
+
+/// As [`tail_attend`], with the codes at `places` where there are any: on a CPU.
+pub(crate) fn tail_attend_in_pages(
+    scores: &Tensor,
+    (codes, places): (&Tensor, Option<&Places>),
+    clusters: &ClusterSums,
+    selected: &Selected,
+    init_offset: usize,
+    scale: f32,
+) -> Result<Attended> {
     let (scores, codes) = (with_unit_rows(scores)?, with_unit_rows(codes)?);
     let (sums, counts) = (with_unit_rows(&clusters.sums)?, with_unit_rows(&clusters.counts)?);
     let (clusters, selected) = (ClusterSums { sums, counts }, selected.with_unit_rows()?);
-    let plan = Plan::new(&scores, &codes, &clusters, &selected, init_offset, scale)?;
-    let op = TailAttend { plan, counts: clusters.counts, selected, lse: SideOutput::default() };
+    let plan = Plan::new(&scores, (&codes, places), &clusters, &selected, init_offset, scale)?;
+    let op = TailAttend { plan, counts: clusters.counts, selected, places, lse: SideOutput::default() };
     let out = scores.apply_op3_no_bwd(&codes, &clusters.sums, &op)?;
     Ok(Attended { out, lse: op.lse.take(OP)? })
 }
@@ -70,7 +82,7 @@ pub(crate) struct Plan {
 impl Plan {
     fn new(
         scores: &Tensor,
-        codes: &Tensor,
+        (codes, places): (&Tensor, Option<&Places>),
         clusters: &ClusterSums,
         selected: &Selected,
         init_offset: usize,
@@ -80,9 +92,9 @@ impl Plan {
         scores_arg.is(DType::F32)?;
         codes_arg.is(DType::U8)?;
         let scores: View<3> = scores_arg.view("[b, h, n]")?;
-        let [_, h_kv, _] = codes_arg.view::<3>("[b, h_kv, n]")?.dims;
+        let [_, h_kv, positions] = codes_arg.view::<3>("[b, h_kv, n]")?.dims;
         let [b, h, n] = scores.dims;
-        codes_arg.has_dims(&[b, h_kv, n])?;
+        codes_arg.has_dims(&[b, h_kv, if places.is_some() { positions } else { n }])?;
         if h == 0 || h_kv == 0 || !h.is_multiple_of(h_kv) {
             return codes_arg.fail(&format!("an h_kv that divides h {h}"), format_args!("{h_kv}"));
         }
@@ -111,14 +123,15 @@ impl Plan {
     }
 }
 
-struct TailAttend {
+struct TailAttend<'a> {
     plan: Plan,
     counts: Tensor,
     selected: Selected,
+    places: Option<&'a Places>,
     lse: SideOutput,
 }
 
-impl CustomOp3 for TailAttend {
+impl CustomOp3 for TailAttend<'_> {
     fn name(&self) -> &'static str {
         OP
     }
@@ -133,7 +146,7 @@ impl CustomOp3 for TailAttend {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let ([b, h, _], [.., head_dim]) = (self.plan.scores.dims, self.plan.sums.dims);
-        let (out, lse) = cpu::run(&self.plan, &self.counts, &self.selected, scores, codes, sums)?;
+        let (out, lse) = cpu::run(self, scores, codes, sums)?;
         self.lse.put_cpu(CpuStorage::F32(lse), (b, h));
         Ok((CpuStorage::F32(out), (b, h, 1, head_dim).into()))
     }
@@ -148,6 +161,9 @@ impl CustomOp3 for TailAttend {
         sums: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
+        if self.places.is_some() {
+            bail!("{OP}: codes: expected them in one piece on a GPU, got pages");
+        }
         let ([b, h, _], [.., head_dim]) = (self.plan.scores.dims, self.plan.sums.dims);
         let (out, lse) = cuda::run(&self.plan, &self.counts, &self.selected, [scores, codes, sums])?;
         self.lse.put_cuda(lse, (b, h));
