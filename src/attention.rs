@@ -202,9 +202,6 @@ impl PqAttention {
     /// one piece: a fork has a copy of its own then, and of pages there is one for the step.
     #[cfg(feature = "cuda")]
     fn decode_on_gpu(&self, query: &Tensor, index: Option<Index>, cache: &mut PqKvCache) -> Result<Option<Tensor>> {
-        if index.is_none() && cache.is_capturing()? {
-            PqKvCache::index_last_blocks(&mut [cache])?;
-        }
         let step = |cache: &PqKvCache| match cache.on_gpu(index.clone(), 0)? {
             None => Ok(None),
             Some(cache) => self.decode_together(query, &[cache]),

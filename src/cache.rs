@@ -277,6 +277,10 @@ impl PqKvCache {
         }
         self.reserve(added)?;
         self.reclaim()?;
+        #[cfg(feature = "cuda")]
+        if self.lens.is_some() {
+            return Self::write_together(&mut [(self, [keys.clone(), values.clone()])]);
+        }
         self.write(keys, values)?;
         self.len += added;
         Ok(())
@@ -286,29 +290,54 @@ impl PqKvCache {
     /// found to fit; all of them have as many new keys. Where one has to move before and cannot, none has grown.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
-        let mut new = Vec::new();
-        for (cache, [keys, values]) in caches.iter_mut() {
+        for (cache, [keys, _]) in caches.iter_mut() {
             cache.reserve(keys.dims()[2])?;
             cache.reclaim()?;
-            match cache.as_new(keys, values)? {
-                Some(of_cache) => new.push(of_cache),
-                None => bail!("PqKvCache: append: expected caches on a GPU, got one that is not"),
+        }
+        Self::write_together(caches)
+    }
+
+    /// Writes keys and values behind the last ones of some caches on a GPU, where there is room, and encodes the blocks that they
+    /// fill: now, or in each replay of the graph that is being captured.
+    #[cfg(feature = "cuda")]
+    fn write_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
+        let Some((first, _)) = caches.first() else { return Ok(()) };
+        let is_capturing = first.is_capturing()?;
+        let due = ops::Due { init_offset: first.config.init_offset(), block: first.block() };
+        let mut new = Vec::new();
+        for (cache, [keys, values]) in caches.iter_mut() {
+            let index = match keys.dims()[2] == 1 && (is_capturing || cache.fills_block()) {
+                true => cache.as_indexed()?,
+                false => None,
+            };
+            new.push((cache.as_new(keys, values)?, index));
+        }
+        let indexed: Vec<_> = new.iter().map(|(_, index)| index.is_some()).collect();
+        match indexed.contains(&true) {
+            true => ops::append_and_index(&new, due)?,
+            false => ops::append(&new.iter().map(|(new, _)| new).collect::<Vec<_>>())?,
+        }
+        drop(new);
+        for ((cache, [keys, _]), is_indexed) in caches.iter_mut().zip(indexed) {
+            cache.len += keys.dims()[2];
+            let end = cache.blocks_end(cache.len);
+            if let Some(trained) = cache.trained.as_mut().filter(|_| is_indexed) {
+                (cache.encoded, trained.summed) = (end, end);
             }
         }
-        ops::append(&new)?;
-        drop(new);
-        caches.iter_mut().for_each(|(cache, [keys, _])| cache.len += keys.dims()[2]);
         Ok(())
     }
 
-    /// What is written behind its last keys and values, if it is on a GPU.
+    /// What is written behind its last keys and values, which are on a GPU.
     #[cfg(feature = "cuda")]
-    fn as_new(&self, keys: &Tensor, values: &Tensor) -> Result<Option<ops::New<'_>>> {
-        let Some(lens) = &self.lens else { return Ok(None) };
+    fn as_new(&self, keys: &Tensor, values: &Tensor) -> Result<ops::New<'_>> {
+        let Some(lens) = &self.lens else {
+            bail!("PqKvCache: append: expected caches on a GPU, got one that is not");
+        };
         let (keys, values) = (self.apart(keys)?, self.apart(values)?);
         let (first, capacity) = (self.shared(), self.capacity());
         let pages = self.pages.as_ref().and_then(|pages| pages.kv.on_gpu());
-        Ok(Some(ops::New { cache: &self.kv, first, capacity, pages, lens, keys, values }))
+        Ok(ops::New { cache: &self.kv, first, capacity, pages, lens, keys, values })
     }
 
     /// Takes note of the queries of the last positions, `[b, h, s, head_dim]`: codebooks trained from now on know what they
@@ -320,12 +349,8 @@ impl PqKvCache {
         }
     }
 
-    /// Writes keys and values behind the last ones, where there is room.
+    /// Writes keys and values behind the last ones, where there is room: on a CPU.
     fn write(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if let Some(new) = self.as_new(keys, values)? {
-            return ops::append(&[new]);
-        }
         let of_piece = |tensor: &Tensor, positions: &Range<usize>| {
             self.apart(tensor)?.narrow(2, positions.start - self.len, positions.len())?.contiguous()
         };
@@ -492,13 +517,7 @@ impl PqKvCache {
     /// As [`index`](Self::index) of each of some caches on a GPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn index_together(caches: &mut [&mut Self]) -> Result<Vec<Index>> {
-        caches.iter_mut().try_for_each(|cache| cache.train_if_due())?;
-        let is_capturing = caches.first().map_or(Ok(false), |cache| cache.is_capturing())?;
-        let (mut last, others): (Vec<_>, Vec<_>) =
-            caches.iter_mut().map(|cache| &mut **cache).partition(|cache| is_capturing || cache.is_last_block_due());
-        Self::index_last_blocks(&mut last)?;
-        others.into_iter().try_for_each(|cache| cache.encode_blocks())?;
-        caches.iter().map(|cache| cache.last_index()).collect()
+        caches.iter_mut().map(|cache| cache.index()).collect()
     }
 
     /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
@@ -652,10 +671,6 @@ impl PqKvCache {
 
     /// Encodes the full blocks that have no codes yet, and adds their values to their clusters'.
     pub(crate) fn encode_blocks(&mut self) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if self.is_capturing()? || self.is_last_block_due() {
-            return Self::index_last_blocks(&mut [self]);
-        }
         let end = self.blocks_end(self.len);
         self.encode(end)?;
         self.sum_values(end)
@@ -668,6 +683,7 @@ impl PqKvCache {
         }
         let Some(trained) = &self.trained else { return Ok(()) };
         if self.encoded < end {
+            self.forbid_capture("codes of earlier keys", "call build_index")?;
             let _span = trace_span!("pq-attn-encode").entered();
             let codes = (&self.codes, self.coarse_codes.as_ref());
             for piece in self.pieces_of(self.encoded..end) {
@@ -701,54 +717,34 @@ impl PqKvCache {
         Ok(())
     }
 
-    /// Whether all that has no codes is one block, which the last key filled.
+    /// Whether the next key fills a block, which is then all that has no codes.
     #[cfg(feature = "cuda")]
-    fn is_last_block_due(&self) -> bool {
-        let is_summed = |trained: &Trained| trained.clusters.is_none() || trained.summed == self.encoded;
-        let open = self.len.saturating_sub(self.encoded);
-        // Those that a fork shares lie elsewhere.
-        let is_own = self.encoded >= self.shared();
-        open == self.block() && is_own && self.lens.is_some() && self.trained.as_ref().is_some_and(is_summed)
+    fn fills_block(&self) -> bool {
+        self.len + 1 == self.encoded + self.block() && self.can_index()
     }
 
-    /// Has the GPU encode the last blocks of keys of some caches, those that it finds full: now, or in each replay of the graph
-    /// that is being captured.
+    /// Whether codes and sums are as far as those of the last key, and the keys behind them not in what a fork shares.
     #[cfg(feature = "cuda")]
-    pub(crate) fn index_last_blocks(caches: &mut [&mut Self]) -> Result<()> {
-        let _span = trace_span!("pq-attn-encode").entered();
-        for cache in caches.iter_mut() {
-            cache.own_codes_from(cache.encoded)?;
-        }
-        let Some(first) = caches.first() else { return Ok(()) };
-        let due = ops::Due { init_offset: first.config.init_offset(), block: first.block() };
-        let indexed = caches.iter().filter_map(|cache| cache.as_indexed().transpose());
-        ops::index_block(&indexed.collect::<Result<Vec<_>>>()?, due)?;
-        for cache in caches {
-            let end = cache.blocks_end(cache.len);
-            if let Some(trained) = &mut cache.trained {
-                (cache.encoded, trained.summed) = (end, end);
-            }
-        }
-        Ok(())
+    fn can_index(&self) -> bool {
+        let is_summed = |trained: &Trained| trained.clusters.is_none() || trained.summed == self.encoded;
+        let is_current = self.encoded == self.blocks_end(self.len) && self.encoded >= self.shared();
+        is_current && self.trained.as_ref().is_some_and(is_summed)
     }
 
     /// What is written of it when its last block of keys is encoded; None without a codebook.
     #[cfg(feature = "cuda")]
     fn as_indexed(&self) -> Result<Option<ops::Indexed<'_>>> {
-        let earlier = self.blocks_end(self.len.saturating_sub(1));
-        // In pages, all of the pool.
-        let (first, room) = (self.shared(), self.kv.dims()[3]);
-        let (Some(trained), Some(lens)) = (&self.trained, &self.lens) else { return Ok(None) };
-        if self.encoded < earlier.max(first) || (trained.clusters.is_some() && trained.summed != self.encoded) {
+        let Some(trained) = &self.trained else { return Ok(None) };
+        if !self.can_index() {
             bail!("PqKvCache: index: expected a capture to find all earlier blocks encoded: call build_index first");
         }
-        let kv = [self.kv.get(0)?, self.kv.get(1)?];
+        // In pages, all of the pool.
+        let (first, room) = (self.shared(), self.kv.dims()[3]);
         let codes = self.codes.narrow(2, first, room)?;
         let coarse_codes = self.coarse_codes.as_ref().map(|codes| codes.narrow(2, first, room)).transpose()?;
         let (encoder, clusters) = (trained.codebook.encoder(), trained.clusters.as_ref());
-        let pages = self.pages.as_ref().and_then(|pages| Some([pages.kv.on_gpu()?, pages.codes.on_gpu()?]));
-        let capacity = self.capacity();
-        Ok(Some(ops::Indexed { codes, kv, coarse_codes, encoder, clusters, lens, first, pages, capacity }))
+        let pages = self.pages.as_ref().and_then(|pages| pages.codes.on_gpu());
+        Ok(Some(ops::Indexed { codes, coarse_codes, encoder, clusters, pages }))
     }
 
     /// Whether launches are recorded for a CUDA graph rather than run.

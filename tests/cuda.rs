@@ -529,9 +529,9 @@ fn weighted_index() -> Result<()> {
     Ok(())
 }
 
-/// Keys that come one by one, of which each full block is indexed by one launch: the CPU's codes and sums.
+/// Keys that come one by one, whose append indexes the block that is full with it: the CPU's codes and sums.
 #[test]
-fn index_block() -> Result<()> {
+fn append_and_index() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
     let (plain, weighted) = ((Metric::Euclidean, false), (Metric::Euclidean, true));
     for ([b, h_kv, d], (pq_dim, pq_bits, coarse), window, (metric, query_weights), dtype) in [

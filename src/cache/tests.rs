@@ -73,16 +73,13 @@ fn no_memory_at_any_point_of_a_step() -> Result<()> {
         let new = || attn.new_cache([1, 2, 16], 0, dtype, &Device::Cpu);
         let pool = PagePool::new(attn.config().clone(), [1, 2, 16], 64, dtype, &Device::Cpu)?;
         let (mut cache, mut other) = (if is_paged { pool.new_cache()? } else { new()? }, new()?);
-        let mut fork = None;
         let steps = [Call::Forward(1); 10].into_iter().chain([Call::Dense, Call::Run(12), Call::Append(9)]);
         let calls = [Call::Append(3), Call::Forward(67)].into_iter().chain(steps.cycle().take(36));
         for call in calls.chain([Call::Forward(130), Call::Forward(1), Call::Run(3)]) {
             cache.encode_blocks()?;
             other.encode_blocks()?;
-            if is_paged {
-                // Whose pages have to be copied before they are written to.
-                fork = Some(cache.fork()?);
-            }
+            // Whose pages have to be copied before they are written to.
+            let _fork = is_paged.then(|| cache.fork()).transpose()?;
             let (seed, mut capacity) = (cache.len(), cache.capacity());
             let (before, end) = (state(&cache)?, cache.trained.as_ref().and_then(|trained| trained.end));
             let mut at = 0;

@@ -63,12 +63,12 @@ macro_rules! modules {
 
 modules! {
     Append = APPEND,
+    AppendAndIndex = APPEND_AND_INDEX,
     CausalSoftmax = CAUSAL_SOFTMAX,
     ClusterSums = CLUSTER_SUMS,
     Decode = DECODE,
     Encode = ENCODE,
     GroupMass = GROUP_MASS,
-    IndexBlock = INDEX_BLOCK,
     IndicesAndWeights = INDICES_AND_WEIGHTS,
     Kmeans = KMEANS,
     Score = SCORE,
@@ -207,7 +207,7 @@ impl Step {
 #[derive(Debug)]
 pub(crate) struct Lens {
     /// A length each, then counts of blocks that are done, which are 0 between launches: of `append` for each sequence, and of
-    /// `index_block` for each (batch, KV head) pair.
+    /// `append_and_index` for each (batch, KV head) pair.
     storage: CudaStorage,
     sequences: usize,
     counts: usize,
@@ -236,7 +236,7 @@ impl Lens {
         self.sequences + b
     }
 
-    /// Where `index_block` counts those of its first KV head.
+    /// Where `append_and_index` counts those of its first KV head.
     pub(crate) fn indexed_at(&self, b: usize, kv_heads: usize) -> usize {
         2 * self.sequences + b * kv_heads
     }

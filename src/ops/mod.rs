@@ -10,6 +10,8 @@
 
 #[cfg(feature = "cuda")]
 mod append;
+#[cfg(feature = "cuda")]
+mod append_and_index;
 pub(crate) mod arg;
 mod causal_softmax;
 mod cluster_sums;
@@ -18,8 +20,6 @@ mod decode;
 mod encode;
 mod fast_scan;
 mod group_mass;
-#[cfg(feature = "cuda")]
-mod index_block;
 mod indices_and_weights;
 mod kmeans;
 mod places;
@@ -31,6 +31,8 @@ mod topk;
 
 #[cfg(feature = "cuda")]
 pub(crate) use append::{append, New};
+#[cfg(feature = "cuda")]
+pub(crate) use append_and_index::{append_and_index, Due, Encoder, Indexed};
 pub use causal_softmax::causal_softmax;
 pub use cluster_sums::{cluster_sums, ClusterSums};
 #[cfg(feature = "cuda")]
@@ -40,8 +42,6 @@ pub use encode::encode;
 pub(crate) use encode::{encode_into, EncodeOptions};
 pub use fast_scan::{fast_scan, pack_codes};
 pub use group_mass::group_mass;
-#[cfg(feature = "cuda")]
-pub(crate) use index_block::{index_block, Due, Encoder, Indexed};
 pub use indices_and_weights::{dense_weights, indices_and_weights, Geometry, Selected, PADDING};
 pub use kmeans::{kmeans, KmeansOptions};
 pub(crate) use places::{place_of, Places, PAGE};

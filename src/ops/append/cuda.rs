@@ -39,7 +39,7 @@ const MAX_SEQUENCES: usize = 16;
 /// Bytes that a thread copies at once, where every row allows it.
 const PIECE: usize = 16;
 
-pub(super) fn run(plans: &[Plan], new: &[New]) -> Result<()> {
+pub(super) fn run(plans: &[Plan], new: &[&New]) -> Result<()> {
     let tensors: Vec<_> =
         new.iter().flat_map(|new| [Some(new.cache), Some(&new.keys), Some(&new.values), new.pages]).collect();
     let (storages, places) = cuda::lock(&tensors);

@@ -32,8 +32,8 @@ pub(crate) struct New<'a> {
 ///
 /// # Errors
 /// Shapes or dtypes other than these.
-pub(crate) fn append(new: &[New]) -> Result<()> {
-    let plans = new.iter().map(Plan::new).collect::<Result<Vec<_>>>()?;
+pub(crate) fn append(new: &[&New]) -> Result<()> {
+    let plans = new.iter().map(|new| Plan::new(new)).collect::<Result<Vec<_>>>()?;
     let Some(first) = plans.first() else { return Ok(()) };
     let [added, head_dim, h_kv] = first.sizes();
     match plans.iter().map(Plan::sizes).find(|sizes| *sizes != first.sizes()) {
@@ -45,14 +45,14 @@ pub(crate) fn append(new: &[New]) -> Result<()> {
 }
 
 /// What is checked of a cache's part.
-struct Plan {
-    cache: View<5>,
-    keys: View<4>,
-    values: View<4>,
+pub(super) struct Plan {
+    pub(super) cache: View<5>,
+    pub(super) keys: View<4>,
+    pub(super) values: View<4>,
 }
 
 impl Plan {
-    fn new(new: &New) -> Result<Self> {
+    pub(super) fn new(new: &New) -> Result<Self> {
         let New { cache, keys, values, .. } = new;
         let (cache_arg, keys_arg) = (Arg::new(OP, "cache", cache), Arg::new(OP, "keys", keys));
         let values_arg = Arg::new(OP, "values", values);
@@ -72,7 +72,7 @@ impl Plan {
     }
 
     /// Added keys, elements of a row, KV heads.
-    fn sizes(&self) -> [usize; 3] {
+    pub(super) fn sizes(&self) -> [usize; 3] {
         let [_, h_kv, added, head_dim] = self.keys.dims;
         [added, head_dim, h_kv]
     }

@@ -1,5 +1,5 @@
-// What a decode step adds to an index: the codes of the block of keys that the step filled, and its values' share of the
-// clusters' sums; the bits of encode.cu and cluster_sums.cu, in one launch that mostly finds nothing due.
+// What a decode step adds to a cache: a key and a value a head; and where they fill a block of keys its codes, and its
+// values' share of the clusters' sums, the bits of encode.cu and cluster_sums.cu.
 #include <cuda_pipeline.h>
 
 #include "nearest.cuh"
@@ -8,10 +8,12 @@ constexpr u32 MAX_SEQUENCES = 16;  // of a launch
 
 // What there is of a position lies without gaps, from position 0 on; strides are between heads.
 struct Sequence {
-  const void* keys;        // [h_kv, capacity, head_dim]
-  const void* values;      // as the keys
-  u8* codes;               // [h_kv, capacity, pq_dim]
+  void* keys;              // [h_kv, capacity, head_dim]
+  void* values;            // as the keys
+  u8* codes;               // [h_kv, capacity, pq_dim], or null without an index
   u8* clusters;            // [h_kv, capacity], or null
+  const void* new_key;     // [h_kv, head_dim]
+  const void* new_value;   // as the key
   const float* centroids;  // [h_kv, pq_dim, n_centroids, pq_len, or one more with phi]
   const float* phi;        // [h_kv, pq_dim], or null
   const float* weights;    // [h_kv, head_dim], or null
@@ -20,15 +22,18 @@ struct Sequence {
   u32* counts;             // [h_kv, n_clusters], or null
   const u32* pages;        // of keys and values, or null
   const u32* code_pages;   // of codes and clusters, or null
-  const u32* len;
-  u32* arrived;  // [h_kv], parts of a row's block that are done
+  u32* len;
+  u32* appended;  // blocks of threads that are done
+  u32* indexed;   // [h_kv], parts of a row's block that are done
+  u64 new_key_strides[2];  // between heads and elements
+  u64 new_value_strides[2];
   u64 key_stride;
   u64 codes_stride;
   u64 clusters_stride;
   u64 capacity;
 };
 
-struct IndexBlock {
+struct AppendAndIndex {
   Sequence sequences[MAX_SEQUENCES];
   u64 init_offset;
   u64 block;  // keys
@@ -152,15 +157,36 @@ __device__ void find_nearest(const float* x, u32 head_dim, u32 len, const float*
   finish(tables - 1);
 }
 
+// An element of a head's keys or values, of which the newest is yet to be appended.
+template <class T>
+struct Rows {
+  const T* cached;
+  const T* newest;
+  u64 newest_stride;
+  u64 length;  // positions that are cached
+  const u32* pages;
+  u32 head_dim;
+
+  __device__ Rows(const Sequence& own, bool is_key, u32 h, u64 length, const AppendAndIndex& p)
+      : length(length), pages(own.pages), head_dim(p.head_dim) {
+    const u64* const strides = is_key ? own.new_key_strides : own.new_value_strides;
+    cached = static_cast<const T*>(is_key ? own.keys : own.values) + h * own.key_stride;
+    newest = static_cast<const T*>(is_key ? own.new_key : own.new_value) + h * strides[0];
+    newest_stride = strides[1];
+  }
+  __device__ T at(u64 position, u32 e) const {
+    return position < length ? cached[place_of(position, pages) * head_dim + e] : newest[e * newest_stride];
+  }
+};
+
 // Adds a row's values to the sums of their clusters: those of a cluster one after the other as they lie. A warp takes the
 // first key of a cluster and those that follow it there. `first` is the position of the block's first key; `staged` has room
 // for TILES * TILE floats.
 template <class T>
-__device__ void add_values(const Sequence& own, u32 h, u64 first, T* staged, const IndexBlock& p) {
+__device__ void add_values(const Sequence& own, u32 h, u64 first, const Rows<T>& values, T* staged, const AppendAndIndex& p) {
   constexpr u32 WORDS = 3, MOST = 32 * WORDS;  // keys at a time, a bit each
   constexpr u32 BATCH = 8, ELEMENTS = 4;       // loads of a thread that are on their way
   __shared__ u32 cluster_of[MOST];
-  const T* const values = static_cast<const T*>(own.values) + h * own.key_stride;
   const u8* const clusters = own.clusters + h * own.clusters_stride;
   float* const sums = own.sums + static_cast<u64>(h) * p.n_clusters * p.head_dim;
   u32* const counts = own.counts + h * p.n_clusters;
@@ -178,7 +204,7 @@ __device__ void add_values(const Sequence& own, u32 h, u64 first, T* staged, con
 #pragma unroll
       for (u32 k = 0; k < BATCH; k++) {
         const u32 element = min(i + k * THREADS, elements - 1), key = element / p.head_dim;
-        x[k] = values[place_of(first + begin + key, own.pages) * p.head_dim + (element - key * p.head_dim)];
+        x[k] = values.at(first + begin + key, element - key * p.head_dim);
       }
 #pragma unroll
       for (u32 k = 0; k < BATCH; k++) {
@@ -224,14 +250,12 @@ __device__ void add_values(const Sequence& own, u32 h, u64 first, T* staged, con
   }
 }
 
-__device__ inline u64 length_of(const Sequence& own) { return min(static_cast<u64>(*own.len), own.capacity); }
-
-// Encodes KEYS keys from the `first`-th of a head's block on: of each first its cluster, then its codes. Where they are the
+// Encodes KEYS keys from the `first`-th of a head's block on, of which the newest is the last: of each first its cluster, then its codes. Where they are the
 // last part of `parts` to be done the block's values are added up as well.
 template <class T>
-__device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, float* tiles, const IndexBlock& p) {
-  const u64 begin = length_of(own) - p.block;
-  const T* const keys = static_cast<const T*>(own.keys) + h * own.key_stride;
+__device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, float* tiles, const AppendAndIndex& p) {
+  const u64 length = *own.len, begin = length + 1 - p.block;
+  const Rows<T> keys(own, true, h, length, p);
   const float* const weights = own.weights + h * p.head_dim;
   const u32 first_cluster = h * p.n_clusters, first_table = h * p.pq_dim;
   const float* const coarse = own.coarse + static_cast<u64>(first_cluster) * p.head_dim;
@@ -254,8 +278,7 @@ __device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, flo
 #pragma unroll
   for (u32 k = 0; k < KEYS; k++) {
     const u32 i = min(k * THREADS + threadIdx.x, elements - 1), key = i / p.head_dim;
-    const u64 position = begin + min(first + key, p.block - 1);
-    element[k] = keys[place_of(position, own.pages) * p.head_dim + (i - key * p.head_dim)];
+    element[k] = keys.at(begin + min(first + key, p.block - 1), i - key * p.head_dim);
   }
 #pragma unroll
   for (u32 k = 0; k < KEYS; k++) {
@@ -296,27 +319,45 @@ __device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, flo
     }
     __syncthreads();
   }
-  if (!own.sums || !is_last(&own.arrived[h], parts)) return;
-  add_values(own, h, begin, reinterpret_cast<T*>(tiles), p);
+  if (!own.sums || !is_last(&own.indexed[h], parts)) return;
+  add_values(own, h, begin, Rows<T>(own, false, h, length, p), reinterpret_cast<T*>(tiles), p);
 }
 
-// The last `block` keys of a sequence are due where they are full: blocks of keys follow each other from init_offset on.
-// Grid: any number of blocks, which share what is due.
+// A sequence for which there is no room is left as it is.
+__device__ inline bool has_room(const Sequence& own) { return *own.len < own.capacity; }
+
+// Writes the new keys and values: a thread an element.
 template <class T>
-__device__ void index_block(const IndexBlock& p) {
+__device__ void append(const AppendAndIndex& p) {
+  const u32 row = p.head_dim, of_sequence = 2 * p.h_kv * row;
+  for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < p.n_sequences * of_sequence; i += gridDim.x * THREADS) {
+    const Sequence& own = p.sequences[i / of_sequence];
+    const u32 e = i % row, h = i / row % p.h_kv;
+    const bool is_key = i / row / p.h_kv % 2 == 0;
+    if (!has_room(own)) continue;
+    const u64 length = *own.len, at = h * own.key_stride + place_of(length, own.pages) * row + e;
+    static_cast<T*>(is_key ? own.keys : own.values)[at] = Rows<T>(own, is_key, h, length, p).at(length, e);
+  }
+}
+
+// The last `block` keys of a sequence are due where the new one fills them: blocks of keys follow each other from
+// init_offset on. Grid: any number of blocks, which share what is new and what is due.
+template <class T>
+__device__ void append_and_index(const AppendAndIndex& p) {
   extern __shared__ __align__(16) float tiles[];  // [TILES, TILE]
   __shared__ u32 all_due;                         // a bit a sequence
+  append<T>(p);
   if (threadIdx.x < 32) {
     bool is_due = false;
     if (threadIdx.x < p.n_sequences) {
-      const u64 length = length_of(p.sequences[threadIdx.x]);
-      is_due = length > p.init_offset && (length - p.init_offset) % p.block == 0;
+      const Sequence& own = p.sequences[threadIdx.x];
+      const u64 length = *own.len + u64{1};
+      is_due = own.codes && has_room(own) && length > p.init_offset && (length - p.init_offset) % p.block == 0;
     }
     const u32 due = __ballot_sync(ALL_LANES, is_due);
     if (threadIdx.x == 0) all_due = due;
   }
   __syncthreads();
-  if (!all_due) return;
   const u64 parts = ceil_div(p.block, KEYS), parts_of_sequence = parts * p.h_kv;
   for (u64 i = blockIdx.x; i < __popc(all_due) * parts_of_sequence; i += gridDim.x) {
     u32 due = all_due;
@@ -324,11 +365,15 @@ __device__ void index_block(const IndexBlock& p) {
     const u32 h = static_cast<u32>(i / parts % p.h_kv);
     index_keys<T>(p.sequences[__ffs(due) - 1], h, i % parts * KEYS, static_cast<u32>(parts), tiles, p);
   }
+  // The last block to come here is the last that needed the old lengths.
+  if (is_last(p.sequences[0].appended, gridDim.x) && threadIdx.x < p.n_sequences && has_room(p.sequences[threadIdx.x])) {
+    *p.sequences[threadIdx.x].len += 1;
+  }
 }
 
-#define KERNEL(suffix, type)                                                     \
-  extern "C" __global__ __launch_bounds__(THREADS, 2) void index_block_##suffix( \
-      const __grid_constant__ IndexBlock p) {                                    \
-    index_block<type>(p);                                                        \
+#define KERNEL(suffix, type)                                                          \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void append_and_index_##suffix( \
+      const __grid_constant__ AppendAndIndex p) {                                     \
+    append_and_index<type>(p);                                                        \
   }
 FOR_EACH_FLOAT(KERNEL)
