@@ -31,6 +31,8 @@ struct Scores {
   u32 bundles;
   u64 room;
 
+  __device__ bool are_shared(u32 local, u32 bundle) const { return local * bundles + bundle < n_shared; }
+
   // The `local`-th chunk of this block, the `chunk`-th of all.
   __device__ void load(u32 local, u32 chunk, u32 bundle, Entry<HEADS> (&x)[EACH]) const {
     const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
@@ -180,30 +182,39 @@ __device__ Stats find_stats(const Stats* stats, u32 bundle, u32 head, u32 splits
 // What turns a score into its share of the softmax, 2^(score * scale - shift).
 __device__ inline float shift_of(Stats all) { return all.largest + log2f(all.sum); }
 
-// Turns the scores of this block's keys into shares of their heads' softmax, 0 for those that are no candidates, and counts
-// the sums over a key's heads in `histogram`.
+// Turns the scores of a lane's keys from `at` on into shares of their heads' softmax, 0 for those that are no candidates.
+template <int HEADS>
+__device__ inline void to_shares(Entry<HEADS> (&x)[EACH], u32 at, const float* shifts, const Part& part, const Decode& p) {
+  const float scale = p.scale * LOG2_E;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    const float shift = shifts[h];
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) {
+      const bool is_candidate = at + j >= part.begin && at + j < part.end;
+      x[j].x[h] = is_candidate ? exp2_approx(x[j].x[h] * scale - shift) : 0;
+    }
+  }
+}
+
+// Counts the sums over a key's heads of their shares in `histogram`. Scores in shared memory become shares.
 template <int HEADS>
 __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32* histogram, const MassBins& bins,
                            const Part& part, const Decode& p) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float scale = p.scale * LOG2_E;
   u32 at = part.position(0);
   for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i)) {
     float mass[EACH] = {};
     for (u32 bundle = 0; bundle < p.bundles; bundle++) {
       Entry<HEADS> x[EACH];
       scores.load(i * WARPS + warp, at / CHUNK, bundle, x);
+      to_shares<HEADS>(x, at, shifts + bundle * HEADS, part, p);
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
-        const float shift = shifts[bundle * HEADS + h];
 #pragma unroll
-        for (u32 j = 0; j < EACH; j++) {
-          const bool is_candidate = at + j >= part.begin && at + j < part.end;
-          x[j].x[h] = is_candidate ? exp2_approx(x[j].x[h] * scale - shift) : 0;
-          mass[j] += x[j].x[h];
-        }
+        for (u32 j = 0; j < EACH; j++) mass[j] += x[j].x[h];
       }
-      scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
+      if (scores.are_shared(i * WARPS + warp, bundle)) scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
     }
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {

@@ -150,6 +150,11 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, sequence.code_pages)));
   };
   u32 next_clusters = load_clusters(at);
+  // As they are, or by KV head shares.
+  const auto load_ranked = [&](u32 local, u32 at, u32 bundle, Entry<HEADS>(&x)[EACH]) {
+    scores.load(local, at / CHUNK, bundle, x);
+    if (BY_KV && !scores.are_shared(local, bundle)) to_shares<HEADS>(x, at, shifts + bundle * HEADS, part, p);
+  };
   for (u32 i = 0; at - lane * EACH < part.end;) {
     const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i);
     const u32 words = next_clusters;
@@ -157,7 +162,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     Entry<HEADS> x[EACH];
     float ranked[LISTS][EACH] = {};
     for (u32 bundle = 0; bundle < bundles; bundle++) {
-      scores.load(local, chunk, bundle, x);
+      load_ranked(local, at, bundle, x);
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
 #pragma unroll
@@ -191,7 +196,11 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
           if (slot < KEPT) search.open[slot] = rank_of(x, position);
           if (BY_KV) masses[part.masses_at(p) + position] = x;
           for (u32 bundle = 0; bundle < bundles; bundle++) {
-            const Entry<HEADS> entry = scores.one(local, chunk, bundle, j);
+            Entry<HEADS> entry = scores.one(local, chunk, bundle, j);
+            if (BY_KV && !scores.are_shared(local, bundle)) {
+#pragma unroll
+              for (int h = 0; h < HEADS; h++) entry.x[h] = exp2_approx(entry.x[h] * scale - shifts[bundle * HEADS + h]);
+            }
             float* const to = scores.global[bundle * scores.room + score_slot(position)].x;
 #pragma unroll
             for (u32 h = 0; h < HEADS; h++) {
@@ -208,7 +217,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) cuts[j] = cut_of(at + j);
       for (u32 bundle = 0; bundle < bundles; bundle++) {
-        if (bundles > 1) scores.load(local, chunk, bundle, x);
+        if (bundles > 1) load_ranked(local, at, bundle, x);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
           const u32 head = bundle * HEADS + h, bits = below[BY_KV ? 0 : h];
