@@ -6,7 +6,8 @@
 //! as the layers of a model do. `graph` is the time of a call within a replayed CUDA graph of 20 calls; `eager` the wall
 //! time of one call and a synchronization; `host` what a call takes of the host, when many follow each other. `bytes` is the least that a call must read, and the percentage is of the
 //! bandwidth of a large copy on the same device. `forward` is a token's `PqAttention::forward`, whose keys are appended and
-//! encoded as they come; `step` is the ops one by one.
+//! encoded as they come; `paged` the same over pages of which no two are neighbours; `run` is a `PqAttention::forward_run` of four
+//! tokens, which a graph has as steps one by one; `step` is the ops one by one.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -103,6 +104,9 @@ const CASES: [Case; 15] = [
 
 /// Tokens that there is room for behind a case's keys.
 const ROOM: usize = 4096;
+
+/// Positions of a call of `forward_run`.
+const RUN: usize = 4;
 
 /// What is measured: the `i`-th of some calls.
 type Call<'a> = &'a dyn Fn(usize) -> Result<()>;
@@ -309,7 +313,15 @@ impl Case {
         }
         let paged: Result<Vec<_>> = layers.iter().take(4).map(|layer| self.paged_cache(layer, &codebook)).collect();
         let paged = RefCell::new(paged?);
-        report("paged", bytes, &|i| forward(i, &mut paged.borrow_mut()))
+        report("paged", bytes, &|i| forward(i, &mut paged.borrow_mut()))?;
+        let run = |i: usize| Tensor::cat(&(i..i + RUN).map(|i| &tokens[i % tokens.len()].0).collect::<Vec<_>>(), 2);
+        let runs = (0..8).map(|i| run(i * RUN)).collect::<Result<Vec<_>>>()?;
+        let query = query.repeat((1, 1, RUN, 1))?;
+        report("run", bytes, &|i| {
+            let (mut caches, new) = (caches.borrow_mut(), &runs[i % runs.len()]);
+            let layer = i % caches.len();
+            attn.forward_run(&query, new, new, &mut caches[layer]).map(drop)
+        })
     }
 
     /// Tokens of several sequences in packed steps: of lengths from 1k to 32k, and of as many that are all as long as their

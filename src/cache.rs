@@ -17,6 +17,7 @@ use tracing::trace_span;
 use crate::codebook::Codebook;
 use crate::config::{Metric, PqConfig, Tail};
 use crate::fault::point_of_failure;
+use crate::ops::arg::share_storage;
 use crate::ops::{ClusterSums, Coarse, Places, PAGE};
 use crate::query_weights::QuerySample;
 #[cfg(feature = "cuda")]
@@ -389,8 +390,7 @@ impl PqKvCache {
 
     /// `tensor`, or a copy where it is a view of these keys and values: Candle writes to no tensor what is in it.
     fn apart(&self, tensor: &Tensor) -> Result<Tensor> {
-        let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
-        match storage(tensor) == storage(&self.kv) {
+        match share_storage(tensor, &self.kv) {
             true => tensor.force_contiguous(),
             false => Ok(tensor.clone()),
         }
@@ -456,7 +456,7 @@ impl PqKvCache {
         let needed = needed.checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
         self.affordable(needed, needed)?;
         if let Some(pages) = &mut self.pages {
-            pages.grow_to(needed)?;
+            pages.grow_to(needed, self.len, self.encoded)?;
         }
         self.version = next_version();
         Ok(())
@@ -811,6 +811,13 @@ impl PqKvCache {
         if let Some(shared) = shared {
             (self.prefix, self.kv) = shared;
             self.version = next_version();
+        }
+        if let Some(pages) = &mut self.pages {
+            let capacity = pages.capacity();
+            pages.give_back(len);
+            if pages.capacity() < capacity {
+                self.version = next_version();
+            }
         }
         self.queries.truncate(len)?;
         if matches!(self.trained, Some(Trained { end: Some(end), .. }) if end > len) {

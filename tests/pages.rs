@@ -101,6 +101,50 @@ fn pages_come_and_go() -> Result<()> {
     Ok(())
 }
 
+/// Copies and forks take no more pages than they need, and give back what they cannot use.
+#[test]
+fn pages_that_nobody_reads_are_not_copied() -> Result<()> {
+    let (attn, dims) = (PqAttention::new(config(), 0.25)?, [1, 1, D]);
+    let pool = PagePool::new(config(), dims, 24, DType::F32, &Device::Cpu)?;
+    let mut rng = Rng(6);
+    let mut random = |s: usize| rng.tensor(&[1, 1, s, D], DType::F32);
+    let mut document = pool.new_cache()?;
+    document.append(&random(10 * PAGE - 28), &random(10 * PAGE - 28))?;
+    document.build_index()?;
+    let mut copy = pool.copy_of(&document)?;
+    assert_eq!(integers(&copy.codes()?), integers(&document.codes()?));
+    assert_eq!(pool.free_pages(), 4);
+    let [q, k] = [1, 1].map(&mut random);
+    let outs = [&mut document, &mut copy].map(|cache| attn.forward(&q, &k, &k, cache));
+    let [a, b] = outs;
+    assert_same_bits(&a?, &b?, "a copy in the same pool");
+    drop(copy);
+
+    // Both go on from the first page: each has one of its own in its place.
+    let mut forks = [document.fork()?, document.fork()?];
+    assert_eq!(pool.free_pages(), 24 - 10 - 2);
+    for fork in &mut forks {
+        fork.truncate(1)?;
+        fork.append(&random(1), &random(1))?;
+        assert_eq!(fork.capacity(), PAGE);
+    }
+    assert_eq!(pool.free_pages(), 24 - 10 - 2);
+    let keys = document.keys()?.copy()?;
+    forks[0].append(&random(500), &random(500))?;
+    assert_same_bits(&document.keys()?, &keys, "the document");
+
+    // What is to be copied counts with what is to be added: a call that fails takes nothing.
+    drop(forks);
+    let fork = document.fork()?;
+    document.truncate(1000)?;
+    let (free, capacity) = (pool.free_pages(), document.capacity());
+    let missing = (free + 1) * PAGE;
+    assert!(document.append(&random(missing), &random(missing)).is_err());
+    assert_eq!((pool.free_pages(), document.capacity(), document.len()), (free, capacity, 1000));
+    drop(fork);
+    Ok(())
+}
+
 fn document(attn: &PqAttention, pool: &PagePool, len: usize) -> Result<PqKvCache> {
     let mut cache = pool.new_cache()?;
     let [q, k, v] = draw(&mut Rng(1), 1, len, DType::F32);

@@ -179,8 +179,11 @@ __device__ Stats find_stats(const Stats* stats, u32 bundle, u32 head, u32 splits
   return reduce<32>(own[0]);
 }
 
-// What turns a score into its share of the softmax, 2^(score * scale - shift).
+// What turns a score into its share of the softmax.
 __device__ inline float shift_of(Stats all) { return all.largest + log2f(all.sum); }
+
+// The same bits wherever a share is made: what is counted in a bin is looked for there later.
+__device__ inline float share_of(float score, float scale, float shift) { return exp2_approx(__fmaf_rn(score, scale, -shift)); }
 
 // Turns the scores of a lane's keys from `at` on into shares of their heads' softmax, 0 for those that are no candidates.
 template <int HEADS>
@@ -192,7 +195,7 @@ __device__ inline void to_shares(Entry<HEADS> (&x)[EACH], u32 at, const float* s
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {
       const bool is_candidate = at + j >= part.begin && at + j < part.end;
-      x[j].x[h] = is_candidate ? exp2_approx(x[j].x[h] * scale - shift) : 0;
+      x[j].x[h] = is_candidate ? share_of(x[j].x[h], scale, shift) : 0;
     }
   }
 }

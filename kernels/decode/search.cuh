@@ -199,7 +199,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
             Entry<HEADS> entry = scores.one(local, chunk, bundle, j);
             if (BY_KV && !scores.are_shared(local, bundle)) {
 #pragma unroll
-              for (int h = 0; h < HEADS; h++) entry.x[h] = exp2_approx(entry.x[h] * scale - shifts[bundle * HEADS + h]);
+              for (int h = 0; h < HEADS; h++) entry.x[h] = share_of(entry.x[h], scale, shifts[bundle * HEADS + h]);
             }
             float* const to = scores.global[bundle * scores.room + score_slot(position)].x;
 #pragma unroll

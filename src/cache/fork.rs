@@ -35,7 +35,9 @@ impl PqKvCache {
     /// is truncated and dropped as if there were no other: a cache that is truncated into what it has lent moves to memory of
     /// its own with its next append. A fork of a fork copies what the first one has added.
     ///
-    /// A fork grows from the first append: [`reserve`](Self::reserve) room for what is to come.
+    /// A fork grows from the first append: [`reserve`](Self::reserve) room for what is to come. Of a cache in a
+    /// [`PagePool`](crate::PagePool) it shares whole pages, those of codes as well, so [`build_index`](Self::build_index) before;
+    /// a fork of a fork shares them too.
     /// What reads all keys at once makes a copy of them for as long as it takes: a prefill, training, [`keys`](Self::keys),
     /// saving, and on a CPU dense decode steps. On a GPU a dense step, or one that its fused kernels do not suit, has the fork
     /// take a copy of its own for good. Shared memory stays as long as one of them uses a part of it.
@@ -44,7 +46,8 @@ impl PqKvCache {
     /// rayon's own pool, which a step uses; on a GPU work with them in one stream, as with any two tensors that share memory.
     ///
     /// # Errors
-    /// What the device gives, a capture of a CUDA graph that is under way, or a budget without room for one more key.
+    /// What the device gives, a capture of a CUDA graph that is under way, a budget without room for one more key, or too few
+    /// free pages.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -121,7 +124,8 @@ impl PqKvCache {
             let (Some(to), Some(from)) = (to, from) else { continue };
             for (place, positions) in self.code_places(coded.clone()) {
                 let codes = from.narrow(2, positions.start - coded.start, positions.len())?;
-                to.slice_set(&codes.contiguous()?, 2, place)?;
+                // Not `contiguous`: it may be a view of what is written to, where both are of one pool.
+                to.slice_set(&codes.force_contiguous()?, 2, place)?;
             }
         }
         Ok(())
@@ -190,7 +194,7 @@ impl PqKvCache {
             self.forbid_capture("an append to what a fork reads", "append a key")?;
         }
         if let Some(pages) = &mut self.pages {
-            pages.kv.own_from(self.len, &[self.kv.get(0)?, self.kv.get(1)?])?;
+            pages.kv.own_from(self.len..self.len, &[self.kv.get(0)?, self.kv.get(1)?])?;
             return self.own_codes_from(self.encoded);
         }
         if !is_read_behind {
@@ -209,7 +213,8 @@ impl PqKvCache {
         }
         self.forbid_capture("codes in pages that a fork reads", "take a step")?;
         let tensors: Vec<_> = [Some(&self.codes), self.coarse_codes.as_ref()].into_iter().flatten().cloned().collect();
-        self.pages.as_mut().map_or(Ok(()), |pages| pages.codes.own_from(first, &tensors))
+        let live = first..self.encoded;
+        self.pages.as_mut().map_or(Ok(()), |pages| pages.codes.own_from(live, &tensors))
     }
 
     /// Whether forks read the memory behind the last key, or behind its codes.

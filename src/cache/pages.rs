@@ -26,7 +26,9 @@ use crate::ops::PAGE;
 /// for as long as it takes, where they are not in one piece: a prefill, training, [`PqKvCache::keys`], saving, dense decode steps,
 /// which a graph cannot have, and on a GPU steps that its fused kernels do not suit.
 ///
-/// Caches of a pool share tensors: what is said of threads at [`PqKvCache::fork`] holds for them.
+/// Caches of a pool share its tensors. On a CPU they may be on different threads, as forks may: see [`PqKvCache::fork`]. On a GPU
+/// work with all of them on one thread, whose stream has one after the other read and write a page. What [`PqKvCache::keys`] and
+/// the like return are views of pages, valid until the cache gives these back.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -59,11 +61,11 @@ impl PagePool {
     /// sequences and heads of a cache; there are as many for codes as for keys and values.
     ///
     /// # Errors
-    /// What [`PqKvCache::new`] refuses, no pages, or more than 2^32 elements of keys.
+    /// What [`PqKvCache::new`] refuses, no pages, or 2^31 elements of keys or more, with which Candle's indices overflow.
     pub fn new(config: PqConfig, dims: [usize; 3], pages: usize, dtype: DType, device: &Device) -> Result<Self> {
         let elements = dims.iter().fold(pages.checked_mul(PAGE), |product, dim| product?.checked_mul(*dim));
-        if pages == 0 || elements.is_none_or(|elements| elements as u64 > u64::from(u32::MAX)) {
-            bail!("PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got {pages} of {dims:?}");
+        if pages == 0 || elements.is_none_or(|elements| elements >= 1 << 31) {
+            bail!("PagePool: pages: expected 1 or more with less than 2^31 elements of keys, got {pages} of {dims:?}");
         }
         let store = Store::new(&config, dims, pages * PAGE, dtype, device)?;
         let home = || Home { free: Arc::new(Mutex::new((0..pages as u32).collect())), pages };
@@ -114,13 +116,19 @@ impl Home {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Fails where fewer than `count` are free.
+    fn expect(&self, count: usize, free: &BTreeSet<u32>) -> Result<()> {
+        match free.len() {
+            free if free < count => bail!("PagePool: expected {count} free pages, got {free} of {}", self.pages),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes the first ones, so that those of a sequence that grows alone lie in one piece.
     fn take(&self, count: usize) -> Result<Vec<Arc<Page>>> {
         point_of_failure()?;
         let mut free = self.free();
-        if free.len() < count {
-            bail!("PagePool: expected {count} free pages, got {} of {}", free.len(), self.pages);
-        }
+        self.expect(count, &free)?;
         let page = |number| Arc::new(Page { number, home: self.clone() });
         Ok(std::iter::from_fn(|| free.pop_first()).take(count).map(page).collect())
     }
@@ -147,12 +155,24 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    /// Takes pages for the positions up to `end`, if there are enough.
-    pub(super) fn grow_to(&mut self, end: usize) -> Result<()> {
+    /// Takes pages for the positions up to `end`, if there are enough, and as many again as are to be copied before something is
+    /// written to positions from `len`, and codes from `encoded` on.
+    pub(super) fn grow_to(&mut self, end: usize, len: usize, encoded: usize) -> Result<()> {
+        for (table, first) in [(&self.kv, len), (&self.codes, encoded)] {
+            table.home.expect(table.missing(end) + table.shared_from(first).count(), &table.home.free())?;
+        }
         let taken = (self.kv.taken_for(end)?, self.codes.taken_for(end)?);
         // The first is not in use before it is as long as the other.
         self.kv.extend(taken.0)?;
         self.codes.extend(taken.1)
+    }
+
+    /// Gives pages behind the first `len` positions back that other caches have too, and those behind them.
+    pub(super) fn give_back(&mut self, len: usize) {
+        for table in [&mut self.kv, &mut self.codes] {
+            let first = table.shared_from(len.next_multiple_of(PAGE)).next();
+            table.pages.truncate(first.unwrap_or(table.pages.len()));
+        }
     }
 
     /// Positions that there is room for.
@@ -188,7 +208,12 @@ impl Table {
 
     /// The pages that positions up to `end` want beside those that are there.
     fn taken_for(&self, end: usize) -> Result<Vec<Arc<Page>>> {
-        self.home.take(end.div_ceil(PAGE).saturating_sub(self.pages.len()))
+        self.home.take(self.missing(end))
+    }
+
+    /// How many these are.
+    fn missing(&self, end: usize) -> usize {
+        end.div_ceil(PAGE).saturating_sub(self.pages.len())
     }
 
     fn extend(&mut self, pages: Vec<Arc<Page>>) -> Result<()> {
@@ -261,9 +286,14 @@ impl Table {
         Arc::strong_count(&self.pages[page]) > 1
     }
 
-    /// Whether another cache has a page of `position` or what comes behind it.
+    /// The pages of `position` and what comes behind it that another cache has too.
+    fn shared_from(&self, position: usize) -> impl Iterator<Item = usize> + use<'_> {
+        (position / PAGE..self.pages.len()).filter(|page| self.is_shared(*page))
+    }
+
+    /// Whether there are any.
     pub(super) fn is_shared_from(&self, position: usize) -> bool {
-        (position / PAGE..self.pages.len()).any(|page| self.is_shared(page))
+        self.shared_from(position).next().is_some()
     }
 
     /// Positions, of the first `len`, in whole pages of another cache, of which this was made a fork.
@@ -271,23 +301,25 @@ impl Table {
         PAGE * self.inherited.min(len / PAGE)
     }
 
-    /// Has copies of the pages from `position` on that other caches have too: from now on they can be written to. `tensors` are
-    /// `[b, h_kv, places, ...]`.
-    pub(super) fn own_from(&mut self, position: usize, tensors: &[Tensor]) -> Result<()> {
-        let first = position / PAGE;
+    /// Has pages of its own in the place of those from the beginning of `live` on that other caches have too: from there on they
+    /// can be written to. Copied are those that begin before the end of `live`, or have positions before its beginning;
+    /// `tensors` are `[b, h_kv, places, ...]`.
+    pub(super) fn own_from(&mut self, live: Range<usize>, tensors: &[Tensor]) -> Result<()> {
+        let first = live.start / PAGE;
         self.inherited = self.inherited.min(first);
-        let shared: Vec<_> = (first..self.pages.len()).filter(|page| self.is_shared(*page)).collect();
+        let shared: Vec<_> = self.shared_from(live.start).collect();
         if shared.is_empty() {
             return Ok(());
         }
         let mut pages = self.pages[first..].to_vec();
-        for (page, copy) in shared.iter().zip(self.home.take(shared.len())?) {
-            let [from, to] = [self.pages[*page].number, copy.number].map(|number| number as usize * PAGE);
-            for tensor in tensors {
+        for (page, own) in shared.iter().zip(self.home.take(shared.len())?) {
+            let [from, to] = [self.pages[*page].number, own.number].map(|number| number as usize * PAGE);
+            let is_live = page * PAGE < live.end.max(live.start);
+            for tensor in tensors.iter().filter(|_| is_live) {
                 point_of_failure()?;
                 tensor.slice_set(&tensor.narrow(2, from, PAGE)?.force_contiguous()?, 2, to)?;
             }
-            pages[page - first] = copy;
+            pages[page - first] = own;
         }
         self.tell_gpu(first, &pages)?;
         self.pages.truncate(first);

@@ -96,6 +96,12 @@ impl<const N: usize> View<N> {
     }
 }
 
+/// Whether tensors are views of one: to be locked once, since a second read could wait for a writer who waits for the first.
+pub(crate) fn share_storage(a: &Tensor, b: &Tensor) -> bool {
+    let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
+    storage(a) == storage(b)
+}
+
 /// `tensor` with adjacent elements along its last dimension: itself, or a copy where it is strided there.
 ///
 /// Every other dimension keeps its strides, so views into a larger cache are never copied.

@@ -895,15 +895,15 @@ fn pages(on: On) -> Result<()> {
     on.assert_errors(vec![
         (
             new([1, 2, 16], 0, DType::F32).map(drop),
-            "PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got 0 of [1, 2, 16]",
+            "PagePool: pages: expected 1 or more with less than 2^31 elements of keys, got 0 of [1, 2, 16]",
         ),
         (
             new([1, 2, 16], 1 << 20, DType::F32).map(drop),
-            "PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got 1048576 of [1, 2, 16]",
+            "PagePool: pages: expected 1 or more with less than 2^31 elements of keys, got 1048576 of [1, 2, 16]",
         ),
         (
             new([1, 2, 16], usize::MAX / 8, DType::F32).map(drop),
-            "PagePool: pages: expected 1 or more with less than 2^32 elements of keys, got 2305843009213693951 of [1, 2, 16]",
+            "PagePool: pages: expected 1 or more with less than 2^31 elements of keys, got 2305843009213693951 of [1, 2, 16]",
         ),
         (new([1, 2, 16], 1, DType::U8).map(drop), "PqKvCache: dtype: expected f32, f16 or bf16, got u8"),
         (

@@ -115,14 +115,7 @@ fn tensors<'a>(plan: &'a Plan, (new, index): &'a (New, Option<Indexed>)) -> [Opt
 
 impl Sequence {
     /// The `b`-th of a cache; `starts` are addresses of the storages of its tensors.
-    fn new(
-        plan: &Plan,
-        new: &(New, Option<Indexed>),
-        starts: &[u64],
-        lens: u64,
-        key_bytes: usize,
-        b: usize,
-    ) -> Self {
+    fn new(plan: &Plan, new: &(New, Option<Indexed>), starts: &[u64], lens: u64, key_bytes: usize, b: usize) -> Self {
         let Plan { append, kv: [keys, _], index } = plan;
         let mut addresses = [0; TENSORS + 3];
         for (i, (tensor, start)) in tensors(plan, new).into_iter().zip(starts).enumerate() {
@@ -149,7 +142,8 @@ impl Sequence {
             new_value_strides: strides(append.values.strides),
             key_stride: keys.stride()[1] as u64,
             codes_stride: index.as_ref().map_or(0, |into| into.codes.strides[1]) as u64,
-            clusters_stride: index.as_ref().and_then(|into| into.coarse).map_or(0, |(codes, _)| codes.strides[1]) as u64,
+            clusters_stride: index.as_ref().and_then(|into| into.coarse).map_or(0, |(codes, _)| codes.strides[1])
+                as u64,
             capacity: new.0.capacity as u64,
         }
     }

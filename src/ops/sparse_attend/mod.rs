@@ -8,9 +8,9 @@ pub(super) use cuda::Kernels;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
-use super::arg::{with_unit_rows, Arg, View};
+use super::arg::{share_storage, with_unit_rows, Arg, View};
 use super::indices_and_weights::{Lists, Selected};
 use super::side_output::SideOutput;
 use super::{place_of, MAX_HEAD_DIM, PAGE};
@@ -233,7 +233,10 @@ fn attend(
     let plan = Plan::new(op, &query, &keys, &values, selected.as_ref(), tail.as_ref(), scale)?;
     let pages = cached.pages.as_deref();
     let op = Attend { plan, prefix, pages, selected, tail, lse: SideOutput::default() };
-    let out = query.apply_op3_no_bwd(&keys, &values, &op)?;
+    let out = match share_storage(&keys, &values) {
+        true => query.apply_op2_no_bwd(&keys, &op)?,
+        false => query.apply_op3_no_bwd(&keys, &values, &op)?,
+    };
     Ok(Attended { out, lse: op.lse.take(op.plan.op)? })
 }
 
@@ -306,6 +309,28 @@ struct Attend<'a> {
     selected: Option<Selected>,
     tail: Option<Attended>,
     lse: SideOutput,
+}
+
+/// Of keys and values that share a storage.
+impl CustomOp2 for Attend<'_> {
+    fn name(&self) -> &'static str {
+        self.plan.op
+    }
+
+    fn cpu_fwd(&self, query: &CpuStorage, l: &Layout, kv: &CpuStorage, kv_l: &Layout) -> Result<(CpuStorage, Shape)> {
+        CustomOp3::cpu_fwd(self, query, l, kv, kv_l, kv, kv_l)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        query: &CudaStorage,
+        l: &Layout,
+        kv: &CudaStorage,
+        kv_l: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        CustomOp3::cuda_fwd(self, query, l, kv, kv_l, kv, kv_l)
+    }
 }
 
 impl CustomOp3 for Attend<'_> {
