@@ -246,32 +246,26 @@ impl PqKvCache {
         if added == 0 {
             return Ok(());
         }
-        self.reserve(added)?;
-        self.reclaim()?;
         #[cfg(feature = "cuda")]
         if self.lens.is_some() {
-            return Self::write_together(&mut [(self, [keys.clone(), values.clone()])]);
+            return Self::append_together(&mut [(self, [keys.clone(), values.clone()])]);
         }
+        self.reserve(added)?;
+        self.reclaim()?;
         self.write(keys, values)?;
         self.len += added;
         Ok(())
     }
 
     /// As an [`append`](Self::append) to each of some caches on a GPU, in one launch, of what [`check_new`](Self::check_new) has
-    /// found to fit; all of them have as many new keys. Where one has to move before and cannot, none has grown.
+    /// found to fit; all of them have as many new keys. Encodes the blocks that these fill, now, or in each replay of the graph
+    /// that is being captured. Where one has to move before and cannot, none has grown.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
         for (cache, [keys, _]) in caches.iter_mut() {
             cache.reserve(keys.dims()[2])?;
             cache.reclaim()?;
         }
-        Self::write_together(caches)
-    }
-
-    /// Writes keys and values behind the last ones of some caches on a GPU, where there is room, and encodes the blocks that they
-    /// fill: now, or in each replay of the graph that is being captured.
-    #[cfg(feature = "cuda")]
-    fn write_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
         let Some((first, _)) = caches.first() else { return Ok(()) };
         let is_capturing = first.is_capturing()?;
         let due = ops::Due { init_offset: first.config.init_offset(), block: first.block() };

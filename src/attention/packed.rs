@@ -126,7 +126,7 @@ impl PqAttention {
             steps.into_iter().map(|part| (&mut *part.cache, [part.keys.detach(), part.values.detach()])).collect();
         PqKvCache::append_together(&mut new)?;
         let mut caches: Vec<_> = new.into_iter().map(|(cache, _)| cache).collect();
-        let indexes = PqKvCache::index_together(&mut caches)?;
+        let indexes = caches.iter_mut().map(|cache| cache.index()).collect::<Result<Vec<_>>>()?;
         let sequences =
             caches.iter().zip(indexes).filter_map(|(cache, index)| cache.on_gpu(Some(index), 0).transpose());
         if let Some(out) = self.decode_together(&query, &sequences.collect::<Result<Vec<_>>>()?)? {

@@ -60,15 +60,9 @@ impl PqKvCache {
         self.last_index()
     }
 
-    /// As [`index`](Self::index) of each of some caches on a GPU.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn index_together(caches: &mut [&mut Self]) -> Result<Vec<Index>> {
-        caches.iter_mut().map(|cache| cache.index()).collect()
-    }
-
     /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
     /// is room for; where they are in pages, all of the pool.
-    pub(super) fn last_index(&self) -> Result<Index> {
+    fn last_index(&self) -> Result<Index> {
         let (start, candidates) = (self.config.init_offset(), self.config.candidates(self.len));
         let of_positions = |codes: &Tensor| match (&self.pages, self.kv.device().is_cuda()) {
             (Some(_), true) => codes.narrow(2, start, codes.dims()[2] - start),
@@ -101,8 +95,8 @@ impl PqKvCache {
         })
     }
 
-    /// Keys and values of all positions that there is room for, or of all in the pool, if they are on a GPU, for a step that searches `index` and does
-    /// not see the last `ahead` keys.
+    /// Keys and values of all positions that there is room for, or of all in the pool, if they are on a GPU, for a step that
+    /// searches `index` and does not see the last `ahead` keys.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_gpu(&self, index: Option<Index>, ahead: usize) -> Result<Option<ops::Sequences<'_>>> {
         match &self.lens {
@@ -119,7 +113,7 @@ impl PqKvCache {
     }
 
     /// Whether an index of `len` keys wants a codebook trained on them.
-    pub(super) fn is_training_due_at(&self, len: usize) -> bool {
+    fn is_training_due_at(&self, len: usize) -> bool {
         let start = self.config.init_offset();
         let trainable = len.saturating_sub(start);
         match &self.trained {
@@ -170,7 +164,7 @@ impl PqKvCache {
         alike.count().max(1)
     }
 
-    pub(super) fn train_if_due(&mut self) -> Result<()> {
+    fn train_if_due(&mut self) -> Result<()> {
         if self.is_training_due() {
             let _span = trace_span!("pq-attn-train").entered();
             self.forbid_capture("training", "call build_index")?;
@@ -224,23 +218,22 @@ impl PqKvCache {
 
     /// Encodes the keys up to `end` that have no codes yet.
     pub(super) fn encode(&mut self, end: usize) -> Result<()> {
-        if self.trained.is_some() && self.encoded < end {
-            self.own_codes_from(self.encoded)?;
+        if self.trained.is_none() || self.encoded >= end {
+            return Ok(());
         }
+        self.forbid_capture("codes of earlier keys", "call build_index")?;
+        let _span = trace_span!("pq-attn-encode").entered();
+        self.own_codes_from(self.encoded)?;
         let Some(trained) = &self.trained else { return Ok(()) };
-        if self.encoded < end {
-            self.forbid_capture("codes of earlier keys", "call build_index")?;
-            let _span = trace_span!("pq-attn-encode").entered();
-            let codes = (&self.codes, self.coarse_codes.as_ref());
-            for piece in self.pieces_of(self.encoded..end) {
-                let keys = self.between(0, piece.clone())?;
-                for (place, positions) in self.code_places(piece.clone()) {
-                    let keys = keys.narrow(2, positions.start - piece.start, positions.len())?;
-                    trained.codebook.encode_into(codes, &keys, place)?;
-                }
+        let codes = (&self.codes, self.coarse_codes.as_ref());
+        for piece in self.pieces_of(self.encoded..end) {
+            let keys = self.between(0, piece.clone())?;
+            for (place, positions) in self.code_places(piece.clone()) {
+                let keys = keys.narrow(2, positions.start - piece.start, positions.len())?;
+                trained.codebook.encode_into(codes, &keys, place)?;
             }
-            self.encoded = end;
         }
+        self.encoded = end;
         Ok(())
     }
 
@@ -252,7 +245,7 @@ impl PqKvCache {
         added
     }
 
-    pub(super) fn add_values(&self, trained: &mut Trained, end: usize) -> Result<()> {
+    fn add_values(&self, trained: &mut Trained, end: usize) -> Result<()> {
         if let (Some(clusters), Some(codes)) = (&mut trained.clusters, &self.coarse_codes) {
             for positions in self.pieces_of(trained.summed..end) {
                 let values = self.between(1, positions.clone())?;
@@ -269,12 +262,10 @@ impl PqKvCache {
         self.len + 1 == self.encoded + self.block() && self.can_index()
     }
 
-    /// Whether codes and sums are as far as those of the last key, and the keys behind them not in what a fork shares.
+    /// Whether there is an index of all full blocks, and the keys behind them are not in what a fork shares.
     #[cfg(feature = "cuda")]
-    pub(super) fn can_index(&self) -> bool {
-        let is_summed = |trained: &Trained| trained.clusters.is_none() || trained.summed == self.encoded;
-        let is_current = self.encoded == self.blocks_end(self.len) && self.encoded >= self.shared();
-        is_current && self.trained.as_ref().is_some_and(is_summed)
+    fn can_index(&self) -> bool {
+        self.trained.is_some() && self.is_indexed(self.len) && self.encoded >= self.shared()
     }
 
     /// What is written of it when its last block of keys is encoded; None without a codebook.

@@ -54,10 +54,9 @@ pub(super) fn run(plans: &[Plan], new: &[&New]) -> Result<()> {
     for ((plan, new), places) in plans.iter().zip(new).zip(places.chunks(4)) {
         let &[Some(cache), Some(keys), Some(values), pages] = places else { bail!("{OP}: a tensor has no storage") };
         let pages = pages.map_or(0, |place| starts[place]);
-        let starts = [cache, keys, values].map(|place| starts[place]);
+        let starts = [starts[cache], starts[keys], starts[values], pages];
         for b in 0..plan.keys.dims[0] {
-            let lens = addresses.of(new.lens.storage())?;
-            sequences.push(Sequence { pages, ..Sequence::new(plan, new, starts, lens, size, b) });
+            sequences.push(Sequence::new(plan, new, starts, addresses.of(new.lens.storage())?, size, b));
         }
     }
     let [added, head_dim, h_kv] = plans[0].sizes();
@@ -80,8 +79,8 @@ pub(super) fn run(plans: &[Plan], new: &[&New]) -> Result<()> {
 }
 
 impl Sequence {
-    /// The `b`-th of a cache; `starts` are addresses of the storages of cache, keys and values.
-    fn new(plan: &Plan, new: &New, [cache, keys, values]: [u64; 3], lens: u64, size: usize, b: usize) -> Self {
+    /// The `b`-th of a cache; `starts` are addresses of the storages of cache, keys, values and pages.
+    fn new(plan: &Plan, new: &New, [cache, keys, values, pages]: [u64; 4], lens: u64, size: usize, b: usize) -> Self {
         let [which, batch, cached_stride, ..] = plan.cache.strides;
         let cached = plan.cache.device().starting_at(3, new.first);
         let address = |start: u64, element: u64| start.wrapping_add(element.wrapping_mul(size as u64));
@@ -101,7 +100,7 @@ impl Sequence {
             value_strides,
             cached_stride: cached_stride as u64,
             capacity: new.capacity as u64,
-            pages: 0,
+            pages,
         }
     }
 }
