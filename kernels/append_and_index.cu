@@ -6,6 +6,22 @@
 
 constexpr u32 MAX_SEQUENCES = 16;  // of a launch
 
+constexpr u32 THREADS = 512;
+constexpr u32 WARPS = THREADS / 32;
+
+// Keys of a row are taken so many at a time, a group by a block of threads, of which each lane has one.
+constexpr u32 KEYS = 64;
+constexpr u32 GROUP = 32;
+
+// Parts of the clusters, of which a block of threads has one.
+constexpr u32 SLICES = 8;
+
+// Floats of centroids in shared memory.
+constexpr u32 TILE = 8192;
+
+// Elements of values that a block of threads adds up at a time.
+constexpr u32 ELEMENTS = THREADS / KEYS;
+
 // What there is of a position lies without gaps, from position 0 on; strides are between heads.
 struct Sequence {
   void* keys;              // [h_kv, capacity, head_dim]
@@ -24,7 +40,8 @@ struct Sequence {
   const u32* code_pages;   // of codes and clusters, or null
   u32* len;
   u32* appended;  // blocks of threads that are done
-  u32* indexed;   // [h_kv], parts of a row's block that are done
+  u32* met;       // blocks of threads that came to a meeting
+  Nearest* nearest;        // [h_kv, SLICES, KEYS], clusters
   u64 new_key_strides[2];  // between heads and elements
   u64 new_value_strides[2];
   u64 key_stride;
@@ -46,24 +63,10 @@ struct AppendAndIndex {
   u32 n_clusters;
 };
 
-constexpr u32 THREADS = 256;
-constexpr u32 WARPS = THREADS / 32;
-constexpr u32 KEYS = 5;  // that a block of threads takes at a time
+// Centroids, [TILE], and behind these the keys of a group.
+extern __shared__ __align__(16) float shared[];
 
-// Columns of a table that are in shared memory at a time, of a centroid for each thread; so many of these tiles there are,
-// of which one is read while the others are on their way.
-constexpr u32 COLUMNS = 16;
-constexpr u32 TILES = 4;
-constexpr u32 TILE = THREADS * (COLUMNS + 4);
-
-// The longest key.
-constexpr u32 LONGEST = 256;
-
-// From a row of a tile to the next, so that lanes that read WIDTH floats of rows side by side meet in no bank.
-template <u32 WIDTH>
-constexpr u32 STRIDE = (COLUMNS / WIDTH | 1) * WIDTH;
-
-// WIDTH floats of shared memory.
+// WIDTH floats that lie side by side.
 template <u32 WIDTH>
 struct alignas(4 * WIDTH) Floats {
   float x[WIDTH];
@@ -71,98 +74,100 @@ struct alignas(4 * WIDTH) Floats {
 template <u32 WIDTH>
 __device__ inline Floats<WIDTH> load_floats(const float* from) { return *reinterpret_cast<const Floats<WIDTH>*>(from); }
 
-// The centroids nearest to a block's sub-vectors in each of some tables, [tables, count, columns] of at most THREADS
-// centroids; the same bits as nearest_by_warp in nearest.cuh. A thread has a centroid, and one load of it serves all keys.
-// `x`, [KEYS, head_dim], has the sub-vectors of each table side by side, `len` elements each; `last(key, table)` is what
-// comes behind these where there are more columns. Calls `write(key, table, code)`. Rows of x and of tables are read WIDTH
-// floats at a time.
-template <u32 WIDTH, class Last, class Write>
-__device__ void find_nearest(const float* x, u32 head_dim, u32 len, const float* centroids, u32 tables, u32 count, u32 columns,
-                             float* tiles, Last last, Write write) {
-  __shared__ Nearest of_warps[2][KEYS][WARPS];
-  const u32 tiles_of_table = (columns + COLUMNS - 1) / COLUMNS, all = tables * tiles_of_table;
-  u32 loaded_table = 0, loaded_column = 0, loaded = 0;
-  const auto load_next = [&] {
-    if (loaded_table < tables) {
-      constexpr u32 PIECES = COLUMNS / WIDTH;
-      const float* const from = centroids + static_cast<u64>(loaded_table) * count * columns + loaded_column;
-      float* const to = tiles + loaded % TILES * TILE;
+// Floats between keys in shared memory: lanes that read four of a key each meet in no bank.
+__device__ inline u32 stride_of(u32 columns) { return (columns + 3) / 4 * 4 | 4; }
+
+// Some centroids of a table, side by side.
+struct Table {
+  const float* centroids;  // [rows, columns]
+  u32 first;               // one's number
+  u32 rows;
+  u32 columns;
+
+  // Whether they can be read four floats at a time.
+  __device__ bool has_fours() const { return columns % 4 == 0 && reinterpret_cast<u64>(centroids) % 16 == 0; }
+
+  // Sends those from the `begin`-th on on their way to shared memory, as many as it has room for.
+  __device__ void fetch(u32 begin) const {
+    const u32 n = min(TILE / columns, rows - begin) * columns;
+    const float* const from = centroids + begin * columns;
+    if (has_fours()) {
 #pragma unroll 4
-      for (u32 i = 0; i < PIECES; i++) {
-        const u32 row = (i * THREADS + threadIdx.x) / PIECES, at = threadIdx.x % PIECES * WIDTH;
-        if (row < count && loaded_column + at < columns) {
-          __pipeline_memcpy_async(to + row * STRIDE<WIDTH> + at, from + row * columns + at, WIDTH * sizeof(float));
-        }
-      }
-      loaded++, loaded_column += COLUMNS;
-      if (loaded_column >= columns) loaded_table++, loaded_column = 0;
+      for (u32 i = threadIdx.x * 4; i < n; i += THREADS * 4) __pipeline_memcpy_async(shared + i, from + i, 4 * sizeof(float));
+    } else {
+      for (u32 i = threadIdx.x; i < n; i += THREADS) __pipeline_memcpy_async(shared + i, from + i, sizeof(float));
     }
     __pipeline_commit();
-  };
-  for (u32 i = 0; i + 1 < TILES; i++) load_next();
-  // What the warps have found in a table, brought together while they are in the next.
-  const auto finish = [&](u32 table) {
-    if (threadIdx.x >= KEYS) return;
-    Nearest nearest = of_warps[table % 2][threadIdx.x][0];
-#pragma unroll
-    for (u32 warp = 1; warp < WARPS; warp++) nearest = nearer(nearest, of_warps[table % 2][threadIdx.x][warp]);
-    write(threadIdx.x, table, nearest.code());
-  };
-  float distances[KEYS];
-  u32 table = 0, column = 0;
-  for (u32 i = 0; i < all; i++) {
-    __pipeline_wait_prior(TILES - 2);
-    __syncthreads();  // the tile has come, and the one before it has been read
-    load_next();
-    if (column == 0 && table > 0) finish(table - 1);
-    const float* const centroid = tiles + i % TILES * TILE + threadIdx.x * STRIDE<WIDTH>;
-    const float* const own = x + table * len + column;
-    if (column == 0) {
-#pragma unroll
-      for (u32 key = 0; key < KEYS; key++) distances[key] = 0;
-    }
-    const auto add = [&](u32 j) {
-      const auto c = load_floats<WIDTH>(centroid + j);
-#pragma unroll
-      for (u32 key = 0; key < KEYS; key++) {
-        const auto a = load_floats<WIDTH>(own + key * head_dim + j);
-#pragma unroll
-        for (u32 k = 0; k < WIDTH; k++) distances[key] = add_square(distances[key], a.x[k] - c.x[k]);
-      }
-    };
-    const u32 n = min(COLUMNS, len - min(column, len));
-    if (n == COLUMNS) {
-#pragma unroll
-      for (u32 j = 0; j < COLUMNS; j += WIDTH) add(j);
-    } else {
-#pragma unroll 1
-      for (u32 j = 0; j < n; j += WIDTH) add(j);
-    }
-    if (n < COLUMNS && columns > len) {
-#pragma unroll
-      for (u32 key = 0; key < KEYS; key++) distances[key] = add_square(distances[key], last(key, table) - centroid[n]);
-    }
-    column += COLUMNS;
-    if (column < columns) continue;
-#pragma unroll
-    for (u32 key = 0; key < KEYS; key++) {
-      const bool is_there = threadIdx.x < count && distances[key] < INFINITY;
-      const Nearest own = {is_there ? distances[key] : INFINITY, is_there ? threadIdx.x : UINT32_MAX};
-      const Nearest nearest = nearest_of_lanes(own);
-      if (threadIdx.x % 32 == 0) of_warps[table % 2][key][threadIdx.x / 32] = nearest;
-    }
-    table++, column = 0;
   }
+};
+
+// The centroid of a table that is nearest to each lane's key, in the threads of the first warp: the same bits as nearest_by_warp
+// in nearest.cuh. The keys' sub-vectors are as long as a centroid, `stride` apart. The first centroids are on their way; a warp
+// takes TOGETHER at a time. Rows are read WIDTH floats at a time.
+template <u32 WIDTH>
+__device__ Nearest find_nearest(u32 stride, const Table& table) {
+  __shared__ Nearest of_warps[WARPS][32];
+  constexpr u32 TOGETHER = 4;
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = table.columns;
+  const float* const own = shared + TILE + lane * stride;
+  Nearest nearest = {INFINITY, UINT32_MAX};
+  for (u32 begin = 0, n; begin < table.rows; begin += n) {
+    n = min(TILE / columns, table.rows - begin);
+    if (begin > 0) {
+      __syncthreads();  // the tile before has been read
+      table.fetch(begin);
+    }
+    __pipeline_wait_prior(0);
+    __syncthreads();  // x is there as well
+    for (u32 c = warp * TOGETHER; c < n; c += WARPS * TOGETHER) {
+      const float* rows[TOGETHER];
+      float distances[TOGETHER] = {};
+#pragma unroll
+      for (u32 k = 0; k < TOGETHER; k++) rows[k] = shared + min(c + k, n - 1) * columns;
+#pragma unroll 2
+      for (u32 j = 0; j < columns; j += WIDTH) {
+        const auto a = load_floats<WIDTH>(own + j);
+#pragma unroll
+        for (u32 k = 0; k < TOGETHER; k++) {
+          const auto b = load_floats<WIDTH>(rows[k] + j);
+#pragma unroll
+          for (u32 i = 0; i < WIDTH; i++) distances[k] = add_square(distances[k], a.x[i] - b.x[i]);
+        }
+      }
+#pragma unroll
+      for (u32 k = 0; k < TOGETHER; k++) {
+        if (distances[k] < nearest.distance) nearest = {distances[k], table.first + begin + c + k};
+      }
+    }
+  }
+  of_warps[warp][lane] = nearest;
   __syncthreads();
-  finish(tables - 1);
+  if (warp == 0) {
+#pragma unroll
+    for (u32 w = 1; w < WARPS; w++) nearest = nearer(nearest, of_warps[w][lane]);
+  }
+  return nearest;
 }
 
-// An element of a head's keys or values, of which the newest is yet to be appended.
+// Not inlined, so that clusters and codes run the same instructions: what runs once waits for these more than for anything
+// else.
+__device__ __noinline__ Nearest find_nearest(u32 stride, Table table) {
+  return table.has_fours() ? find_nearest<4>(stride, table) : find_nearest<1>(stride, table);
+}
+
+// Elements of a key or a value.
+template <class T>
+struct Row {
+  const T* first;
+  u64 stride;
+  __device__ T operator[](u32 e) const { return first[e * stride]; }
+};
+
+// A head's keys or values, of which the newest is yet to be appended.
 template <class T>
 struct Rows {
   const T* cached;
-  const T* newest;
-  u64 newest_stride;
+  Row<T> newest;
   u64 length;  // positions that are cached
   const u32* pages;
   u32 head_dim;
@@ -171,208 +176,240 @@ struct Rows {
       : length(length), pages(own.pages), head_dim(p.head_dim) {
     const u64* const strides = is_key ? own.new_key_strides : own.new_value_strides;
     cached = static_cast<const T*>(is_key ? own.keys : own.values) + h * own.key_stride;
-    newest = static_cast<const T*>(is_key ? own.new_key : own.new_value) + h * strides[0];
-    newest_stride = strides[1];
+    newest = {static_cast<const T*>(is_key ? own.new_key : own.new_value) + h * strides[0], strides[1]};
   }
-  __device__ T at(u64 position, u32 e) const {
-    return position < length ? cached[place_of(position, pages) * head_dim + e] : newest[e * newest_stride];
+  // Addresses depend on a condition, and so loads on none: they need not wait for each other.
+  __device__ Row<T> operator[](u64 position) const {
+    const bool is_cached = position < length;
+    return {is_cached ? cached + place_of(position, pages) * head_dim : newest.first, is_cached ? 1 : newest.stride};
   }
 };
 
-// Adds a row's values to the sums of their clusters: those of a cluster one after the other as they lie. A warp takes the
-// first key of a cluster and those that follow it there. `first` is the position of the block's first key; `staged` has room
-// for TILES * TILE floats.
+// A part of what is due: a group of a row's keys, and a slice of the clusters or a subspace.
+struct Part {
+  const Sequence& own;
+  u32 h;
+  u64 length;  // without the newest
+  u64 first;   // position of a key
+  u32 n;       // keys of all groups, of at most KEYS
+  u32 groups;
+  u32 group;
+  u32 index;  // of the slice or the subspace
+
+  // A lane's key, where there is none the last.
+  __device__ u32 key(u32 lane) const { return min(group * GROUP + lane, n - 1); }
+  __device__ bool has(u32 lane) const { return group * GROUP + lane < n; }
+
+  __device__ Table clusters(const AppendAndIndex& p) const {
+    const u32 most = (p.n_clusters + SLICES - 1) / SLICES, begin = min(index * most, p.n_clusters);
+    return {own.coarse + (h * p.n_clusters + begin) * p.head_dim, begin, min(most, p.n_clusters - begin), p.head_dim};
+  }
+  __device__ Table codes(const AppendAndIndex& p) const {
+    const u32 columns = p.pq_len + (own.phi ? 1 : 0), table = h * p.pq_dim + index;
+    return {own.centroids + static_cast<u64>(table) * p.n_centroids * columns, 0, p.n_centroids, columns};
+  }
+};
+
+// Loads `len` elements from the `begin`-th on of a group's keys, weighted, minus those of their clusters if there are any.
 template <class T>
-__device__ void add_values(const Sequence& own, u32 h, u64 first, const Rows<T>& values, T* staged, const AppendAndIndex& p) {
-  constexpr u32 WORDS = 3, MOST = 32 * WORDS;  // keys at a time, a bit each
-  constexpr u32 BATCH = 8, ELEMENTS = 4;       // loads of a thread that are on their way
-  __shared__ u32 cluster_of[MOST];
-  const u8* const clusters = own.clusters + h * own.clusters_stride;
-  float* const sums = own.sums + static_cast<u64>(h) * p.n_clusters * p.head_dim;
-  u32* const counts = own.counts + h * p.n_clusters;
-  const u32 lane = threadIdx.x % 32, most = min(MOST, TILES * TILE * 4 / (p.head_dim * static_cast<u32>(sizeof(T))));
-  for (u64 begin = 0; begin < p.block; begin += most) {
-    const u32 n = static_cast<u32>(min(p.block - begin, u64{most})), elements = n * p.head_dim;
-    __syncthreads();  // those before have been added
-    if (threadIdx.x < n) {
-      const u32 cluster = __ldcg(&clusters[place_of(first + begin + threadIdx.x, own.code_pages)]);
-      cluster_of[threadIdx.x] = cluster;
-      atomicAdd(&counts[cluster], 1);
-    }
-    for (u32 i = threadIdx.x; i < elements; i += BATCH * THREADS) {
-      T x[BATCH];
+__device__ void load_keys(u32 stride, const Part& part, u32 begin, u32 len, const u32* cluster_of,
+                          const AppendAndIndex& p) {
+  constexpr u32 OF_WARP = GROUP / WARPS, BATCH = 4;
+  const Rows<T> keys(part.own, true, part.h, part.length, p);
+  const float* const weights = part.own.weights ? part.own.weights + part.h * p.head_dim + begin : nullptr;
+  const float* const coarse = part.own.coarse + part.h * p.n_clusters * p.head_dim + begin;
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (u32 first = lane; first < len; first += 32 * BATCH) {
+    T loaded[OF_WARP][BATCH];
 #pragma unroll
-      for (u32 k = 0; k < BATCH; k++) {
-        const u32 element = min(i + k * THREADS, elements - 1), key = element / p.head_dim;
-        x[k] = values.at(first + begin + key, element - key * p.head_dim);
-      }
+    for (u32 k = 0; k < OF_WARP; k++) {
+      const Row<T> key = keys[part.first + part.key(warp + k * WARPS)];
 #pragma unroll
-      for (u32 k = 0; k < BATCH; k++) {
-        if (i + k * THREADS < elements) staged[i + k * THREADS] = x[k];
+      for (u32 i = 0; i < BATCH; i++) {
+        if (first + i * 32 < len) loaded[k][i] = key[begin + first + i * 32];
       }
     }
-    __syncthreads();
-    u32 of_lane[WORDS];
 #pragma unroll
-    for (u32 w = 0; w < WORDS; w++) of_lane[w] = w * 32 + lane < n ? cluster_of[w * 32 + lane] : UINT32_MAX;
-    for (u32 key = threadIdx.x / 32; key < n; key += WARPS) {
-      const u32 cluster = cluster_of[key];
-      u32 same[WORDS], before = 0;
+    for (u32 k = 0; k < OF_WARP; k++) {
+      const u32 cluster = cluster_of ? cluster_of[part.key(warp + k * WARPS)] : 0;
 #pragma unroll
-      for (u32 w = 0; w < WORDS; w++) {
-        same[w] = __ballot_sync(ALL_LANES, of_lane[w] == cluster);
-        const u32 below = key / 32 > w ? ALL_LANES : key / 32 == w ? (1u << key % 32) - 1 : 0;
-        before |= same[w] & below;
-      }
-      if (before) continue;
-      for (u32 first = lane; first < p.head_dim; first += 32 * ELEMENTS) {
-        float sum[ELEMENTS];
-#pragma unroll
-        for (u32 k = 0; k < ELEMENTS; k++) {
-          const u32 e = first + k * 32;
-          sum[k] = e < p.head_dim ? sums[cluster * p.head_dim + e] : 0;
-        }
-#pragma unroll
-        for (u32 w = 0; w < WORDS; w++) {
-          for (u32 left = same[w]; left; left &= left - 1) {
-            const T* const value = staged + (w * 32 + __ffs(left) - 1) * p.head_dim;
-#pragma unroll
-            for (u32 k = 0; k < ELEMENTS; k++) sum[k] += widen(value[min(first + k * 32, p.head_dim - 1)]);
-          }
-        }
-#pragma unroll
-        for (u32 k = 0; k < ELEMENTS; k++) {
-          const u32 e = first + k * 32;
-          if (e < p.head_dim) sums[cluster * p.head_dim + e] = sum[k];
-        }
+      for (u32 i = 0; i < BATCH; i++) {
+        const u32 e = first + i * 32;
+        if (e >= len) continue;
+        float element = widen(loaded[k][i]);
+        if (weights) element = __fmul_rn(element, __ldg(&weights[e]));
+        if (cluster_of) element = __fsub_rn(element, __ldg(&coarse[cluster * p.head_dim + e]));
+        shared[TILE + (warp + k * WARPS) * stride + e] = element;
       }
     }
   }
 }
 
-// Encodes KEYS keys from the `first`-th of a head's block on, of which the newest is the last: of each first its cluster, then its codes. Where they are the
-// last part of `parts` to be done the block's values are added up as well.
+// Finds which of a slice of the clusters is nearest to each key. The table is on its way.
 template <class T>
-__device__ void index_keys(const Sequence& own, u32 h, u64 first, u32 parts, float* tiles, const AppendAndIndex& p) {
-  const u64 length = *own.len, begin = length + 1 - p.block;
-  const Rows<T> keys(own, true, h, length, p);
-  const float* const weights = own.weights + h * p.head_dim;
-  const u32 first_cluster = h * p.n_clusters, first_table = h * p.pq_dim;
-  const float* const coarse = own.coarse + static_cast<u64>(first_cluster) * p.head_dim;
-  const u32 columns = p.pq_len + (own.phi ? 1 : 0);
-  const float* const centroids = own.centroids + static_cast<u64>(first_table) * p.n_centroids * columns;
-  u8* const codes = own.codes + h * own.codes_stride;
-  u8* const clusters = own.clusters + h * own.clusters_stride;
-  __shared__ alignas(16) float x[KEYS * LONGEST];
-  __shared__ u8 nearest_clusters[KEYS];
-  // The coordinate that the inner-product metric adds to that of a key, which has no weights and no cluster.
-  const auto augmentation = [&](u32 key, u32 m) {
-    float norm = 0;
-    for (u32 j = 0; j < p.pq_len; j++) norm = add_square(norm, x[key * p.head_dim + m * p.pq_len + j]);
-    return __fsqrt_rn(fmaxf(own.phi[first_table + m] - norm, 0.0f));
-  };
-  __syncthreads();  // those of the keys before have been read
-  // A thread's elements of keys, all loaded before the first is waited for.
-  const u32 elements = KEYS * p.head_dim;
-  T element[KEYS];
+__device__ void find_clusters(const Part& part, const AppendAndIndex& p) {
+  const u32 stride = stride_of(p.head_dim);
+  load_keys<T>(stride, part, 0, p.head_dim, nullptr, p);
+  const Nearest nearest = find_nearest(stride, part.clusters(p));
+  const u32 at = (part.h * SLICES + part.index) * KEYS + part.group * GROUP;
+  if (threadIdx.x < GROUP) part.own.nearest[at + threadIdx.x] = nearest;
+}
+
+// Encodes keys in a subspace, and adds a share of the elements of all groups' values to the sums of their clusters: those of
+// a cluster one after the other as they lie. The table is on its way.
+template <class T>
+__device__ void find_codes(const Part& part, const AppendAndIndex& p) {
+  __shared__ u32 cluster_of[KEYS];
+  __shared__ u64 same[KEYS];  // keys of the same cluster, a bit each
+  __shared__ float staged[KEYS][ELEMENTS];
+  const Sequence& own = part.own;
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();  // what there was of others has been read
+  // The thread's element of the values.
+  const u32 parts = part.groups * p.pq_dim, most = (p.head_dim + parts - 1) / parts;
+  const u32 begin = (part.group * p.pq_dim + part.index) * most, end = own.sums ? min(begin + most, p.head_dim) : 0;
+  const u32 key = threadIdx.x / ELEMENTS, column = threadIdx.x % ELEMENTS;
+  const Row<T> values = Rows<T>(own, false, part.h, part.length, p)[part.first + min(key, part.n - 1)];
+  float value = begin + column < end ? widen(values[begin + column]) : 0;
+  if (p.n_clusters && threadIdx.x < KEYS) {
+    Nearest nearest = {INFINITY, UINT32_MAX};
 #pragma unroll
-  for (u32 k = 0; k < KEYS; k++) {
-    const u32 i = min(k * THREADS + threadIdx.x, elements - 1), key = i / p.head_dim;
-    element[k] = keys.at(begin + min(first + key, p.block - 1), i - key * p.head_dim);
-  }
-#pragma unroll
-  for (u32 k = 0; k < KEYS; k++) {
-    const u32 i = k * THREADS + threadIdx.x;
-    if (i < elements) x[i] = own.weights ? __fmul_rn(widen(element[k]), weights[i % p.head_dim]) : widen(element[k]);
+    for (u32 slice = 0; slice < SLICES; slice++) {
+      const Nearest* const of_slice = &own.nearest[(part.h * SLICES + slice) * KEYS + threadIdx.x];
+      const float2 both = __ldcg(reinterpret_cast<const float2*>(of_slice));
+      nearest = nearer(nearest, {both.x, __float_as_uint(both.y)});
+    }
+    cluster_of[threadIdx.x] = threadIdx.x < part.n ? nearest.code() : UINT32_MAX;
   }
   __syncthreads();
-  // The same code for clusters and for codes: what runs once waits for its instructions more than for anything else.
-#pragma unroll 1
-  for (u32 round = own.coarse ? 0 : 1; round < 2; round++) {
-    const bool is_cluster = round == 0;
-    const auto write = [&](u32 key, u32 m, u8 index) {
-      if (is_cluster) nearest_clusters[key] = index;
-      if (first + key >= p.block) return;
-      const u64 place = place_of(begin + first + key, own.code_pages);
-      (is_cluster ? clusters[place] : codes[place * p.pq_dim + m]) = index;
-    };
-    const u32 len = is_cluster ? p.head_dim : p.pq_len, tables = is_cluster ? 1 : p.pq_dim;
-    const u32 count = is_cluster ? p.n_clusters : p.n_centroids, all_columns = is_cluster ? len : columns;
-    const float* const from = is_cluster ? coarse : centroids;
-    if (len % 4 == 0 && all_columns == len && reinterpret_cast<u64>(from) % 16 == 0) {
-      find_nearest<4>(x, p.head_dim, len, from, tables, count, all_columns, tiles, augmentation, write);
-    } else {
-      find_nearest<1>(x, p.head_dim, len, from, tables, count, all_columns, tiles, augmentation, write);
-    }
-    __syncthreads();
-    if (!is_cluster) break;
-    float centroid[KEYS];
-#pragma unroll
-    for (u32 k = 0; k < KEYS; k++) {
-      const u32 i = min(k * THREADS + threadIdx.x, elements - 1), key = i / p.head_dim;
-      centroid[k] = coarse[nearest_clusters[key] * p.head_dim + i - key * p.head_dim];
-    }
-#pragma unroll
-    for (u32 k = 0; k < KEYS; k++) {
-      const u32 i = k * THREADS + threadIdx.x;
-      if (i < elements) x[i] = __fsub_rn(x[i], centroid[k]);
-    }
-    __syncthreads();
+  const Table table = part.codes(p);
+  const u32 stride = stride_of(table.columns);
+  load_keys<T>(stride, part, part.index * p.pq_len, p.pq_len, p.n_clusters ? cluster_of : nullptr, p);
+  for (u32 k = warp; own.sums && k < part.n; k += WARPS) {
+    const u32 low = __ballot_sync(ALL_LANES, cluster_of[lane] == cluster_of[k]);
+    const u32 high = __ballot_sync(ALL_LANES, cluster_of[32 + lane] == cluster_of[k]);
+    if (lane == 0) same[k] = static_cast<u64>(high) << 32 | low;
   }
-  if (!own.sums || !is_last(&own.indexed[h], parts)) return;
-  add_values(own, h, begin, Rows<T>(own, false, h, length, p), reinterpret_cast<T*>(tiles), p);
+  __syncthreads();
+  if (own.phi) {
+    // The coordinate that the inner-product metric adds to that of a key, which has no weights and no cluster.
+    if (warp == 0) {
+      float* const x = shared + TILE + lane * stride;
+      float norm = 0;
+      for (u32 j = 0; j < p.pq_len; j++) norm = add_square(norm, x[j]);
+      x[p.pq_len] = __fsqrt_rn(fmaxf(own.phi[part.h * p.pq_dim + part.index] - norm, 0.0f));
+    }
+  }
+  const bool is_first = own.sums && key < part.n && (same[key] & ((u64{1} << key) - 1)) == 0;
+  float* const of_cluster = own.sums + (part.h * p.n_clusters + (is_first ? cluster_of[key] : 0)) * p.head_dim;
+  if (is_first) prefetch(of_cluster + begin);
+  const Nearest nearest = find_nearest(stride, table);
+  if (warp == 0 && part.has(lane)) {
+    const u64 place = place_of(part.first + part.key(lane), own.code_pages);
+    own.codes[part.h * own.codes_stride + place * p.pq_dim + part.index] = nearest.code();
+    if (part.index == 0 && p.n_clusters) {
+      const u32 cluster = cluster_of[part.key(lane)];
+      own.clusters[part.h * own.clusters_stride + place] = static_cast<u8>(cluster);
+      if (own.sums) atomicAdd(&own.counts[part.h * p.n_clusters + cluster], 1);
+    }
+  }
+  for (u32 first = begin; first < end; first += ELEMENTS) {
+    const u32 e = first + column;
+    staged[key][column] = value;
+    __syncthreads();
+    if (is_first && e < end) {
+      float sum = __ldcg(of_cluster + e);
+      for (u64 left = same[key]; left; left &= left - 1) sum += staged[__ffsll(static_cast<long long>(left)) - 1][column];
+      of_cluster[e] = sum;
+    }
+    __syncthreads();
+    if (e + ELEMENTS < end) value = widen(values[e + ELEMENTS]);
+  }
 }
 
-// A sequence for which there is no room is left as it is.
-__device__ inline bool has_room(const Sequence& own) { return *own.len < own.capacity; }
-
-// Writes the new keys and values: a thread an element.
+// Writes the new keys and values, a thread an element. Returns of which sequences there is a block of keys to encode, a bit
+// each, to all threads. A sequence for which there is no room is left as it is.
 template <class T>
-__device__ void append(const AppendAndIndex& p) {
-  const u32 row = p.head_dim, of_sequence = 2 * p.h_kv * row;
-  for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < p.n_sequences * of_sequence; i += gridDim.x * THREADS) {
+__device__ u32 append(u32* lengths, const AppendAndIndex& p) {
+  __shared__ u32 all_due;
+  const u32 row = p.head_dim, of_sequence = 2 * p.h_kv * row, all = p.n_sequences * of_sequence;
+  u32 i = blockIdx.x * THREADS + threadIdx.x;
+  const auto load = [&] {
+    if (i >= all) return T{};
     const Sequence& own = p.sequences[i / of_sequence];
-    const u32 e = i % row, h = i / row % p.h_kv;
     const bool is_key = i / row / p.h_kv % 2 == 0;
-    if (!has_room(own)) continue;
-    const u64 length = *own.len, at = h * own.key_stride + place_of(length, own.pages) * row + e;
-    static_cast<T*>(is_key ? own.keys : own.values)[at] = Rows<T>(own, is_key, h, length, p).at(length, e);
-  }
-}
-
-// The last `block` keys of a sequence are due where the new one fills them: blocks of keys follow each other from
-// init_offset on. Grid: any number of blocks, which share what is new and what is due.
-template <class T>
-__device__ void append_and_index(const AppendAndIndex& p) {
-  extern __shared__ __align__(16) float tiles[];  // [TILES, TILE]
-  __shared__ u32 all_due;                         // a bit a sequence
-  append<T>(p);
+    return Rows<T>(own, is_key, i / row % p.h_kv, 0, p).newest[i % row];
+  };
+  T element = load();
   if (threadIdx.x < 32) {
     bool is_due = false;
     if (threadIdx.x < p.n_sequences) {
       const Sequence& own = p.sequences[threadIdx.x];
-      const u64 length = *own.len + u64{1};
-      is_due = own.codes && has_room(own) && length > p.init_offset && (length - p.init_offset) % p.block == 0;
+      const u64 before = *own.len, length = before + 1;
+      lengths[threadIdx.x] = static_cast<u32>(before);
+      is_due = own.codes && before < own.capacity && length > p.init_offset && (length - p.init_offset) % p.block == 0;
     }
     const u32 due = __ballot_sync(ALL_LANES, is_due);
     if (threadIdx.x == 0) all_due = due;
   }
   __syncthreads();
-  const u64 parts = ceil_div(p.block, KEYS), parts_of_sequence = parts * p.h_kv;
-  for (u64 i = blockIdx.x; i < __popc(all_due) * parts_of_sequence; i += gridDim.x) {
-    u32 due = all_due;
-    for (u64 before = i / parts_of_sequence; before > 0; before--) due &= due - 1;
-    const u32 h = static_cast<u32>(i / parts % p.h_kv);
-    index_keys<T>(p.sequences[__ffs(due) - 1], h, i % parts * KEYS, static_cast<u32>(parts), tiles, p);
+  while (i < all) {
+    const Sequence& own = p.sequences[i / of_sequence];
+    const u32 length = lengths[i / of_sequence];
+    const bool is_key = i / row / p.h_kv % 2 == 0;
+    T* const to = static_cast<T*>(is_key ? own.keys : own.values) + i / row % p.h_kv * own.key_stride;
+    if (length < own.capacity) to[place_of(length, own.pages) * row + i % row] = element;
+    i += gridDim.x * THREADS;
+    element = load();
+  }
+  return all_due;
+}
+
+// The last `block` keys of a sequence are due where the new one fills them: blocks of keys follow each other from
+// init_offset on. Grid: any number of blocks, all at once, which share what is new and what is due.
+template <class T>
+__device__ void append_and_index(const AppendAndIndex& p) {
+  __shared__ u32 lengths[MAX_SEQUENCES];
+  const u32 all_due = append<T>(lengths, p), rows = __popc(all_due) * p.h_kv, block = static_cast<u32>(p.block);
+  u32* const met = p.sequences[0].met;
+  for (u32 begin = 0, turn = 0; begin < (rows ? block : 0); begin += KEYS) {
+    const u32 n = min(KEYS, block - begin), groups = (n + GROUP - 1) / GROUP;
+    // The `i`-th of all, of which there are as many for each row and group as there are indices.
+    const auto part = [&](u32 i, u32 indices) {
+      const u32 row = i / groups / indices;
+      u32 due = all_due;
+      for (u32 before = row / p.h_kv; before > 0; before--) due &= due - 1;
+      const u32 sequence = __ffs(due) - 1;
+      const u64 length = lengths[sequence], first = length + 1 - block + begin;
+      return Part{p.sequences[sequence], row % p.h_kv, length, first, n, groups, i % groups, i / groups % indices};
+    };
+    const u32 all_slices = rows * groups * SLICES, all_codes = rows * groups * p.pq_dim;
+    for (u32 i = blockIdx.x; p.n_clusters && i < all_slices; i += gridDim.x) {
+      const Part own = part(i, SLICES);
+      own.clusters(p).fetch(0);
+      find_clusters<T>(own, p);
+    }
+    // The first table comes while others are waited for.
+    if (blockIdx.x < all_codes) part(blockIdx.x, p.pq_dim).codes(p).fetch(0);
+    if (p.n_clusters) meet(met, gridDim.x, ++turn);
+    for (u32 i = blockIdx.x; i < all_codes; i += gridDim.x) {
+      const Part own = part(i, p.pq_dim);
+      if (i >= gridDim.x) own.codes(p).fetch(0);
+      find_codes<T>(own, p);
+    }
+    if (p.n_clusters && begin + KEYS < block) meet(met, gridDim.x, ++turn);
   }
   // The last block to come here is the last that needed the old lengths.
-  if (is_last(p.sequences[0].appended, gridDim.x) && threadIdx.x < p.n_sequences && has_room(p.sequences[threadIdx.x])) {
-    *p.sequences[threadIdx.x].len += 1;
+  if (is_last(p.sequences[0].appended, gridDim.x)) {
+    if (threadIdx.x == 0) *met = 0;
+    if (threadIdx.x < p.n_sequences && lengths[threadIdx.x] < p.sequences[threadIdx.x].capacity) {
+      *p.sequences[threadIdx.x].len += 1;
+    }
   }
 }
 
 #define KERNEL(suffix, type)                                                          \
-  extern "C" __global__ __launch_bounds__(THREADS, 2) void append_and_index_##suffix( \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void append_and_index_##suffix( \
       const __grid_constant__ AppendAndIndex p) {                                     \
     append_and_index<type>(p);                                                        \
   }

@@ -69,6 +69,9 @@ __device__ inline u64 place_of(u64 position, const u32* pages) {
   return pages ? static_cast<u64>(__ldg(&pages[position / PAGE])) * PAGE + position % PAGE : position;
 }
 
+// Has what is at `from` come to the second-level cache.
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ inline u64 ceil_div(u64 x, u64 y) { return (x + y - 1) / y; }
 
 __device__ inline float widen(float x) { return x; }
@@ -156,4 +159,20 @@ __device__ inline bool is_last(u32* arrived, u32 blocks) {
   }
   __syncthreads();
   return last;
+}
+
+// Waits for the other `blocks` of a team, whose `turn`-th meeting this is: what they wrote before can be read then, past the
+// first-level cache. All of them must be running, which a cooperative launch sees to.
+__device__ inline void meet(u32* arrived, u32 blocks, u32 turn) {
+  __syncthreads();
+  if (blocks == 1) return;
+  if (threadIdx.x == 0) {
+    // In the order of the memory model: what the block did is released, what the others did is acquired.
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    u32 count;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+    } while (count < blocks * turn);
+  }
+  __syncthreads();
 }

@@ -25,7 +25,7 @@ pub struct PqConfig {
     /// First keys, always attended: any number. A few catch the mass that softmax attention parks on the first tokens.
     pub sink: usize,
     /// Last keys, always attended: any number. It is also the write buffer of the index, which is filled in blocks of
-    /// about this many keys; small windows make many small blocks.
+    /// so many keys; small windows make many small blocks.
     pub window: usize,
     /// Keys selected by score. 1% suits contexts of 100,000 keys; short ones, and those without a tail, want more.
     pub heavy: Heavy,

@@ -284,19 +284,19 @@ fn index_follows_the_sequence() -> Result<()> {
         assert_same_bits(&codes, &cache.codebook().expect("a codebook").encode(&keys)?.0, "codes");
         Ok::<_, candle_core::Error>(codes.dim(2)? + 3)
     };
-    // Blocks of the window and one key more, from position 3 on.
-    assert_eq!(encoded(&cache)?, 3 + 6 * 9);
-    for n in 62..=3 + 7 * 9 - 1 {
+    // Blocks of the window's length, from position 3 on.
+    assert_eq!(encoded(&cache)?, 3 + 7 * 8);
+    for n in 62..=3 + 8 * 8 - 1 {
         step(&mut cache, 1)?;
-        assert_eq!((cache.len(), encoded(&cache)?), (n, 57), "no block is full");
-        assert!(n - 8 <= 57, "nothing left the window without a code");
+        assert_eq!((cache.len(), encoded(&cache)?), (n, 59), "no block is full");
+        assert!(n - 8 <= 59, "nothing left the window without a code");
     }
     step(&mut cache, 1)?;
-    assert_eq!(encoded(&cache)?, 66, "a block at once");
+    assert_eq!(encoded(&cache)?, 67, "a block at once");
     // Trained on the 58 keys from position 3 on, and again on 87 of them, half as many more.
     let centroids = |cache: &PqKvCache| numbers(&cache.codebook().expect("a codebook").centroids().expect("a view"));
     let first = centroids(&cache);
-    step(&mut cache, 22)?;
+    step(&mut cache, 21)?;
     step(&mut cache, 1)?;
     assert_eq!((cache.len(), centroids(&cache) == first), (89, true), "not yet half as many more");
     step(&mut cache, 1)?;
@@ -313,7 +313,7 @@ fn index_follows_the_sequence() -> Result<()> {
     assert_eq!(third, centroids(&cache), "all that it was trained on is there");
     step(&mut cache, 30)?;
     step(&mut cache, 1)?;
-    assert_eq!(encoded(&cache)?, 3 + 80 * 9, "encoded behind what was kept");
+    assert_eq!(encoded(&cache)?, 3 + 91 * 8, "encoded behind what was kept");
     cache.truncate(590)?;
     assert!(cache.codebook().is_none(), "trained on keys that are gone");
     Ok(())
@@ -333,7 +333,7 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     assert_eq!(capacities, [256, 512, 1024, 2048]);
     assert_eq!((cache.memory().kv_bytes, cache.memory().index_bytes), (2 * 2 * 3 * 16 * 2000 * 2, 0));
     cache.build_index()?;
-    let (codes, codebook) = (2 * 3 * 221 * 9 * 4, 2 * 3 * 16 * 16 * 4); // 221 full blocks of 9
+    let (codes, codebook) = (2 * 3 * 249 * 8 * 4, 2 * 3 * 16 * 16 * 4); // 249 full blocks of 8
     assert_eq!(cache.memory().index_bytes, codes + codebook);
 
     let attn = PqAttention::new(with_tail(), 0.25)?;
@@ -342,7 +342,7 @@ fn capacity_doubles_and_memory_is_what_is_used() -> Result<()> {
     assert_eq!(cache.memory().index_bytes, 0);
     cache.build_index()?;
     let (coarse_codes, coarse, sums, counts) =
-        (2 * 3 * 221 * 9, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
+        (2 * 3 * 249 * 8, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 16 * 4, 2 * 3 * 32 * 4);
     assert_eq!(cache.memory().index_bytes, codes + codebook + coarse_codes + coarse + sums + counts);
     Ok(())
 }
@@ -606,11 +606,11 @@ fn codebook_survives_a_file() -> Result<()> {
         cache.append(&keys, &keys)?;
         cache.build_index()?;
         assert_same_bits(&cache.codebook().expect("kept").centroids()?, &codebook.centroids()?, "centroids");
-        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 297)?)?.0, "codes");
+        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 296)?)?.0, "codes");
         let other = Codebook::train(&keys.narrow(2, 100, 100)?, cache.config())?;
         cache.set_codebook(other.clone())?;
         cache.build_index()?;
-        assert_same_bits(&cache.codes()?, &other.encode(&keys.narrow(2, 3, 297)?)?.0, "codes of the new codebook");
+        assert_same_bits(&cache.codes()?, &other.encode(&keys.narrow(2, 3, 296)?)?.0, "codes of the new codebook");
     }
     Ok(())
 }

@@ -559,9 +559,14 @@ fn append_and_index() -> Result<()> {
         let attn = PqAttention::new(config, 0.125)?;
         let mut caches =
             [attn.new_cache([b, h_kv, d], 0, dtype, &gpu)?, attn.new_cache([b, h_kv, d], 0, dtype, &Device::Cpu)?];
-        for s in std::iter::once(400).chain(std::iter::repeat_n(1, 2 * (window + 1) + 9)) {
+        let mut scales =
+            [1.0, 0.0, 1e-3, 1e-20, 1e-38, 60.0, 1e10, 1.5e19, 1e38, f64::NAN, f64::INFINITY].iter().cycle();
+        for s in std::iter::once(400).chain(std::iter::repeat_n(1, 2 * window + 9)) {
             let queries = pair(&mut rng, &gpu, &[b, h_kv, s, d], dtype, Strides::Contiguous)?;
+            // Among the new keys some that are as near to many centroids, some at the ends of what floats are, and none.
+            let scale = if s == 1 { *scales.next().unwrap_or(&1.0) } else { 1.0 };
             let keys = pair(&mut rng, &gpu, &[b, h_kv, s, d], dtype, Strides::Contiguous)?;
+            let keys = [keys[0].affine(scale, 0.0)?, keys[1].affine(scale, 0.0)?];
             let values = pair(&mut rng, &gpu, &[b, h_kv, s, d], dtype, Strides::Contiguous)?;
             for (i, cache) in caches.iter_mut().enumerate() {
                 attn.forward_dense(&queries[i], &keys[i], &values[i], cache)?;
@@ -1186,7 +1191,7 @@ fn forks_equal_caches_of_their_own() -> Result<()> {
         }
         assert!(replays > STEPS - 20, "{replays} of {STEPS} steps were replays");
         // A block that a fork shares and that has no codes yet.
-        let (mut cache, block) = (document()?, attn.config().window + 1);
+        let (mut cache, block) = (document()?, attn.config().window);
         cache.truncate(cache.len() - (cache.len() - attn.config().init_offset()) % block)?;
         cache.build_index()?;
         let more = draw(block)?;

@@ -104,7 +104,7 @@ fn continuations_cost_what_they_add() -> Result<()> {
     let mut rng = Rng(8);
     let mut random = |len| rng.tensor(&[1, 1, len, D], DType::F32);
     cache.append(&random(n), &random(n))?;
-    let (key, block) = (2 * D * 4, attn.config().window + 1);
+    let (key, block) = (2 * D * 4, attn.config().window);
     assert_eq!(cache.memory().kv_bytes, n * key);
     for _ in 0..16 {
         let mut fork = cache.fork()?;

@@ -294,7 +294,7 @@ fn weights_survive_a_file() -> Result<()> {
         cache.set_codebook(loaded)?;
         cache.append(&keys, &keys)?;
         cache.build_index()?;
-        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 297)?)?.0, "codes of a cache");
+        assert_same_bits(&cache.codes()?, &codebook.encode(&keys.narrow(2, 3, 296)?)?.0, "codes of a cache");
         assert_eq!(cache.clusters().is_some(), config.tail == Tail::ClusterMeans);
     }
     Ok(())

@@ -399,7 +399,7 @@ impl Machine {
         let attended = match (&clusters, config.tail) {
             (Some((of_candidates, all)), Tail::ClusterMeans) => {
                 // Of full blocks from `init_offset` on.
-                let (start, block) = (config.init_offset(), config.window + 1);
+                let (start, block) = (config.init_offset(), config.window.max(1));
                 let encoded = (n - start) / block * block;
                 let empty = ops::ClusterSums::empty([self.b, H_KV, config.coarse, D], &Device::Cpu)?;
                 let (values, all) = (values.narrow(2, start, encoded)?, all.narrow(2, start, encoded)?);

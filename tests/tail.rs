@@ -395,7 +395,8 @@ fn naive_decode(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32
     assert_same_bits(&codes, &want, "codes");
     assert_same_bits(&coarse_codes, &want_coarse.expect("coarse codes"), "coarse codes");
     // Of the keys that have codes: full blocks of them, from the first on.
-    let summed = (n - start) / (config.window + 1) * (config.window + 1);
+    let block = config.window.max(1);
+    let summed = (n - start) / block * block;
     assert_eq!(coarse_codes.dim(2)?, summed);
     let (_, means) = clusters_of(&cache.values()?.narrow(2, start, summed)?, &coarse_codes, config.coarse)?;
     let of_candidates = |codes: &Tensor| codes.narrow(2, range.start - start, range.len());
@@ -431,16 +432,16 @@ fn naive_decode(config: &PqConfig, query: &Tensor, cache: &PqKvCache, scale: f32
 #[test]
 fn a_cluster_a_key_is_dense_attention() -> Result<()> {
     let mut rng = Rng(9);
-    // 64 candidates are 8 blocks, so the clusters have no values of others.
-    let config = PqConfig { sink: 2, window: 7, heavy: Heavy::Keys(1), coarse: 64, ..with_tail() };
-    let (sink, window, n, d) = (config.sink, config.window, 2 + 64 + 7, 16);
+    // The keys of the window have codes too, and clusters of their own.
+    let config = PqConfig { sink: 2, window: 64, heavy: Heavy::Keys(1), coarse: 128, ..with_tail() };
+    let (sink, window, n, d) = (config.sink, config.window, 2 + 128 + 10, 16);
     assert!(!config.is_dense(n));
     let (keys, values) = (rng.tensor(&[1, 2, n, d], DType::F32), rng.tensor(&[1, 2, n, d], DType::F32));
     let query = rng.tensor(&[1, 6, 1, d], DType::F32);
     let attn = PqAttention::new(config.clone(), 0.5)?;
     let mut cache = attn.new_cache([1, 2, d], 0, DType::F32, &Device::Cpu)?;
     let residuals = Tensor::zeros((1, 2, config.pq_dim, 16, d / config.pq_dim), DType::F32, &Device::Cpu)?;
-    cache.set_codebook(Codebook::new(residuals, None)?.with_coarse(keys.narrow(2, sink, 64)?.contiguous()?)?)?;
+    cache.set_codebook(Codebook::new(residuals, None)?.with_coarse(keys.narrow(2, sink, 128)?.contiguous()?)?)?;
     let part = |x: &Tensor, from, len| x.narrow(2, from, len);
     cache.append(&part(&keys, 0, n - 1)?, &part(&values, 0, n - 1)?)?;
     let got = attn.forward(&query, &part(&keys, n - 1, 1)?, &part(&values, n - 1, 1)?, &mut cache)?;

@@ -3,25 +3,6 @@
 
 #include "scores.cuh"
 
-// Has what is at `from` come to the second-level cache.
-__device__ inline void prefetch(const u8* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
-// Waits for the other blocks of a team, whose `turn`-th meeting this is: what they wrote before can be read then. All of
-// them must be running, which a cooperative launch sees to.
-__device__ inline void meet(u32* arrived, u32 blocks, u32 turn) {
-  __syncthreads();
-  if (blocks == 1) return;
-  if (threadIdx.x == 0) {
-    // In the order of the memory model: what the block did is released, what the others did is acquired.
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    u32 count;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
-    } while (count < blocks * turn);
-  }
-  __syncthreads();
-}
-
 // This block's part: blocks of a sequence follow each other, and so do those of a team, of which there is one a row, or a
 // bundle by query head.
 template <int HEADS, bool BY_KV>

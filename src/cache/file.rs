@@ -25,7 +25,7 @@ use crate::codebook::{at_path, check_shape, Codebook};
 use crate::config::PqConfig;
 
 /// Raised by what an older version would read wrongly.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// The most bytes of a header, as the format of safetensors has it.
 const MAX_HEADER: usize = 100_000_000;

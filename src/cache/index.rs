@@ -198,9 +198,9 @@ impl PqKvCache {
         self.version = next_version();
     }
 
-    /// Keys of a block: what fits the window and the key that leaves it.
+    /// Keys of a block: what fits the window, which is full before the first of them leaves it.
     pub(super) fn block(&self) -> usize {
-        self.config.window.saturating_add(1)
+        self.config.window.max(1)
     }
 
     /// End of the full blocks of `len` keys. It is never before the window, so all candidates have codes.

@@ -206,25 +206,28 @@ impl Step {
 /// graph serves a sequence that grows.
 #[derive(Debug)]
 pub(crate) struct Lens {
-    /// A length each, then counts of blocks that are done, which are 0 between launches: of `append` for each sequence, and of
-    /// `append_and_index` for each (batch, KV head) pair.
+    /// A length each; then, which are 0 between launches, a count each of blocks that are done and of those that met; then what
+    /// is left for these.
     storage: CudaStorage,
     sequences: usize,
-    counts: usize,
 }
+
+/// Words that the blocks of `append_and_index` leave each other for each (batch, KV head) pair: `Sequence::nearest` in its
+/// kernel.
+const NEAREST_WORDS: usize = 8 * 64 * 2;
 
 impl Lens {
     pub(crate) fn new(device: &CudaDevice, [sequences, kv_heads]: [usize; 2]) -> Result<Self> {
-        let counts = sequences * (1 + kv_heads);
-        Ok(Self { storage: zeros(device, sequences + counts, DType::U32)?, sequences, counts })
+        let words = (3 * sequences).next_multiple_of(2) + sequences * kv_heads * NEAREST_WORDS;
+        Ok(Self { storage: zeros(device, words, DType::U32)?, sequences })
     }
 
     /// Sets all of them.
     pub(crate) fn set(&mut self, len: usize) -> Result<()> {
         let mut lens = vec![u32_of("PqKvCache", "len", len)?; self.sequences];
-        lens.resize(self.sequences + self.counts, 0);
+        lens.resize(3 * self.sequences, 0);
         let device = self.storage.device().clone();
-        device.memcpy_htod(&lens, u32::as_cuda_slice_mut(&mut self.storage)?)
+        device.memcpy_htod(&lens, &mut u32::as_cuda_slice_mut(&mut self.storage)?.slice_mut(..lens.len()))
     }
 
     pub(crate) fn storage(&self) -> &CudaStorage {
@@ -236,9 +239,14 @@ impl Lens {
         self.sequences + b
     }
 
-    /// Where `append_and_index` counts those of its first KV head.
-    pub(crate) fn indexed_at(&self, b: usize, kv_heads: usize) -> usize {
-        2 * self.sequences + b * kv_heads
+    /// Where `append_and_index` counts blocks that met.
+    pub(crate) fn met_at(&self, b: usize) -> usize {
+        2 * self.sequences + b
+    }
+
+    /// Where they leave what they found for the first KV head.
+    pub(crate) fn nearest_at(&self, b: usize, kv_heads: usize) -> usize {
+        (3 * self.sequences).next_multiple_of(2) + b * kv_heads * NEAREST_WORDS
     }
 }
 

@@ -177,7 +177,7 @@ fn nonsense_is_refused() -> Result<()> {
     };
     type Change<'a> = &'a dyn Fn(&mut Saved);
     let changes: [(Change, &str); 12] = [
-        (&|saved| saved.format = 1, "expected caches of format 2, got format 1"),
+        (&|saved| saved.format = 1, "expected caches of format 3, got format 1"),
         (&|saved| saved.layers[0].len += 1, "0.keys: expected shape [2, 2, 72, 16], got [2, 2, 71, 16]"),
         (&|saved| saved.layers[0].dims = [usize::MAX; 3], "0.keys: expected shape"),
         (&|saved| saved.layers[0].dtype = "u8".into(), "0.keys: expected dtype u8, got F32"),
@@ -187,8 +187,8 @@ fn nonsense_is_refused() -> Result<()> {
         (&|saved| saved.layers[0].queries = vec![4], "expected a tensor \"0.queries.4\", found none"),
         (&|saved| saved.layers[0].queries = vec![0, 0], "queries: expected ascending positions"),
         (&|saved| trained(saved, &|trained| trained.end = Some(72)), "0.end: expected 18 to 71"),
-        (&|saved| trained(saved, &|trained| trained.encoded = usize::MAX), "0.encoded: expected 2 and blocks of 9"),
-        (&|saved| trained(saved, &|trained| trained.encoded -= 9), "0.codes: expected shape"),
+        (&|saved| trained(saved, &|trained| trained.encoded = usize::MAX), "0.encoded: expected 2 and blocks of 8"),
+        (&|saved| trained(saved, &|trained| trained.encoded -= 8), "0.codes: expected shape"),
     ];
     for (change, expected) in changes {
         write(change, &good)?;

@@ -7,8 +7,9 @@ use crate::cuda::{self, u32_of, Addresses, Kernel, Module, Params};
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Sequence {
-    /// Of [`tensors`], in this order; then of the length, and of the counts of blocks that are done, of all and of each row.
-    addresses: [u64; TENSORS + 3],
+    /// Of [`tensors`], in this order; then of what there is in [`Lens`](crate::cuda::Lens): the length, the counts of blocks that
+    /// are done and that met, and what they leave each other.
+    addresses: [u64; TENSORS + 4],
     /// Between heads, and between elements.
     new_key_strides: [u64; 2],
     new_value_strides: [u64; 2],
@@ -39,13 +40,12 @@ const TENSORS: usize = 14;
 /// The most sequences of a launch.
 const MAX_SEQUENCES: usize = 16;
 
-const THREADS: usize = 256;
+const THREADS: usize = 512;
 
-/// Keys of a part, which a block of threads takes at a time.
-const KEYS: usize = 5;
-
-/// Shared memory for tiles of centroids: `TILES * TILE` floats in `kernels/append_and_index.cu`.
-const SHARED_BYTES: usize = 4 * THREADS * (16 + 4) * size_of::<f32>();
+/// Keys of a block of threads, parts of the clusters, and floats of centroids, as in `kernels/append_and_index.cu`.
+const GROUP: usize = 32;
+const SLICES: usize = 8;
+const TILE: usize = 8192;
 
 pub(super) fn run(plans: &[Plan], new: &[(New, Option<Indexed>)], sizes: Sizes, due: Due) -> Result<()> {
     let of_all: Vec<_> = plans.iter().zip(new).flat_map(|(plan, new)| tensors(plan, new)).collect();
@@ -65,7 +65,10 @@ pub(super) fn run(plans: &[Plan], new: &[(New, Option<Indexed>)], sizes: Sizes, 
             sequences.push(Sequence::new(plan, new, &starts, lens, dtype.size_in_bytes(), b));
         }
     }
-    let Sizes { append: [_, head_dim, h_kv], index: [pq_dim, n_centroids, _, n_clusters] } = sizes;
+    let Sizes { append: [_, head_dim, h_kv], index: [pq_dim, n_centroids, columns, n_clusters] } = sizes;
+    // Behind the tile are a group's keys, as far apart as `stride_of` in the kernel says.
+    let longest = if n_clusters > 0 { head_dim.max(columns) } else { columns };
+    let shared_bytes = (TILE + GROUP * (longest.next_multiple_of(4) | 4)) * size_of::<f32>();
     let kernel = Kernel::new(device, Module::AppendAndIndex, format!("append_and_index_{}", cuda::suffix(dtype)))?;
     for together in sequences.chunks(MAX_SEQUENCES) {
         let mut all = [together[0]; MAX_SEQUENCES];
@@ -82,10 +85,10 @@ pub(super) fn run(plans: &[Plan], new: &[(New, Option<Indexed>)], sizes: Sizes, 
             n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
             n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
         });
-        // As many parts as there can be, but one on each multiprocessor: two would wait for each other while others are idle.
-        let parts = due.block.div_ceil(KEYS).saturating_mul(h_kv * together.len());
+        // As many parts as there can be at a time, but one on each multiprocessor.
+        let parts = due.block.div_ceil(GROUP).min(2) * pq_dim.max(SLICES) * h_kv * together.len();
         let blocks = parts.min(gpu.multiprocessors);
-        kernel.launch().value(&params).run([blocks, 1, 1], THREADS as u32, SHARED_BYTES)?;
+        kernel.launch().value(&params).run_cooperatively([blocks, 1, 1], THREADS as u32, shared_bytes)?;
     }
     Ok(())
 }
@@ -117,7 +120,7 @@ impl Sequence {
     /// The `b`-th of a cache; `starts` are addresses of the storages of its tensors.
     fn new(plan: &Plan, new: &(New, Option<Indexed>), starts: &[u64], lens: u64, key_bytes: usize, b: usize) -> Self {
         let Plan { append, kv: [keys, _], index } = plan;
-        let mut addresses = [0; TENSORS + 3];
+        let mut addresses = [0; TENSORS + 4];
         for (i, (tensor, start)) in tensors(plan, new).into_iter().zip(starts).enumerate() {
             let Some(layout) = tensor.map(Tensor::layout) else { continue };
             // Those along positions as if they began with position 0.
@@ -133,7 +136,7 @@ impl Sequence {
             addresses[i] = start.wrapping_add(at.wrapping_mul(element) as u64);
         }
         let (counts, h_kv) = (new.0.lens, append.keys.dims[1]);
-        let at = [b, counts.appended_at(b), counts.indexed_at(b, h_kv)];
+        let at = [b, counts.appended_at(b), counts.met_at(b), counts.nearest_at(b, h_kv)];
         addresses[TENSORS..].copy_from_slice(&at.map(|at| lens + (at * size_of::<u32>()) as u64));
         let strides = |[_, head, _, element]: [usize; 4]| [head as u64, element as u64];
         Self {
