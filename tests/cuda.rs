@@ -1504,9 +1504,10 @@ fn shared_launches_equal_single_ones() -> Result<()> {
 fn long_sequences_in_shared_launches() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(write);
     let (h_kv, d) = (8, 64);
-    for (h, selection, tail) in
-        [(8, Selection::PerQueryHead, Tail::ClusterMeans), (32, Selection::PerKvHead, Tail::ClusterMeans)]
-    {
+    // In a launch each has a block of threads a head, alone many; the former has twice the warps by KV head.
+    let by_kv = Selection::PerKvHead;
+    for (h, selection) in [(8, Selection::PerQueryHead), (8, by_kv), (16, by_kv), (32, by_kv)] {
+        let tail = Tail::ClusterMeans;
         let config = PqConfig { pq_dim: 8, pq_bits: 6, coarse: 64, tail, selection, ..PqConfig::default() };
         let attn = PqAttention::new(config, 0.125)?;
         let random = |heads, s| Tensor::randn(0f32, 1.0, (1, heads, s, d), &gpu)?.to_dtype(DType::F16);

@@ -57,7 +57,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __shared__ float tops[WARPS_OF_BLOCK][PER_GROUP], totals[WARPS_OF_BLOCK][PER_GROUP];
   __shared__ unsigned long long tail_units[HEADS][MAX_CLUSTERS];
   __shared__ u32 tail_counts[MAX_CLUSTERS];
-  __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
+  __shared__ u32 before_sure[LISTS][MAX_WARPS + 1], before_open[LISTS][MAX_WARPS + 1];
   __shared__ u64 pivots[LISTS];
   __shared__ u32 places[LISTS][RESOLVED];
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(places);
@@ -88,8 +88,8 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     query_values[i] = is_there ? widen(query[head * sequence.query_stride + j]) : 0;
   }
   u32 own_sure = 0, own_open = 0;
-  if (warp < n_lists && lane < WARPS) {
-    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + split) * WARPS + lane];
+  if (warp < n_lists) {
+    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + split) * MAX_WARPS + lane];
     own_sure = own.sure, own_open = own.open;
   }
   Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
@@ -101,7 +101,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   u64 open[OPEN];
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT - 1)];
-  const u32 per_split = per_warp * WARPS;
+  const u32 per_split = per_warp * p.warps;
   // This block's clusters.
   const u32 share = (p.n_clusters + splits - 1) / splits, first_cluster = min(split * share, p.n_clusters);
   const u32 n_own = min(share, p.n_clusters - first_cluster);
@@ -137,17 +137,17 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   }
   if (warp < LISTS) {
 #pragma unroll
-    for (int lanes = 1; lanes < WARPS; lanes *= 2) {
+    for (u32 lanes = 1; lanes < MAX_WARPS; lanes *= 2) {
       const u32 x = __shfl_up_sync(ALL_LANES, own_sure, lanes), y = __shfl_up_sync(ALL_LANES, own_open, lanes);
       if (lane >= lanes) own_sure += x, own_open += y;
     }
-    if (lane < WARPS) before_sure[warp][lane + 1] = own_sure, before_open[warp][lane + 1] = own_open;
+    before_sure[warp][lane + 1] = own_sure, before_open[warp][lane + 1] = own_open;
     if (lane == 0) before_sure[warp][0] = before_open[warp][0] = 0;
   }
   // Open keys are ranked by all threads of their list.
   if (tid < LISTS) pivots[tid] = ~u64{0};
   const Ranked<HEADS, BY_KV> ranked(scores, masses, is_list ? list : 0, part, p);
-  const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
+  const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * MAX_WARPS;
   const u32 list_of_sequence = BY_KV ? part.kv : part.first_head + (is_list ? list : 0);
   const u32* const of_list = lists + sequence.lists_before + static_cast<u64>(list_of_sequence) * splits * per_split;
   const bool are_kept = n_open_all <= KEPT;
@@ -163,19 +163,19 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       return;
     }
     constexpr u32 LIST_WARPS = LIST_THREADS / 32;
-    for (u32 i = warp % LIST_WARPS; i < splits * WARPS; i += LIST_WARPS) {
-      const u32 count = is_list ? listed[first_segment + i].open : 0;
+    for (u32 i = warp % LIST_WARPS; i < splits * MAX_WARPS; i += LIST_WARPS) {
+      const u32 count = is_list ? listed[first_segment + i].open : 0, segment = i / MAX_WARPS * p.warps + i % MAX_WARPS;
       for (u32 k = lane; k < count; k += 32) {
-        const u32 position = of_list[static_cast<u64>(i + 1) * per_warp - 1 - k];
+        const u32 position = of_list[static_cast<u64>(segment + 1) * per_warp - 1 - k];
         f(rank_of(ranked[position], position));
       }
     }
   };
   const bool compares = __syncthreads_and(n_open_all <= COMPARED);
   const u32* const own = of_list + static_cast<u64>(split) * per_split;
-  const u32 n_sure = before_sure[list][WARPS], n_open = before_open[list][WARPS];
+  const u32 n_sure = before_sure[list][MAX_WARPS], n_open = before_open[list][MAX_WARPS];
   const auto sure_position = [&](u32 row) {
-    const u32 segment = segment_of<WARPS>(before_sure[list], row);
+    const u32 segment = segment_of<MAX_WARPS>(before_sure[list], row);
     return own[segment * per_warp + (row - before_sure[list][segment])];
   };
   const auto place = [&](u32 position) { return static_cast<u32>(place_of(position, sequence.pages)); };
@@ -271,7 +271,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       if (row < n_sure) {
         at = row < RESOLVED ? places[list][row] : place(sure_position(row));
       } else if ((row -= n_sure) < n_open) {
-        const u32 segment = segment_of<WARPS>(before_open[list], row);
+        const u32 segment = segment_of<MAX_WARPS>(before_open[list], row);
         const u32 position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
         is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
         at = place(position);

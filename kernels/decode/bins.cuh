@@ -54,7 +54,9 @@ struct ScoreBins {
 };
 
 // The sum of `x` over the threads before this one, and over all.
+template <int THREADS>
 __device__ inline u32 scan(u32 x, u32* total) {
+  constexpr u32 WARPS = THREADS / 32;
   __shared__ u32 sums[WARPS];
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 sum = x;
@@ -68,7 +70,7 @@ __device__ inline u32 scan(u32 x, u32* total) {
   __syncthreads();
   u32 all = lane < WARPS ? sums[lane] : 0;
 #pragma unroll
-  for (int lanes = 1; lanes < WARPS; lanes *= 2) {
+  for (u32 lanes = 1; lanes < WARPS; lanes *= 2) {
     const u32 other = __shfl_up_sync(ALL_LANES, all, lanes);
     if (lane >= lanes) all += other;
   }
@@ -79,9 +81,10 @@ __device__ inline u32 scan(u32 x, u32* total) {
 
 // Finds the bin in which the `k` best end, and how many of it are among them: the counts of BINS bins are at `counts`,
 // which is in shared memory, or is what other blocks wrote. Bin MAX_BINS where there are fewer.
-template <u32 BINS>
+template <int THREADS, u32 BINS>
 __device__ void find_bin(const u32* counts, u32 k, u32* bin, u32* wanted) {
   constexpr u32 OWN = BINS / THREADS;  // bins a thread, from the top
+  static_assert(OWN % 4 == 0);
   const u32 lowest = BINS - OWN * (threadIdx.x + 1);
   u32 own[OWN], all = 0, total;
 #pragma unroll
@@ -92,7 +95,7 @@ __device__ void find_bin(const u32* counts, u32 k, u32* bin, u32* wanted) {
   if (threadIdx.x == 0) *bin = MAX_BINS, *wanted = 0;
 #pragma unroll
   for (u32 i = 0; i < OWN; i++) all += own[i];
-  u32 before = scan(all, &total);
+  u32 before = scan<THREADS>(all, &total);
 #pragma unroll
   for (int i = OWN - 1; i >= 0; i--) {
     if (before < k && k <= before + own[i]) *bin = lowest + i, *wanted = k - before;
@@ -103,11 +106,11 @@ __device__ void find_bin(const u32* counts, u32 k, u32* bin, u32* wanted) {
 
 // Adds a block's histogram to that of its list. Where the block alone has `k` keys in bins that are as good, the selection
 // ends no further down: those below are left out.
-template <u32 BINS>
+template <int THREADS, u32 BINS>
 __device__ void add_histogram(const u32* own, u32 k, Search& search) {
   __shared__ u32 bin, wanted;
   __syncthreads();
-  find_bin<BINS>(own, k, &bin, &wanted);
+  find_bin<THREADS, BINS>(own, k, &bin, &wanted);
   const u32 lowest = bin == MAX_BINS ? 0 : bin;
   for (u32 i = lowest + threadIdx.x; i < BINS; i += THREADS) {
     if (own[i]) atomicAdd(&search.histogram[i], own[i]);

@@ -3,8 +3,11 @@
 
 #include "../common.cuh"
 
-constexpr int THREADS = 512;
-constexpr int WARPS = THREADS / 32;
+// Threads of a block of `search`. What each warp does once takes longer the more there are, and what they do for each key
+// less: many are for small teams, whose blocks have many keys.
+constexpr int FEW_THREADS = 512;
+constexpr int MANY_THREADS = 1024;
+constexpr u32 MAX_WARPS = MANY_THREADS / 32;
 constexpr u32 MAX_SPLITS = 64;
 constexpr u32 MAX_CLUSTERS = 256;
 constexpr u32 MAX_GROUP = 64;
@@ -72,6 +75,7 @@ struct Decode {
   u32 group;
   u32 bundles;  // a row
   u32 splits;         // the most of a sequence
+  u32 warps;          // of a block of `search`
   u32 histogram_at;   // where it is in the shared memory of `search`: behind the tables and the tail's masses
   u32 shared_chunks;  // of scores, which come behind it
   u32 head_dim;
@@ -148,8 +152,14 @@ struct Part {
   }
 
   // The first position of a lane's keys, the `i`-th time.
+  template <int THREADS>
   __device__ u32 position(u32 i) const {
-    return ((i * WARPS + threadIdx.x / 32) * splits + split) * CHUNK + threadIdx.x % 32 * EACH;
+    u32 thread = threadIdx.x, threads = THREADS;
+    // With many threads asked for anew each time: what is kept for the next phase takes registers that this one needs.
+    if constexpr (THREADS == MANY_THREADS) {
+      asm volatile("mov.u32 %0, %tid.x; mov.u32 %1, %ntid.x;" : "=r"(thread), "=r"(threads));
+    }
+    return ((i * (threads / 32) + thread / 32) * splits + split) * CHUNK + thread % 32 * EACH;
   }
 
   // The head's place among those of all sequences.

@@ -15,10 +15,10 @@ __device__ inline Part part_of_block(const Decode& p) {
 }
 
 // Grid: the blocks of all sequences.
-template <int HEADS, bool BY_KV, class T>
+template <int THREADS, int HEADS, bool BY_KV, class T>
 __device__ void search(float* tables, float* all_scores, float* masses, Stats* stats, Search* searches, u32* lists,
                        Listed* listed, u32* tail, const Decode& p) {
-  constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
+  constexpr u32 WARPS = THREADS / 32, LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
   extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
   __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];
   __shared__ ScoreBins score_bins[HEADS];
@@ -40,12 +40,12 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   if (part.split == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
   Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
   for (u32 bundle = 0; bundle < bundles; bundle++) {
-    make_tables<HEADS, T>(own_tables + bundle * table_entries(p), reinterpret_cast<float*>(histogram), part,
+    make_tables<THREADS, HEADS, T>(own_tables + bundle * table_entries(p), reinterpret_cast<float*>(histogram), part,
                           part.bundle + bundle, p);
   }
   // Codes are on their way to the second-level cache while the tables are brought together.
-  u32 at = part.position(0);
-  for (u32 i = 0; at < part.end; at = part.position(++i)) {
+  u32 at = part.position<THREADS>(0);
+  for (u32 i = 0; at < part.end; at = part.position<THREADS>(++i)) {
     const u64 place = place_of(at, sequence.code_pages);
     prefetch(codes + place * p.pq_dim);
     if (p.n_clusters && lane % 8 == 0) prefetch(clusters + place);
@@ -55,7 +55,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   for (u32 bundle = 0; bundle < bundles; bundle++) {
     float low[HEADS], high[HEADS];
-    load_tables<HEADS>(own_tables + bundle * table_entries(p), rows, low, high, p);
+    load_tables<THREADS, HEADS>(own_tables + bundle * table_entries(p), rows, low, high, p);
     if constexpr (!BY_KV) {
       if (threadIdx.x == 0) {
 #pragma unroll
@@ -64,7 +64,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
       __syncthreads();
     }
     Stats own[HEADS];
-    add_entries<HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part,
+    add_entries<THREADS, HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part,
                               p);
     if constexpr (BY_KV) {
       __shared__ Stats of_warps[HEADS][WARPS];
@@ -93,18 +93,18 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     float best = 0;
     for (u32 head = 0; head < p.group; head++) best += best_shares[head];
     mass_bins = MassBins(0.5f * p.group / max(part.end - part.begin, 1u), best);
-    add_shares<HEADS>(scores, shifts, histogram, mass_bins, part, p);
-    add_histogram<N_BINS>(histogram, k, first_search);
+    add_shares<THREADS, HEADS>(scores, shifts, histogram, mass_bins, part, p);
+    add_histogram<THREADS, N_BINS>(histogram, k, first_search);
   } else {
     for (u32 list = 0; list < n_lists; list++) {
-      add_histogram<N_BINS>(histogram + list * N_BINS, k, searches[first_list + list]);
+      add_histogram<THREADS, N_BINS>(histogram + list * N_BINS, k, searches[first_list + list]);
     }
   }
   meet(&first_search.arrived, part.splits, BY_KV ? 3 : 2);
 
   for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
   for (u32 list = 0; list < n_lists; list++) {
-    find_bin<N_BINS>(searches[first_list + list].histogram, k, &found_bin[list], &found_wanted[list]);
+    find_bin<THREADS, N_BINS>(searches[first_list + list].histogram, k, &found_bin[list], &found_wanted[list]);
   }
   u32 bin[LISTS];
   float top[LISTS], edge[LISTS];
@@ -125,7 +125,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     to_units[h] = BY_KV ? unit / top[0] : log2f(unit) - (h < LISTS ? top[h] : 0) * scale;
   }
   u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
-  at = part.position(0);
+  at = part.position<THREADS>(0);
   const auto load_clusters = [&](u32 at) {
     if (!p.has_tail || at >= part.end) return 0u;
     return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, sequence.code_pages)));
@@ -137,7 +137,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     if (BY_KV && !scores.are_shared(local, bundle)) to_shares<HEADS>(x, at, shifts + bundle * HEADS, part, p);
   };
   for (u32 i = 0; at - lane * EACH < part.end;) {
-    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i);
+    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position<THREADS>(++i);
     const u32 words = next_clusters;
     next_clusters = load_clusters(later);
     Entry<HEADS> x[EACH];
@@ -218,8 +218,10 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
 #pragma unroll
     for (u32 list = 0; list < LISTS; list++) {
       if (list < n_lists) {
-        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + part.split) * WARPS + warp;
+        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + part.split) * MAX_WARPS + warp;
         listed[segment] = {n_sure[list], n_open[list]};
+#pragma unroll
+        for (u32 none = WARPS; none < MAX_WARPS; none += WARPS) listed[segment + none] = {0, 0};
       }
     }
   }

@@ -36,7 +36,7 @@ __device__ inline Entry<HEADS> product_of(const float* centroid, const float* qu
 
 // This block's share of the tables of a bundle: of the subspaces' entries a thread each, of the clusters' eight lanes each,
 // from the last thread on, since there are mostly threads for both at once.
-template <int HEADS, class T>
+template <int THREADS, int HEADS, class T>
 __device__ void make_tables(Entry<HEADS>* out, float* queries, const Part& part, u32 bundle, const Decode& p) {
   const Sequence& sequence = p.sequences[part.sequence];
   const T* const query = static_cast<const T*>(sequence.query);
@@ -81,10 +81,10 @@ __device__ void make_tables(Entry<HEADS>* out, float* queries, const Part& part,
 // Each lane starts its key's sum at another subspace, so that of the lanes that are served at a time no two meet in a
 // bank; where a row has more slots than subspaces, the subspaces are there several times, and so are the clusters.
 // `low` and `high` are bounds of a head's sums.
-template <int HEADS>
+template <int THREADS, int HEADS>
 __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEADS], float (&high)[HEADS],
                             const Decode& p) {
-  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
+  constexpr u32 WARPS = THREADS / 32, SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
   constexpr u32 COLUMNS = 2 * SUBSPACES;  // of bounds: subspaces, and the clusters
   constexpr u32 SUMMING_LANES = HEADS * COLUMNS < 32 ? (1u << HEADS * COLUMNS % 32) - 1 : ALL_LANES;
   __shared__ float of_warps[2][HEADS][SUBSPACES + 1][WARPS + 1];
