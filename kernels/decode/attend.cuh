@@ -48,10 +48,10 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   constexpr int AHEAD = BY_KV ? (HEADS < 4 ? (IS_WIDE ? 2 : 3) : (IS_WIDE ? 1 : 2)) : (IS_WIDE ? 3 : 5);
   constexpr int PER_GROUP = BY_KV ? HEADS : 1;
   // Ranks of open keys, later the warps' results, then sums of splits.
-  constexpr u32 MERGED = WARPS_OF_BLOCK * PER_GROUP * D / 4, RANKED = LISTS * KEPT / 2;
+  constexpr u32 MERGED = WARPS_OF_BLOCK * PER_GROUP * D / 4, RANKED = LISTS * KEPT<BY_KV> / 2;
   constexpr u32 SCRATCH = MERGED > RANKED ? MERGED : RANKED;
   __shared__ float4 scratch[SCRATCH > BLOCK ? SCRATCH : BLOCK];
-  u64(&ranks)[LISTS][KEPT] = *reinterpret_cast<u64(*)[LISTS][KEPT]>(scratch);
+  u64(&ranks)[LISTS][KEPT<BY_KV>] = *reinterpret_cast<u64(*)[LISTS][KEPT<BY_KV>]>(scratch);
   __shared__ alignas(16) float queries[HEADS][D];
   __shared__ float shifts[HEADS];
   __shared__ float tops[WARPS_OF_BLOCK][PER_GROUP], totals[WARPS_OF_BLOCK][PER_GROUP];
@@ -95,12 +95,12 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
   const u32 wanted = search.wanted, n_open_all = is_list ? search.n_open : 0;
   const float tail_top = search.top, own_shift = BY_KV ? search.shifts[part.bundle * HEADS + tid % HEADS] : 0;
-  constexpr u32 LIST_THREADS = BLOCK / LISTS, OPEN = (KEPT + LIST_THREADS - 1) / LIST_THREADS;
+  constexpr u32 LIST_THREADS = BLOCK / LISTS, OPEN = (KEPT<BY_KV> + LIST_THREADS - 1) / LIST_THREADS;
   // Open keys that are ranked by comparing all with all, at most one a thread.
   constexpr u32 COMPARED = LIST_THREADS < 128 ? LIST_THREADS : 128;
   u64 open[OPEN];
 #pragma unroll
-  for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT - 1)];
+  for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT<BY_KV> - 1)];
   const u32 per_split = per_warp * p.warps;
   // This block's clusters.
   const u32 share = (p.n_clusters + splits - 1) / splits, first_cluster = min(split * share, p.n_clusters);
@@ -150,11 +150,11 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * MAX_WARPS;
   const u32 list_of_sequence = BY_KV ? part.kv : part.first_head + (is_list ? list : 0);
   const u32* const of_list = lists + sequence.lists_before + static_cast<u64>(list_of_sequence) * splits * per_split;
-  const bool are_kept = n_open_all <= KEPT;
+  const bool are_kept = n_open_all <= KEPT<BY_KV>;
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) {
     const u32 at = i * LIST_THREADS + tid % LIST_THREADS;
-    if (at < KEPT) ranks[list][at] = open[i];
+    if (at < KEPT<BY_KV>) ranks[list][at] = open[i];
   }
   // Calls f with the rank of each.
   const auto each_open = [&](auto f) {

@@ -27,8 +27,10 @@ constexpr u32 MAX_BINS = 4096;
 template <bool BY_KV>
 constexpr u32 BINS = BY_KV ? MAX_BINS : 2048;
 
-// Open keys whose ranks are kept.
-constexpr u32 KEPT = 256;
+// Open keys of a list whose ranks are kept. By KV head there is one list, and a million keys leave more of them open.
+constexpr u32 MAX_KEPT = 1024;
+template <bool BY_KV>
+constexpr u32 KEPT = BY_KV ? MAX_KEPT : 256;
 
 // The most sequences of a launch, whose parameters must fit 4 KB.
 constexpr u32 MAX_SEQUENCES = 16;
@@ -102,7 +104,7 @@ __device__ inline float exp2_approx(float x) {
 // What is known of a list. Zeroed once. Rust: SEARCH_WORDS in ops/decode/fused.rs.
 struct Search {
   u32 histogram[MAX_BINS];
-  u64 open[KEPT];  // ranks of the first keys in the bin in which the selection ends
+  u64 open[MAX_KEPT];  // ranks of the first keys in the bin in which the selection ends
   u32 n_open;      // all of them
   u32 arrived;     // blocks that came to a meeting of the team
   float top;       // upper end of that bin

@@ -174,7 +174,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
           own[per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
           Search& search = searches[first_list + list];
           const u32 slot = atomicAdd(&search.n_open, 1);
-          if (slot < KEPT) search.open[slot] = rank_of(x, position);
+          if (slot < KEPT<BY_KV>) search.open[slot] = rank_of(x, position);
           if (BY_KV) masses[part.masses_at(p) + position] = x;
           for (u32 bundle = 0; bundle < bundles; bundle++) {
             Entry<HEADS> entry = scores.one(local, chunk, bundle, j);

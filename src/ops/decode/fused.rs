@@ -93,7 +93,7 @@ const MAX_LISTS: usize = 65_535;
 /// some numbers.
 const ROW_BINS: usize = 4096;
 const HEAD_BINS: usize = 2048;
-const SEARCH_WORDS: usize = 4096 + 2 * 256 + MAX_GROUP + 8;
+const SEARCH_WORDS: usize = 4096 + 2 * 1024 + MAX_GROUP + 8;
 
 /// The launches of a step.
 pub(super) struct Fused {
