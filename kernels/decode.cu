@@ -24,7 +24,7 @@
 #include "decode/attend.cuh"
 #include "decode/search.cuh"
 
-#define SEARCH(suffix, type, name, HEADS, BY_KV, THREADS)                                                           \
+#define SEARCH(suffix, type, name, HEADS, BY_KV, THREADS)                                                  \
   extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
       float* tables,      /* [sequences, h_kv, bundles, entries, HEADS] */                                 \
       float* scores,      /* of each sequence [h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */ \
@@ -35,7 +35,7 @@
       Listed* listed,     /* [lists, splits, MAX_WARPS] */                                                 \
       u32* tail,          /* [sequences, lists of heads, splits, heads of a list, MAX_CLUSTERS] */         \
       const __grid_constant__ Decode p) {                                                                  \
-    search<THREADS, HEADS, BY_KV, type>(tables, scores, masses, stats, searches, lists, listed, tail, p);           \
+    search<THREADS, HEADS, BY_KV, type>(tables, scores, masses, stats, searches, lists, listed, tail, p);  \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
   extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>, ATTEND_BLOCKS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
@@ -54,10 +54,12 @@
   }
 
 #define BY_TYPE(suffix, type)                                                         \
-  SEARCH(suffix, type, , 1, false, FEW_THREADS) SEARCH(suffix, type, _by_kv, 1, true, FEW_THREADS) SEARCH(suffix, type, _by_kv_many, 1, true, MANY_THREADS)              \
-  SEARCH(suffix, type, , 2, false, FEW_THREADS) SEARCH(suffix, type, _by_kv, 2, true, FEW_THREADS) SEARCH(suffix, type, _by_kv_many, 2, true, MANY_THREADS)              \
-  SEARCH(suffix, type, , 4, false, FEW_THREADS) SEARCH(suffix, type, _by_kv, 4, true, FEW_THREADS) SEARCH(suffix, type, _by_kv_many, 4, true, MANY_THREADS)              \
+  BY_HEADS(suffix, type, 1) BY_HEADS(suffix, type, 2) BY_HEADS(suffix, type, 4)       \
   BY_SIZE(suffix, type, 64) BY_SIZE(suffix, type, 128) BY_SIZE(suffix, type, 256)
+#define BY_HEADS(suffix, type, HEADS)                                                 \
+  SEARCH(suffix, type, , HEADS, false, FEW_THREADS)                                   \
+  SEARCH(suffix, type, _by_kv, HEADS, true, FEW_THREADS)                              \
+  SEARCH(suffix, type, _by_kv_many, HEADS, true, MANY_THREADS)
 #define BY_SIZE(suffix, type, D)                                                      \
   ATTEND(suffix, type, D, , 1, false) ATTEND(suffix, type, D, _by_kv, 1, true)        \
   ATTEND(suffix, type, D, , 2, false) ATTEND(suffix, type, D, _by_kv, 2, true)        \

@@ -34,8 +34,8 @@ use pages::Pages;
 ///   copied. A cache of a [`PagePool`] grows by pages, without copying.
 /// - **Index.** The codebook is trained when a decode first wants it, on the keys from `init_offset` to the last one,
 ///   and again whenever the keys have grown by [`PqConfig::refresh`] since: what the codebook has not seen it codes
-///   poorly. Keys are encoded in blocks of `window`, one key if that is 0, when a
-///   block is full, which is before its first key can be selected. With [`Tail::ClusterMeans`] their values are added to their clusters' then.
+///   poorly. Keys are encoded in blocks of `window`, one key if that is 0, when a block is full, which is before its first
+///   key can be selected. With [`Tail::ClusterMeans`] their values are added to their clusters' then.
 /// - **Queries.** With [`PqConfig::query_weights`] it keeps a few of a prompt's, 32 of each doubling of its length: what
 ///   they look at is what a codebook is to be good in.
 /// - **Going back.** [`truncate`](Self::truncate) forgets the last keys. If the codebook was trained on some of them it
