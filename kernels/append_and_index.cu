@@ -302,7 +302,7 @@ __device__ void find_codes(const Part& part, const AppendAndIndex& p) {
   }
   const bool is_first = own.sums && key < part.n && (same[key] & ((u64{1} << key) - 1)) == 0;
   float* const of_cluster = own.sums + (part.h * p.n_clusters + (is_first ? cluster_of[key] : 0)) * p.head_dim;
-  if (is_first) prefetch(of_cluster + begin);
+  if (is_first && begin < end) prefetch(of_cluster + begin);
   const Nearest nearest = find_nearest(stride, table);
   if (warp == 0 && part.has(lane)) {
     const u64 place = place_of(part.first + part.key(lane), own.code_pages);
