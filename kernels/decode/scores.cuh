@@ -85,7 +85,7 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
   // Codes of what comes next are on their way.
   uint2 next[EACH];
   u32 next_clusters = 0;
-  std::conditional_t<THREADS == MANY_THREADS, u32, u64> place = 0;  // the one takes a register less, the other less time
+  std::conditional_t<THREADS == MANY_THREADS, u32, u64> place = 0;  // many threads lack a register for more
   const auto load = [&](u32 at, u32 chunk) {
     if (at >= part.end) return;
     if (chunk == 0) place = place_of(at, pages);
