@@ -37,7 +37,7 @@ __device__ inline u32 segment_of(const u32* before, u32 i) {
   return segment;
 }
 
-// Grid: (the most splits, bundles of all sequences). Groups of LANES threads take a key each, eight elements a thread.
+// Grid: (the most splits, bundles of a sequence, sequences). Groups of LANES threads take a key each, eight elements a thread.
 template <int HEADS, bool BY_KV, int D, class T>
 __device__ void attend(const float* scores, const float* masses, Search* searches, const u32* lists, const Listed* listed,
                        const u32* tail, float* partials, float2* partial_stats, u32* arrived, T* out, const Decode& p) {
@@ -57,12 +57,13 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __shared__ float tops[WARPS_OF_BLOCK][PER_GROUP], totals[WARPS_OF_BLOCK][PER_GROUP];
   __shared__ unsigned long long tail_units[HEADS][MAX_CLUSTERS];
   __shared__ u32 tail_counts[MAX_CLUSTERS];
-  __shared__ u32 before_sure[LISTS][MAX_WARPS + 1], before_open[LISTS][MAX_WARPS + 1];
+  __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
   __shared__ u64 pivots[LISTS];
   __shared__ u32 places[LISTS][RESOLVED];
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(places);
   static_assert(RESOLVED >= 256);
-  const Part part(blockIdx.y, blockIdx.x, HEADS, p);
+  const u32 kv = blockIdx.y / p.bundles;
+  const Part part(blockIdx.z, kv, blockIdx.y - kv * p.bundles, blockIdx.x, HEADS, p);
   const Sequence& sequence = p.sequences[part.sequence];
   const u32 splits = part.splits, split = part.split, per_warp = sequence.per_warp;
   if (split >= splits) return;
@@ -88,8 +89,8 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     query_values[i] = is_there ? widen(query[head * sequence.query_stride + j]) : 0;
   }
   u32 own_sure = 0, own_open = 0;
-  if (warp < n_lists) {
-    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + split) * MAX_WARPS + lane];
+  if (warp < n_lists && lane < WARPS) {
+    const Listed& own = listed[((first_list + warp) * static_cast<u64>(p.splits) + split) * WARPS + lane];
     own_sure = own.sure, own_open = own.open;
   }
   Search& search = searches[first_list + (BY_KV ? 0 : min(list, n_lists - 1))];
@@ -101,32 +102,29 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   u64 open[OPEN];
 #pragma unroll
   for (u32 i = 0; i < OPEN; i++) open[i] = search.open[min(i * LIST_THREADS + tid % LIST_THREADS, KEPT<BY_KV> - 1)];
-  const u32 per_split = per_warp * p.warps;
+  const u32 per_split = per_warp * WARPS;
   // This block's clusters.
   const u32 share = (p.n_clusters + splits - 1) / splits, first_cluster = min(split * share, p.n_clusters);
   const u32 n_own = min(share, p.n_clusters - first_cluster);
   const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `search`
   const u64 tail_first = (static_cast<u64>(part.sequence) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
   if (p.has_tail) {
-    // Eight lanes a cluster, of which each adds up some splits.
-    constexpr u32 ADDERS = 8;
-    const u32 all = part.heads * n_own;
-    for (u32 from = 0; from < all; from += BLOCK / ADDERS) {
-      const u32 i = min(from + tid / ADDERS, all - 1), head = i / n_own, c = first_cluster + i % n_own;
-      const u32* of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
-      const u32 count = sequence.counts[part.kv * p.n_clusters + c];
+    // Eight lanes a cluster and head, of which each adds up some splits.
+    constexpr u32 ADDERS = 8, TOGETHER = BLOCK / ADDERS / HEADS;
+    const u32 adder = tid % ADDERS, head = tid / ADDERS % HEADS;
+    for (u32 from = 0; from < n_own; from += TOGETHER) {
+      const u32 i = from + tid / ADDERS / HEADS, c = first_cluster + min(i, n_own - 1);
+      const u32* const of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
+      const u32 count = sequence.counts[part.kv * p.n_clusters + c], all = head < part.heads ? splits : 0;
       u64 units = 0;
 #pragma unroll
       for (u32 k = 0; k < MAX_SPLITS / ADDERS; k++) {
-        const u32 other = k * ADDERS + tid % ADDERS;
-        if (other < splits) units += of_split[other * tail_heads * MAX_CLUSTERS];
+        const u32 other = k * ADDERS + adder;
+        if (other < all) units += of_split[other * tail_heads * MAX_CLUSTERS];
       }
 #pragma unroll
       for (u32 lanes = ADDERS / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
-      if (tid % ADDERS == 0 && from + tid / ADDERS < all) {
-        tail_units[head][i % n_own] = units;
-        tail_counts[i % n_own] = count;
-      }
+      if (adder == 0 && i < n_own) tail_units[head][i] = units, tail_counts[i] = count;
     }
   }
   if (BY_KV && tid < HEADS) shifts[tid] = own_shift;
@@ -137,17 +135,17 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   }
   if (warp < LISTS) {
 #pragma unroll
-    for (u32 lanes = 1; lanes < MAX_WARPS; lanes *= 2) {
+    for (u32 lanes = 1; lanes < WARPS; lanes *= 2) {
       const u32 x = __shfl_up_sync(ALL_LANES, own_sure, lanes), y = __shfl_up_sync(ALL_LANES, own_open, lanes);
       if (lane >= lanes) own_sure += x, own_open += y;
     }
-    before_sure[warp][lane + 1] = own_sure, before_open[warp][lane + 1] = own_open;
+    if (lane < WARPS) before_sure[warp][lane + 1] = own_sure, before_open[warp][lane + 1] = own_open;
     if (lane == 0) before_sure[warp][0] = before_open[warp][0] = 0;
   }
   // Open keys are ranked by all threads of their list.
   if (tid < LISTS) pivots[tid] = ~u64{0};
   const Ranked<HEADS, BY_KV> ranked(scores, masses, is_list ? list : 0, part, p);
-  const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * MAX_WARPS;
+  const u64 first_segment = (first_list + (is_list ? list : 0)) * static_cast<u64>(p.splits) * WARPS;
   const u32 list_of_sequence = BY_KV ? part.kv : part.first_head + (is_list ? list : 0);
   const u32* const of_list = lists + sequence.lists_before + static_cast<u64>(list_of_sequence) * splits * per_split;
   const bool are_kept = n_open_all <= KEPT<BY_KV>;
@@ -163,19 +161,19 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       return;
     }
     constexpr u32 LIST_WARPS = LIST_THREADS / 32;
-    for (u32 i = warp % LIST_WARPS; i < splits * MAX_WARPS; i += LIST_WARPS) {
-      const u32 count = is_list ? listed[first_segment + i].open : 0, segment = i / MAX_WARPS * p.warps + i % MAX_WARPS;
+    for (u32 i = warp % LIST_WARPS; i < splits * WARPS; i += LIST_WARPS) {
+      const u32 count = is_list ? listed[first_segment + i].open : 0;
       for (u32 k = lane; k < count; k += 32) {
-        const u32 position = of_list[static_cast<u64>(segment + 1) * per_warp - 1 - k];
+        const u32 position = of_list[static_cast<u64>(i + 1) * per_warp - 1 - k];
         f(rank_of(ranked[position], position));
       }
     }
   };
   const bool compares = __syncthreads_and(n_open_all <= COMPARED);
   const u32* const own = of_list + static_cast<u64>(split) * per_split;
-  const u32 n_sure = before_sure[list][MAX_WARPS], n_open = before_open[list][MAX_WARPS];
+  const u32 n_sure = before_sure[list][WARPS], n_open = before_open[list][WARPS];
   const auto sure_position = [&](u32 row) {
-    const u32 segment = segment_of<MAX_WARPS>(before_sure[list], row);
+    const u32 segment = segment_of<WARPS>(before_sure[list], row);
     return own[segment * per_warp + (row - before_sure[list][segment])];
   };
   const auto place = [&](u32 position) { return static_cast<u32>(place_of(position, sequence.pages)); };
@@ -232,16 +230,16 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __syncthreads();
   if (p.has_tail) {
     // Those that are not selected, where they belong to one of this block's clusters.
-    const float unit = tail_unit(per_split), to_units = BY_KV ? unit / tail_top : log2f(unit) - tail_top * scale;
+    const TailUnits units(per_split);
     const auto add_open = [&](u64 rank, const OpenKey& key) {
       const u32 position = ~static_cast<u32>(rank), own = key.cluster - first_cluster;
       if (rank >= pivots[list] || position < part.sink || own >= n_own) return;
 #pragma unroll
       for (int h = 0; h < PER_GROUP; h++) {
         const u32 head = BY_KV ? h : list;
-        const float weight = BY_KV ? key.scores[h] * to_units : exp2_approx(key.scores[h] * scale + to_units);
-        const unsigned long long units = in_units(weight, unit, cut_of(position));
-        if (head < part.heads) atomicAdd(&tail_units[head][own], units);
+        const float weight = BY_KV ? key.scores[h] : exp2_approx((key.scores[h] - tail_top) * scale);
+        const unsigned long long of_key = units.of(weight, BY_KV ? __fdividef(1, tail_top) : 1, units.cut_of(position));
+        if (head < part.heads) atomicAdd(&tail_units[head][own], of_key);
       }
     };
     if (is_early) add_open(open[0], early);
@@ -271,7 +269,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       if (row < n_sure) {
         at = row < RESOLVED ? places[list][row] : place(sure_position(row));
       } else if ((row -= n_sure) < n_open) {
-        const u32 segment = segment_of<MAX_WARPS>(before_open[list], row);
+        const u32 segment = segment_of<WARPS>(before_open[list], row);
         const u32 position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
         is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
         at = place(position);
@@ -326,24 +324,30 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     }
   }
   // The clusters as further keys, of which a head's scores are what is left of its mass.
+  const u32 all_own = p.has_tail ? n_own : 0;
+  u32 c = group % LIST_GROUPS;
+  float4 row[2] = {};
+  const auto load_sums = [&] {
+    if (c >= all_own || e >= p.head_dim) return;
+    const float* const from = sequence.sums + (static_cast<u64>(part.kv) * p.n_clusters + first_cluster + c) * p.head_dim + e;
+    row[0] = __ldg(reinterpret_cast<const float4*>(from)), row[1] = __ldg(reinterpret_cast<const float4*>(from) + 1);
+  };
+  load_sums();
   __syncthreads();  // open keys have been added
-  const float to_weight = -log2f(tail_unit(per_split));
-  for (u32 c = group % LIST_GROUPS; p.has_tail && c < n_own; c += LIST_GROUPS) {
-    const float* from = sequence.sums + (static_cast<u64>(part.kv) * p.n_clusters + first_cluster + c) * p.head_dim + e;
+  const float to_weight = -static_cast<float>(TailUnits(per_split).bits);
+  for (; c < all_own; c += LIST_GROUPS, load_sums()) {
     const u32 count = tail_counts[c];
-    const float inverse = 1.0f / max(count, 1u);
-    float4 row[2] = {};
-    if (e < p.head_dim) row[0] = __ldg(reinterpret_cast<const float4*>(from)), row[1] = __ldg(reinterpret_cast<const float4*>(from) + 1);
+    const float inverse = __fdividef(1, static_cast<float>(max(count, 1u)));
     const float mean[8] = {row[0].x * inverse, row[0].y * inverse, row[0].z * inverse, row[0].w * inverse,
                            row[1].x * inverse, row[1].y * inverse, row[1].z * inverse, row[1].w * inverse};
 #pragma unroll
     for (int h = 0; h < PER_GROUP; h++) {
       const u32 head = BY_KV ? h : list;
-      const float shift = BY_KV ? shifts[h] + log2f(tail_top) : tail_top * scale;
+      const float shift = BY_KV ? shifts[h] + __log2f(tail_top) : tail_top * scale;
       // What weighs nothing is passed over: its mean may be no number.
       const u64 units = head < part.heads && count ? tail_units[head][c] : 0;
       if (units == 0) continue;
-      const float log_mass = log2f(__ull2float_rn(units)) + to_weight;
+      const float log_mass = __log2f(__ull2float_rn(units)) + to_weight;
       const float larger = fmaxf(top[h], shift + log_mass), weight = exp2_approx(shift + log_mass - larger);
       const float factor = exp2_approx(top[h] - larger);
       top[h] = larger;
@@ -376,7 +380,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     }
   }
   __syncthreads();
-  const u64 partial = static_cast<u64>(blockIdx.y) * p.splits + split;
+  const u64 partial = static_cast<u64>(part.bundle_of_all(p)) * p.splits + split;
   for (u32 i = tid; i < HEADS * D; i += BLOCK) {
     const u32 h = i / D, element = i % D, w0 = BY_KV ? 0 : h * LIST_WARPS, hh = BY_KV ? h : 0;
     float shift = -INFINITY;
@@ -392,10 +396,10 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     partials[(partial * HEADS + h) * D + element] = y;
     if (element == 0) partial_stats[partial * HEADS + h] = {shift, total};
   }
-  if (!is_last(&arrived[blockIdx.y], splits)) return;
+  if (!is_last(&arrived[part.bundle_of_all(p)], splits)) return;
   // What a split's result is to be multiplied with.
   __shared__ float factors[HEADS][MAX_SPLITS];
-  const u64 first_partial = static_cast<u64>(blockIdx.y) * p.splits * HEADS;
+  const u64 first_partial = static_cast<u64>(part.bundle_of_all(p)) * p.splits * HEADS;
   // Four elements a thread; the threads of the same ones share the splits, of which the first are loaded ahead.
   constexpr u32 QUADS = HEADS * D / 4, SHARERS = BLOCK / QUADS, AT_ONCE = 8;
   const float4* const of_splits = reinterpret_cast<const float4*>(partials + first_partial * D) + tid % QUADS;

@@ -15,7 +15,7 @@ struct MassBins {
     shift = max(32 - __clz(max(__float_as_int(best) - this->low, 1) / HALF), 0);
   }
   __device__ u32 of(float mass) const {
-    const int above = (isnan(mass) ? 0 : __float_as_int(mass)) - low;
+    const int above = __float_as_int(fmaxf(mass, 0.0f)) - low;  // NaN is 0
     return above < 0 ? max(HALF + (above >> LOWER_SHIFT), 0) : HALF + min(above >> shift, HALF - 1);
   }
   __device__ float bottom_of(u32 bin) const {
@@ -32,87 +32,90 @@ struct MassBins {
 
 // Bins of scores: as wide as each other between two bounds.
 struct ScoreBins {
-  static constexpr u32 LAST = BINS<false> - 1;
-  float high;
-  float per_bin;
+  static constexpr float N = BINS<false>;
+  float low;
+  float scale;  // to 1 at the end of the last bin
   float width;
 
   ScoreBins() = default;
-  __device__ ScoreBins(float low, float high) : high(high) {
-    width = (high - low) / LAST;
-    per_bin = width > 0 ? fminf(1 / width, 1e38f) : 0;
+  __device__ ScoreBins(float low, float high) : low(low), width((high - low) / (N - 1)) {
+    scale = width > 0 ? fminf(1 / (N * width), 1e38f) : 0;
   }
+  // Where a score is among all bins, from 0 to 1. NaN is 0.
+  __device__ float place_of(float score) const { return __saturatef((score - low) * scale); }
   __device__ u32 of(float score) const {
-    const float below = fminf(fmaxf((high - score) * per_bin, 0.0f), static_cast<float>(LAST));
-    return isnan(score) ? 0 : LAST - static_cast<u32>(below);
+    constexpr float TO_INTEGER = 0x1p23f / N;
+    return __float_as_uint(__fadd_rd(fminf(place_of(score), 1 - 1 / N), TO_INTEGER)) & (BINS<false> - 1);
   }
-  __device__ float top_of(u32 bin) const { return high - static_cast<float>(LAST - bin) * width; }
+  __device__ float top_of(u32 bin) const { return low + static_cast<float>(bin + 1) * width; }
 
   // What is_below has instead of a bin.
-  __device__ float edge_of(u32 bin) const { return bin == 0 ? INFINITY : static_cast<float>(LAST + 1 - bin); }
-  __device__ bool is_below(float score, float edge) const { return (high - score) * per_bin >= edge; }
+  __device__ float edge_of(u32 bin) const { return static_cast<float>(bin) / N; }
+  __device__ bool is_below(float score, float edge) const { return place_of(score) < edge; }
 };
 
-// The sum of `x` over the threads before this one, and over all.
-template <int THREADS>
-__device__ inline u32 scan(u32 x, u32* total) {
-  constexpr u32 WARPS = THREADS / 32;
+// The sum of `x` over those of a list's threads that are before this one. Lists have equally many.
+template <u32 LISTS>
+__device__ u32 sum_before(u32 x) {
+  constexpr u32 OF_LIST = WARPS / LISTS;
   __shared__ u32 sums[WARPS];
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 sum = x;
 #pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
+  for (u32 lanes = 1; lanes < 32; lanes *= 2) {
     const u32 other = __shfl_up_sync(ALL_LANES, sum, lanes);
     if (lane >= lanes) sum += other;
   }
-  __syncthreads();
   if (lane == 31) sums[warp] = sum;
   __syncthreads();
   u32 all = lane < WARPS ? sums[lane] : 0;
 #pragma unroll
-  for (u32 lanes = 1; lanes < WARPS; lanes *= 2) {
+  for (u32 lanes = 1; lanes < OF_LIST; lanes *= 2) {
     const u32 other = __shfl_up_sync(ALL_LANES, all, lanes);
-    if (lane >= lanes) all += other;
+    if (lane % OF_LIST >= lanes) all += other;
   }
-  *total = __shfl_sync(ALL_LANES, all, WARPS - 1);
-  const u32 before = __shfl_sync(ALL_LANES, all, max(static_cast<int>(warp), 1) - 1);
-  return sum - x + (warp ? before : 0);
+  const u32 before = __shfl_sync(ALL_LANES, all, max(warp, 1u) - 1);
+  return sum - x + (warp % OF_LIST ? before : 0);
 }
 
-// Finds the bin in which the `k` best end, and how many of it are among them: the counts of BINS bins are at `counts`,
-// which is in shared memory, or is what other blocks wrote. Bin MAX_BINS where there are fewer.
-template <int THREADS, u32 BINS>
-__device__ void find_bin(const u32* counts, u32 k, u32* bin, u32* wanted) {
-  constexpr u32 OWN = BINS / THREADS;  // bins a thread, from the top
+// Finds the bin in which the `k` best of each list end, and how many of it are among them; for all lists at once. A list's
+// counts of N bins are at `counts(list)`, which is in shared memory, or is what other blocks wrote. Bin MAX_BINS where there
+// are fewer.
+template <u32 LISTS, u32 N, class Counts>
+__device__ void find_bins(Counts counts, u32 k, u32 (&bins)[LISTS], u32 (&wanted)[LISTS]) {
+  constexpr u32 OF_LIST = THREADS / LISTS, OWN = N / OF_LIST;  // bins a thread, from the top
   static_assert(OWN % 4 == 0);
-  const u32 lowest = BINS - OWN * (threadIdx.x + 1);
-  u32 own[OWN], all = 0, total;
+  const u32 list = threadIdx.x / OF_LIST, thread = threadIdx.x % OF_LIST, lowest = N - OWN * (thread + 1);
+  const u32* const of_list = counts(list);
+  u32 own[OWN], all = 0;
 #pragma unroll
   for (u32 i = 0; i < OWN; i += 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(&counts[lowest + i]);
+    const uint4 four = *reinterpret_cast<const uint4*>(&of_list[lowest + i]);
     own[i] = four.x, own[i + 1] = four.y, own[i + 2] = four.z, own[i + 3] = four.w;
   }
-  if (threadIdx.x == 0) *bin = MAX_BINS, *wanted = 0;
 #pragma unroll
   for (u32 i = 0; i < OWN; i++) all += own[i];
-  u32 before = scan<THREADS>(all, &total);
+  if (thread == 0) bins[list] = MAX_BINS, wanted[list] = 0;
+  u32 before = sum_before<LISTS>(all);
 #pragma unroll
   for (int i = OWN - 1; i >= 0; i--) {
-    if (before < k && k <= before + own[i]) *bin = lowest + i, *wanted = k - before;
+    if (before < k && k <= before + own[i]) bins[list] = lowest + i, wanted[list] = k - before;
     before += own[i];
   }
   __syncthreads();
 }
 
-// Adds a block's histogram to that of its list. Where the block alone has `k` keys in bins that are as good, the selection
-// ends no further down: those below are left out.
-template <int THREADS, u32 BINS>
-__device__ void add_histogram(const u32* own, u32 k, Search& search) {
-  __shared__ u32 bin, wanted;
+// Adds a block's histograms, of N bins, to those of its lists. Where the block alone has `k` keys in bins that are as good,
+// the selection ends no further down: those below are left out.
+template <u32 LISTS, u32 N>
+__device__ void add_histograms(const u32* own, u32 k, u32 n_lists, Search* searches) {
+  __shared__ u32 bins[LISTS], wanted[LISTS];
+  constexpr u32 OF_LIST = THREADS / LISTS;
   __syncthreads();
-  find_bin<THREADS, BINS>(own, k, &bin, &wanted);
-  const u32 lowest = bin == MAX_BINS ? 0 : bin;
-  for (u32 i = lowest + threadIdx.x; i < BINS; i += THREADS) {
-    if (own[i]) atomicAdd(&search.histogram[i], own[i]);
+  find_bins<LISTS, N>([&](u32 list) { return own + list * N; }, k, bins, wanted);
+  const u32 list = threadIdx.x / OF_LIST, lowest = bins[list] == MAX_BINS ? 0 : bins[list];
+  for (u32 i = lowest + threadIdx.x % OF_LIST; i < N; i += OF_LIST) {
+    const u32 count = own[list * N + i];
+    if (count && list < n_lists) atomicAdd(&searches[list].histogram[i], count);
   }
 }

@@ -3,11 +3,10 @@
 
 #include "../common.cuh"
 
-// Threads of a block of `search`. What each warp does once takes longer the more there are, and what they do for each key
-// less: many are for small teams, whose blocks have many keys.
-constexpr int FEW_THREADS = 512;
-constexpr int MANY_THREADS = 1024;
-constexpr u32 MAX_WARPS = MANY_THREADS / 32;
+// Of a block of `search`.
+constexpr u32 THREADS = 512;
+constexpr u32 WARPS = THREADS / 32;
+
 constexpr u32 MAX_SPLITS = 64;
 constexpr u32 MAX_CLUSTERS = 256;
 constexpr u32 MAX_GROUP = 64;
@@ -77,7 +76,6 @@ struct Decode {
   u32 group;
   u32 bundles;  // a row
   u32 splits;         // the most of a sequence
-  u32 warps;          // of a block of `search`
   u32 histogram_at;   // where it is in the shared memory of `search`: behind the tables and the tail's masses
   u32 shared_chunks;  // of scores, which come behind it
   u32 head_dim;
@@ -135,12 +133,9 @@ struct Part {
   u32 sink;
   u32 window_start;
 
-  // Of a split of the `of_all`-th of all bundles.
-  __device__ Part(u32 of_all, u32 split, u32 heads_per_bundle, const Decode& p) : split(split) {
-    bundle = of_all % p.bundles;
-    row = of_all / p.bundles;
-    sequence = row / p.h_kv;
-    kv = row % p.h_kv;
+  __device__ Part(u32 sequence, u32 kv, u32 bundle, u32 split, u32 heads_per_bundle, const Decode& p)
+      : sequence(sequence), split(split), kv(kv), bundle(bundle) {
+    row = sequence * p.h_kv + kv;
     first_head = kv * p.group + bundle * heads_per_bundle;
     heads = min(heads_per_bundle, p.group - bundle * heads_per_bundle);
     const Sequence& own = p.sequences[sequence];
@@ -154,17 +149,12 @@ struct Part {
   }
 
   // The first position of a lane's keys, the `i`-th time.
-  template <int THREADS>
   __device__ u32 position(u32 i) const {
-    u32 thread = threadIdx.x, threads = THREADS;
-    // With many threads asked for anew each time: what is kept for the next phase takes registers that this one needs.
-    if constexpr (THREADS == MANY_THREADS) {
-      asm volatile("mov.u32 %0, %tid.x; mov.u32 %1, %ntid.x;" : "=r"(thread), "=r"(threads));
-    }
-    return ((i * (threads / 32) + thread / 32) * splits + split) * CHUNK + thread % 32 * EACH;
+    return ((i * WARPS + threadIdx.x / 32) * splits + split) * CHUNK + threadIdx.x % 32 * EACH;
   }
 
-  // The head's place among those of all sequences.
+  // The bundle's place among those of all sequences, and the first head's.
+  __device__ u32 bundle_of_all(const Decode& p) const { return row * p.bundles + bundle; }
   __device__ u32 head_of_all(const Decode& p) const { return sequence * p.h + first_head; }
 
   // Where the masses of this row begin, in positions.
@@ -183,16 +173,24 @@ struct Part {
 // Of two that are equal the one in front is better.
 __device__ inline u64 rank_of(float x, u32 position) { return static_cast<u64>(rank_of(x)) << 32 | ~position; }
 
-// What the largest weight of a tail is in integers, where a block adds up `keys`: their sum fits 32 bits, and the largest
-// the mantissa of an f32.
-__device__ inline float tail_unit(u32 keys) { return static_cast<float>(1u << min(__clz(max(keys, 2u) - 1) - 1, 22)); }
+// Weights of a tail as integers, of which a block adds up those of `keys`: sums fit 32 bits, and the largest weight the
+// mantissa of an f32.
+struct TailUnits {
+  u32 bits;  // the largest weight is 2^bits units
 
-// Where the weight of a key is cut off, between 0 and 1: evenly spread over the keys, so that their sum is not biased by
-// weights that are small beside the unit.
-__device__ inline float cut_of(u32 position) { return __uint_as_float(0x3f800000 | __brev(position) >> 9) - 1.0f; }
+  __device__ explicit TailUnits(u32 keys) : bits(min(__clz(max(keys, 2u) - 1) - 1, 22)) {}
 
-// A weight in units as an integer; none is above the unit of the largest. NaN is 0.
-__device__ inline u32 in_units(float weight, float unit, float cut) {
-  constexpr float TO_INTEGER = 1 << 23;
-  return weight > 0 ? __float_as_uint(__fadd_rd(fminf(weight, unit) + cut, TO_INTEGER)) & 0x7fffff : 0;
-}
+  // Where the weight of a key is cut off, below 1 unit: evenly spread over the keys, so that their sum is not biased by weights
+  // that are small beside a unit.
+  __device__ float cut_of(u32 position) const {
+    const float unit = __uint_as_float((127 - bits) << 23);
+    return __fmaf_rn(__uint_as_float(0x3f800000 | __brev(position) >> 9), unit, -unit);
+  }
+
+  // A share x * factor of the largest weight; what is above counts as the largest, NaN as nothing. Nothing as well with a cut
+  // of -infinity.
+  __device__ u32 of(float x, float factor, float cut) const {
+    const float to_integer = __uint_as_float((127 + 23 - bits) << 23);
+    return __float_as_uint(__fadd_rd(__saturatef(__fmaf_rn(x, factor, cut)), to_integer)) & 0x7fffff;
+  }
+};

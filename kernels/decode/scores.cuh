@@ -62,11 +62,11 @@ struct Scores {
 
 // Adds up the entries of this block's keys. By KV head returns a thread's statistics of the softmax, by query head counts
 // in `histogram`.
-template <int THREADS, int HEADS, bool BY_KV>
+template <int HEADS, bool BY_KV>
 __device__ void add_entries(const u8* codes, const u8* clusters, const u32* pages, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
                             Stats (&stats)[HEADS], u32* histogram, const ScoreBins* bins, const Part& part,
                             const Decode& p) {
-  constexpr u32 WARPS = THREADS / 32, SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
+  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = p.pq_dim / SUBSPACES;
   const u8* const coarse_rows = rows + chunks * p.n_centroids * ROW_BYTES;
   const u32 slot = lane % SLOTS, start = slot % SUBSPACES;
@@ -85,7 +85,7 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
   // Codes of what comes next are on their way.
   uint2 next[EACH];
   u32 next_clusters = 0;
-  std::conditional_t<THREADS == MANY_THREADS, u32, u64> place = 0;  // many threads lack a register for more
+  u64 place = 0;
   const auto load = [&](u32 at, u32 chunk) {
     if (at >= part.end) return;
     if (chunk == 0) place = place_of(at, pages);
@@ -94,10 +94,10 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
     for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
     if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + place));
   };
-  u32 at = part.position<THREADS>(0);
+  u32 at = part.position(0);
   load(at, 0);
   for (u32 i = 0; at - lane * EACH < part.end; i++) {
-    const u32 later = part.position<THREADS>(i + 1);
+    const u32 later = part.position(i + 1);
     Entry<HEADS> x[EACH] = {};
     if (p.n_clusters) {
 #pragma unroll
@@ -146,10 +146,15 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
       }
     } else {
 #pragma unroll
-      for (u32 j = 0; j < EACH; j++) {
-        if (at + j < part.begin || at + j >= part.end) continue;
+      for (int h = 0; h < HEADS; h++) {
+        u32 in[EACH];
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) atomicAdd(&histogram[h * BINS<false> + bins[h].of(x[j].x[h])], 1);
+        for (u32 j = 0; j < EACH; j++) in[j] = bins[h].of(x[j].x[h]);
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) {
+          // To add nothing costs less than a branch.
+          atomicAdd(&histogram[h * BINS<false> + in[j]], at + j >= part.begin && at + j < part.end ? 1 : 0);
+        }
       }
     }
     at = later;
@@ -201,13 +206,12 @@ __device__ inline void to_shares(Entry<HEADS> (&x)[EACH], u32 at, const float* s
 }
 
 // Counts the sums over a key's heads of their shares in `histogram`. Scores in shared memory become shares.
-template <int THREADS, int HEADS>
+template <int HEADS>
 __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32* histogram, const MassBins& bins,
                            const Part& part, const Decode& p) {
-  constexpr u32 WARPS = THREADS / 32;
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u32 at = part.position<THREADS>(0);
-  for (u32 i = 0; at - lane * EACH < part.end; at = part.position<THREADS>(++i)) {
+  u32 at = part.position(0);
+  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i)) {
     float mass[EACH] = {};
     for (u32 bundle = 0; bundle < p.bundles; bundle++) {
       Entry<HEADS> x[EACH];
@@ -222,7 +226,7 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32
     }
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {
-      if (at + j >= part.begin && at + j < part.end) atomicAdd(&histogram[bins.of(mass[j])], 1);
+      atomicAdd(&histogram[bins.of(mass[j])], at + j >= part.begin && at + j < part.end ? 1 : 0);
     }
   }
 }

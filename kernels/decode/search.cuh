@@ -10,25 +10,27 @@ __device__ inline Part part_of_block(const Decode& p) {
   u32 sequence = 0;
   while (sequence + 1 < p.n_sequences && blockIdx.x >= p.sequences[sequence + 1].first_block) sequence++;
   const Sequence& own = p.sequences[sequence];
-  const u32 block = blockIdx.x - own.first_block, team = block / own.splits, bundles = p.h_kv * p.bundles;
-  return Part(sequence * bundles + team * (BY_KV ? p.bundles : 1), block % own.splits, HEADS, p);
+  const u32 block = blockIdx.x - own.first_block, team = block / own.splits, split = block - team * own.splits;
+  // Before the first load a division counts: so few of them.
+  const u32 kv = BY_KV ? team : team / p.bundles;
+  return Part(sequence, kv, BY_KV ? 0 : team - kv * p.bundles, split, HEADS, p);
 }
 
 // Grid: the blocks of all sequences.
-template <int THREADS, int HEADS, bool BY_KV, class T>
+template <int HEADS, bool BY_KV, class T>
 __device__ void search(float* tables, float* all_scores, float* masses, Stats* stats, Search* searches, u32* lists,
                        Listed* listed, u32* tail, const Decode& p) {
-  constexpr u32 WARPS = THREADS / 32, LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
+  constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
   extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
   __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];
   __shared__ ScoreBins score_bins[HEADS];
   __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
   const Part part = part_of_block<HEADS, BY_KV>(p);
   const Sequence& sequence = p.sequences[part.sequence];
-  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<u32>(p.step.selected(part.n));
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 heads = BY_KV ? p.group : part.heads, n_lists = BY_KV ? 1 : part.heads;
   const u32 first_list = BY_KV ? part.row : part.head_of_all(p);
-  const u32 bundles = BY_KV ? p.bundles : 1, first_bundle = part.row * p.bundles + part.bundle;
+  const u32 bundles = BY_KV ? p.bundles : 1, first_bundle = part.bundle_of_all(p);
   u32* const histogram = reinterpret_cast<u32*>(rows + p.histogram_at);
   u32* const tail_units = reinterpret_cast<u32*>(rows);  // [heads, MAX_CLUSTERS]
   const Scores<HEADS> scores = {reinterpret_cast<Entry<HEADS>*>(histogram + LISTS * N_BINS),
@@ -40,22 +42,23 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   if (part.split == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
   Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
   for (u32 bundle = 0; bundle < bundles; bundle++) {
-    make_tables<THREADS, HEADS, T>(own_tables + bundle * table_entries(p), reinterpret_cast<float*>(histogram), part,
+    make_tables<HEADS, T>(own_tables + bundle * table_entries(p), reinterpret_cast<float*>(histogram), part,
                           part.bundle + bundle, p);
   }
   // Codes are on their way to the second-level cache while the tables are brought together.
-  u32 at = part.position<THREADS>(0);
-  for (u32 i = 0; at < part.end; at = part.position<THREADS>(++i)) {
+  u32 at = part.position(0);
+  for (u32 i = 0; at < part.end; at = part.position(++i)) {
     const u64 place = place_of(at, sequence.code_pages);
     prefetch(codes + place * p.pq_dim);
     if (p.n_clusters && lane % 8 == 0) prefetch(clusters + place);
   }
+  const u32 k = static_cast<u32>(p.step.selected(part.n));
   meet(&first_search.arrived, part.splits, 1);
 
   for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   for (u32 bundle = 0; bundle < bundles; bundle++) {
     float low[HEADS], high[HEADS];
-    load_tables<THREADS, HEADS>(own_tables + bundle * table_entries(p), rows, low, high, p);
+    load_tables<HEADS, !BY_KV>(own_tables + bundle * table_entries(p), rows, low, high, p);
     if constexpr (!BY_KV) {
       if (threadIdx.x == 0) {
 #pragma unroll
@@ -64,8 +67,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
       __syncthreads();
     }
     Stats own[HEADS];
-    add_entries<THREADS, HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part,
-                              p);
+    add_entries<HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part, p);
     if constexpr (BY_KV) {
       __shared__ Stats of_warps[HEADS][WARPS];
 #pragma unroll
@@ -93,19 +95,14 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     float best = 0;
     for (u32 head = 0; head < p.group; head++) best += best_shares[head];
     mass_bins = MassBins(0.5f * p.group / max(part.end - part.begin, 1u), best);
-    add_shares<THREADS, HEADS>(scores, shifts, histogram, mass_bins, part, p);
-    add_histogram<THREADS, N_BINS>(histogram, k, first_search);
-  } else {
-    for (u32 list = 0; list < n_lists; list++) {
-      add_histogram<THREADS, N_BINS>(histogram + list * N_BINS, k, searches[first_list + list]);
-    }
+    add_shares<HEADS>(scores, shifts, histogram, mass_bins, part, p);
   }
+  add_histograms<LISTS, N_BINS>(histogram, k, n_lists, &first_search);
   meet(&first_search.arrived, part.splits, BY_KV ? 3 : 2);
 
   for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
-  for (u32 list = 0; list < n_lists; list++) {
-    find_bin<THREADS, N_BINS>(searches[first_list + list].histogram, k, &found_bin[list], &found_wanted[list]);
-  }
+  const auto counts = [&](u32 list) { return searches[first_list + min(list, n_lists - 1)].histogram; };
+  find_bins<LISTS, N_BINS>(counts, k, found_bin, found_wanted);
   u32 bin[LISTS];
   float top[LISTS], edge[LISTS];
   ScoreBins bins[LISTS];
@@ -117,15 +114,10 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     edge[list] = BY_KV ? mass_bins.edge_of(bin[list]) : bins[list].edge_of(bin[list]);
   }
   const u32 per_warp = sequence.per_warp, per_split = per_warp * WARPS;
-  const float unit = tail_unit(per_split), scale = p.scale * LOG2_E;
-  // What makes the largest weight that there may be below the bin a unit of the tail: a factor of shares, a shift of scores.
-  float to_units[HEADS];
-#pragma unroll
-  for (int h = 0; h < HEADS; h++) {
-    to_units[h] = BY_KV ? unit / top[0] : log2f(unit) - (h < LISTS ? top[h] : 0) * scale;
-  }
+  const TailUnits units(per_split);
+  const float scale = p.scale * LOG2_E;
   u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
-  at = part.position<THREADS>(0);
+  at = part.position(0);
   const auto load_clusters = [&](u32 at) {
     if (!p.has_tail || at >= part.end) return 0u;
     return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, sequence.code_pages)));
@@ -137,7 +129,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     if (BY_KV && !scores.are_shared(local, bundle)) to_shares<HEADS>(x, at, shifts + bundle * HEADS, part, p);
   };
   for (u32 i = 0; at - lane * EACH < part.end;) {
-    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position<THREADS>(++i);
+    const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i);
     const u32 words = next_clusters;
     next_clusters = load_clusters(later);
     Entry<HEADS> x[EACH];
@@ -162,7 +154,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
         const bool is_candidate = position >= part.begin && position < part.end, is_sink = position < part.sink;
         const float x = ranked[list][j];
         const bool is_below = BY_KV ? mass_bins.is_below(x, edge[list]) : bins[list].is_below(x, edge[list]);
-        if (is_below && is_candidate && !is_sink) below[list] |= 1u << j;
+        if (is_below && is_candidate && !is_sink && list < n_lists) below[list] |= 1u << j;
         if (!__any_sync(ALL_LANES, !is_below && is_candidate)) continue;
         const u32 in = BY_KV ? mass_bins.of(x) : bins[list].of(x);
         const bool is_sure = is_candidate && in > bin[list] && !is_sink, is_open = is_candidate && in == bin[list];
@@ -194,20 +186,19 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
       }
     }
     if (p.has_tail) {
-      float cuts[EACH];
-#pragma unroll
-      for (u32 j = 0; j < EACH; j++) cuts[j] = cut_of(at + j);
       for (u32 bundle = 0; bundle < bundles; bundle++) {
         if (bundles > 1) load_ranked(local, at, bundle, x);
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-          const u32 head = bundle * HEADS + h, bits = below[BY_KV ? 0 : h];
-          if (head >= heads) continue;
+        for (u32 j = 0; j < EACH; j++) {
+          u32* const of_cluster = &tail_units[bundle * HEADS * MAX_CLUSTERS + (words >> j * 8 & 0xff)];
+          const float cut = units.cut_of(at + j);
 #pragma unroll
-          for (u32 j = 0; j < EACH; j++) {
-            const float weight = BY_KV ? x[j].x[h] * to_units[h] : exp2_approx(x[j].x[h] * scale + to_units[h]);
-            const u32 units = in_units(weight, unit, cuts[j]);
-            if ((bits >> j & 1) && units) atomicAdd(&tail_units[head * MAX_CLUSTERS + (words >> j * 8 & 0xff)], units);
+          for (int h = 0; h < HEADS; h++) {
+            const u32 list = BY_KV ? 0 : h;
+            // Of the largest weight that there may be below the bin.
+            const float weight = BY_KV ? x[j].x[h] : exp2_approx((x[j].x[h] - top[list]) * scale);
+            const float factor = BY_KV ? __fdividef(1, top[0]) : 1;
+            atomicAdd(of_cluster + h * MAX_CLUSTERS, units.of(weight, factor, below[list] >> j & 1 ? cut : -INFINITY));
           }
         }
       }
@@ -218,10 +209,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
 #pragma unroll
     for (u32 list = 0; list < LISTS; list++) {
       if (list < n_lists) {
-        const u64 segment = ((first_list + list) * static_cast<u64>(p.splits) + part.split) * MAX_WARPS + warp;
-        listed[segment] = {n_sure[list], n_open[list]};
-#pragma unroll
-        for (u32 none = WARPS; none < MAX_WARPS; none += WARPS) listed[segment + none] = {0, 0};
+        listed[((first_list + list) * static_cast<u64>(p.splits) + part.split) * WARPS + warp] = {n_sure[list], n_open[list]};
       }
     }
   }

@@ -36,21 +36,23 @@ __device__ inline Entry<HEADS> product_of(const float* centroid, const float* qu
 
 // This block's share of the tables of a bundle: of the subspaces' entries a thread each, of the clusters' eight lanes each,
 // from the last thread on, since there are mostly threads for both at once.
-template <int THREADS, int HEADS, class T>
+template <int HEADS, class T>
 __device__ void make_tables(Entry<HEADS>* out, float* queries, const Part& part, u32 bundle, const Decode& p) {
   const Sequence& sequence = p.sequences[part.sequence];
   const T* const query = static_cast<const T*>(sequence.query);
   const u32 first_head = part.kv * p.group + bundle * HEADS, heads = min(HEADS, p.group - bundle * HEADS);
   __syncthreads();  // the queries of the bundle before have been read
-  for (u32 i = threadIdx.x; i < HEADS * p.head_dim; i += THREADS) {
-    const u32 head = i / p.head_dim, e = i % p.head_dim;
-    queries[i] = head < heads ? widen(query[(first_head + head) * sequence.query_stride + e]) : 0;
+  for (u32 e = threadIdx.x; e < p.head_dim; e += THREADS) {
+#pragma unroll
+    for (u32 h = 0; h < HEADS; h++) {
+      queries[h * p.head_dim + e] = h < heads ? widen(query[(first_head + h) * sequence.query_stride + e]) : 0;
+    }
   }
   __syncthreads();
-  const u32 of_subspaces = p.pq_dim * p.n_centroids;
+  const u32 of_subspaces = p.pq_dim * p.n_centroids, bits = __ffs(static_cast<int>(p.n_centroids)) - 1;  // a power of two
   const u32 own = (of_subspaces + part.splits - 1) / part.splits, begin = part.split * own, end = min(begin + own, of_subspaces);
   for (u32 i = begin + threadIdx.x; i < end; i += THREADS) {
-    const u32 m = i / p.n_centroids, c = i % p.n_centroids;
+    const u32 m = i >> bits, c = i & (p.n_centroids - 1);
     const float* const centroid = sequence.centroids + (static_cast<u64>(part.kv) * of_subspaces + i) * p.pq_len;
     out[(m / SUBSPACES * p.n_centroids + c) * SUBSPACES + m % SUBSPACES] =
         product_of<HEADS, 1>(centroid, queries + m * p.pq_len, 0, p.pq_len, p.head_dim);
@@ -80,15 +82,38 @@ __device__ void make_tables(Entry<HEADS>* out, float* queries, const Part& part,
 //
 // Each lane starts its key's sum at another subspace, so that of the lanes that are served at a time no two meet in a
 // bank; where a row has more slots than subspaces, the subspaces are there several times, and so are the clusters.
-// `low` and `high` are bounds of a head's sums.
-template <int THREADS, int HEADS>
+// With HAS_RANGE `low` and `high` are bounds of a head's sums.
+template <int HEADS, bool HAS_RANGE>
 __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEADS], float (&high)[HEADS],
                             const Decode& p) {
-  constexpr u32 WARPS = THREADS / 32, SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
+  constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
   constexpr u32 COLUMNS = 2 * SUBSPACES;  // of bounds: subspaces, and the clusters
   constexpr u32 SUMMING_LANES = HEADS * COLUMNS < 32 ? (1u << HEADS * COLUMNS % 32) - 1 : ALL_LANES;
-  __shared__ float of_warps[2][HEADS][SUBSPACES + 1][WARPS + 1];
-  __shared__ float bounds[3][HEADS];  // the smallest, the largest, and the magnitude of a sum of entries
+  // The largest of the entries and of their negatives, or of both.
+  constexpr u32 SIDES = HAS_RANGE ? 2 : 1;
+  struct Bounds {
+    Entry<HEADS> of[SIDES];
+
+    __device__ Bounds() {
+#pragma unroll
+      for (u32 side = 0; side < SIDES; side++) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) of[side].x[h] = HAS_RANGE ? -INFINITY : 0;
+      }
+    }
+    __device__ void add(const Entry<HEADS>& entry) {
+#pragma unroll
+      for (u32 side = 0; side < SIDES; side++) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+          const float x = entry.x[h];
+          of[side].x[h] = fmaxf(of[side].x[h], !HAS_RANGE ? fabsf(x) : side == 0 ? x : -x);
+        }
+      }
+    }
+  };
+  __shared__ float of_warps[SIDES][HEADS][SUBSPACES + 1][WARPS + 1];
+  __shared__ float bounds[SIDES + 1][HEADS];  // of a sum of entries on each side, and of its magnitude
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 of_subspaces = p.pq_dim * p.n_centroids, rows_of_codes = p.pq_dim / SUBSPACES * p.n_centroids;
   Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
@@ -105,17 +130,17 @@ __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEA
     return entry;
   };
   // A thread's bounds, of which those of lanes STEP apart are of one table, into those of its warp.
-  const auto leave_bounds = [&](auto step, const Entry<HEADS>& smallest, const Entry<HEADS>& largest, u32 column) {
+  const auto leave_bounds = [&](auto step, const Bounds& own, u32 column) {
     constexpr u32 STEP = decltype(step)::value;
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-      float x = smallest.x[h], y = largest.x[h];
+    for (u32 side = 0; side < SIDES; side++) {
 #pragma unroll
-      for (u32 lanes = 16; lanes >= STEP; lanes /= 2) {
-        x = fminf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
-        y = fmaxf(y, __shfl_xor_sync(ALL_LANES, y, lanes));
+      for (int h = 0; h < HEADS; h++) {
+        float x = own.of[side].x[h];
+#pragma unroll
+        for (u32 lanes = 16; lanes >= STEP; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+        if (lane < STEP) of_warps[side][h][column + lane][warp] = x;
       }
-      if (lane < STEP) of_warps[0][h][column + lane][warp] = x, of_warps[1][h][column + lane][warp] = y;
     }
   };
   __syncthreads();  // the tables of the bundle before have been read
@@ -123,30 +148,21 @@ __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEA
   Entry<HEADS> of_cluster = {};
   if (has_cluster) of_cluster = load(of_subspaces + threadIdx.x);
   const u32 of_chunk = SUBSPACES * p.n_centroids, head = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-  float sums[3] = {};  // of a table and a head, in the first threads
+  float sums[SIDES + 1] = {};  // of a table and a head, in the first threads
   for (u32 first = 0; first < of_subspaces; first += of_chunk) {
-    Entry<HEADS> smallest, largest;
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) smallest.x[h] = INFINITY, largest.x[h] = -INFINITY;
+    Bounds own;
 #pragma unroll 4
     for (u32 i = first + threadIdx.x; i < first + of_chunk; i += THREADS) {
       const Entry<HEADS> entry = load(i);
-#pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-        smallest.x[h] = fminf(smallest.x[h], entry.x[h]);
-        largest.x[h] = fmaxf(largest.x[h], entry.x[h]);
-      }
+      own.add(entry);
 #pragma unroll
       for (u32 copy = 0; copy < SLOTS; copy += SUBSPACES) to[i / SUBSPACES * SLOTS + copy + i % SUBSPACES] = entry;
     }
-    leave_bounds(Constant<SUBSPACES>(), smallest, largest, 0);
+    leave_bounds(Constant<SUBSPACES>(), own, 0);
     if (first == 0 && p.n_clusters) {
-#pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-        smallest.x[h] = has_cluster ? of_cluster.x[h] : INFINITY;
-        largest.x[h] = has_cluster ? of_cluster.x[h] : -INFINITY;
-      }
-      leave_bounds(Constant<1>(), smallest, largest, SUBSPACES);
+      Bounds of_clusters;
+      if (has_cluster) of_clusters.add(of_cluster);
+      leave_bounds(Constant<1>(), of_clusters, SUBSPACES);
 #pragma unroll
       for (u32 copy = 0; copy < SLOTS; copy++) {
         if (has_cluster) to[(rows_of_codes + threadIdx.x) * SLOTS + (copy + lane) % SLOTS] = of_cluster;
@@ -154,16 +170,22 @@ __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEA
     }
     __syncthreads();
     if (head < HEADS && (column < SUBSPACES || (column == SUBSPACES && first == 0 && p.n_clusters))) {
-      float x = INFINITY, y = -INFINITY;
+      float magnitude = 0;
 #pragma unroll
-      for (u32 w = 0; w < WARPS; w++) x = fminf(x, of_warps[0][head][column][w]), y = fmaxf(y, of_warps[1][head][column][w]);
-      sums[0] += x, sums[1] += y, sums[2] += fmaxf(-x, y);
+      for (u32 side = 0; side < SIDES; side++) {
+        float x = -INFINITY;
+#pragma unroll
+        for (u32 w = 0; w < WARPS; w++) x = fmaxf(x, of_warps[side][head][column][w]);
+        sums[side] += x;
+        magnitude = fmaxf(magnitude, x);
+      }
+      sums[SIDES] += magnitude;
     }
     __syncthreads();
   }
   if (threadIdx.x < HEADS * COLUMNS) {
 #pragma unroll
-    for (int i = 0; i < 3; i++) {
+    for (u32 i = 0; i <= SIDES; i++) {
 #pragma unroll
       for (int lanes = COLUMNS / 2; lanes > 0; lanes /= 2) sums[i] += __shfl_xor_sync(SUMMING_LANES, sums[i], lanes);
       if (column == 0) bounds[i][head] = sums[i];
@@ -173,10 +195,12 @@ __device__ void load_tables(const Entry<HEADS>* from, u8* rows, float (&low)[HEA
   float far[HEADS];
 #pragma unroll
   for (int h = 0; h < HEADS; h++) {
-    low[h] = fminf(fmaxf(bounds[0][h], -1e38f), 1e38f);
-    high[h] = fminf(fmaxf(bounds[1][h], -1e38f), 1e38f);
+    if constexpr (HAS_RANGE) {
+      high[h] = fminf(fmaxf(bounds[0][h], -1e38f), 1e38f);
+      low[h] = fminf(fmaxf(-bounds[1][h], -1e38f), 1e38f);
+    }
     // Adding and taking away 1.5 * 2^23 units rounds to a unit.
-    const int exponent = static_cast<int>(__float_as_uint(bounds[2][h]) >> 23) - 126 - 23;
+    const int exponent = static_cast<int>(__float_as_uint(bounds[SIDES][h]) >> 23) - 126 - 23;
     far[h] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23) * 0x1.8p23f;
   }
   for (u32 i = threadIdx.x; i < (rows_of_codes + p.n_clusters) * SLOTS; i += THREADS) {

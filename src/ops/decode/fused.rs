@@ -42,7 +42,6 @@ struct Decode {
     group: u32,
     bundles: u32,
     splits: u32,
-    warps: u32,
     histogram_at: u32,
     shared_chunks: u32,
     head_dim: u32,
@@ -62,12 +61,7 @@ const TENSORS: usize = 12;
 const ADDRESSES: usize = TENSORS + 2;
 
 /// Warps of a block of `search`.
-const FEW_WARPS: usize = 16;
-const MANY_WARPS: usize = 32;
-
-/// The largest teams of whose blocks, by KV head, many warps make more of: a large share of the tables is theirs, and many
-/// keys.
-const SMALL_TEAM: usize = 4;
+const WARPS: usize = 16;
 
 /// Keys that a warp takes at a time, of one page.
 const CHUNK: usize = PAGE;
@@ -79,14 +73,14 @@ const ROW_BYTES: usize = 128;
 /// The most heads of a bundle: one 16-byte look-up.
 const MAX_HEADS: usize = 4;
 
-/// Shared memory that a block has beside what the launch asks for, at most, of few and of many warps.
-const STATIC_BYTES: [usize; 2] = [7 << 10, 11 << 10];
+/// Shared memory that a block has beside what the launch asks for, at most.
+const STATIC_BYTES: usize = 6 << 10;
 
 const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
 const MAX_GROUP: usize = 64;
 
-/// The most blocks of a grid's second dimension.
+/// The most blocks of a grid's second dimension, which has the bundles of a sequence.
 const MAX_LISTS: usize = 65_535;
 
 /// Bins of a row's histogram and of a query head's, and words of a `Search`: bins, ranks of two words, shifts and
@@ -97,6 +91,7 @@ const SEARCH_WORDS: usize = 4096 + 2 * 1024 + MAX_GROUP + 8;
 
 /// The launches of a step.
 pub(super) struct Fused {
+    search: Kernel,
     attend: Kernel,
     shape: Shape,
     launches: Vec<Together>,
@@ -104,7 +99,6 @@ pub(super) struct Fused {
 
 /// Sequences that are launched together.
 struct Together {
-    search: Kernel,
     params: Decode,
     /// The cache that each is of.
     caches: Vec<usize>,
@@ -132,12 +126,11 @@ impl Fused {
         let kernel = |name: String| Kernel::new(device, Module::Decode, name);
         let together = |(i, sequences): (usize, &[(usize, usize, Sequence)])| {
             let params = shape.params(plan, i * MAX_SEQUENCES, sequences, &gpu)?;
-            let many = if params.warps as usize == MANY_WARPS { "_many" } else { "" };
-            let search = kernel(format!("decode_search_{suffix}_h{heads}{name}{many}"))?;
-            Ok(Together { search, params, caches: sequences.iter().map(|(cache, ..)| *cache).collect() })
+            Ok(Together { params, caches: sequences.iter().map(|(cache, ..)| *cache).collect() })
         };
         let launches = sequences.chunks(MAX_SEQUENCES).enumerate().map(together).collect::<Result<Vec<_>>>()?;
         Ok(Some(Self {
+            search: kernel(format!("decode_search_{suffix}_h{heads}{name}"))?,
             attend: kernel(format!("decode_attend_{suffix}_d{}_h{heads}{name}", shape.padded_dim()))?,
             shape,
             launches,
@@ -160,7 +153,7 @@ impl Fused {
         let of_storages = storages.iter().map(|storage| addresses.of(cuda::storage_of(OP, storage)?));
         let of_storages = of_storages.collect::<Result<Vec<_>>>()?;
         let of_lens = caches.iter().map(|cache| addresses.of(cache.lens.storage())).collect::<Result<Vec<_>>>()?;
-        for Together { search, params, caches } in &self.launches {
+        for Together { params, caches } in &self.launches {
             let mut params = *params;
             for (sequence, &cache) in params.sequences.iter_mut().zip(caches) {
                 let [query, tensors @ .., len] = &mut sequence.addresses;
@@ -170,14 +163,13 @@ impl Fused {
                     *address = place.map_or(0, |place| address.wrapping_add(of_storages[place]));
                 }
             }
-            self.launch(search, &Params(params), device, buffers, out)?;
+            self.launch(&Params(params), device, buffers, out)?;
         }
         Ok(())
     }
 
     fn launch(
         &self,
-        search: &Kernel,
         params: &Params<Decode>,
         device: &CudaDevice,
         buffers: &mut Buffers,
@@ -190,7 +182,7 @@ impl Fused {
         let (mut room, mut list_room, mut blocks) = (0, 0, 0);
         for sequence in &decode.sequences[..n] {
             room += sequence.room as usize;
-            list_room += shape.lists() * sequence.list_room(decode.warps);
+            list_room += shape.lists() * sequence.list_room();
             blocks += shape.teams() * sequence.splits as usize;
         }
 
@@ -202,18 +194,18 @@ impl Fused {
         };
         let stats = buffers.mass_stats.of(device, 2 * heads * MAX_SPLITS, DType::F32)?;
         let searches = buffers.searches.zeroed(device, lists * SEARCH_WORDS, DType::U32)?;
-        let listed = buffers.list_lens.of(device, 2 * lists * splits * MANY_WARPS, DType::U32)?;
+        let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch = search.launch().output(tables)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
+        let launch = self.search.launch().output(tables)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
         let launch = launch.output(stats)?.output(searches)?.output(lists)?.output(listed)?.output(tail)?;
         let launch = launch.value(params);
         let shared = decode.histogram_at as usize
             + shape.histogram_bytes()
             + decode.shared_chunks as usize * shape.chunk_bytes();
         match splits {
-            1 => launch.run([blocks, 1, 1], 32 * decode.warps, shared)?,
-            _ => launch.run_cooperatively([blocks, 1, 1], 32 * decode.warps, shared)?,
+            1 => launch.run([blocks, 1, 1], 32 * WARPS as u32, shared)?,
+            _ => launch.run_cooperatively([blocks, 1, 1], 32 * WARPS as u32, shared)?,
         }
 
         let partials = buffers.partials.of(device, heads * splits * padded_dim, DType::F32)?;
@@ -222,7 +214,7 @@ impl Fused {
         let launch = self.attend.launch().input(scores)?.input_or_null(masses.as_deref())?.output(searches)?;
         let launch = launch.input(lists)?.input(listed)?.input(tail)?;
         let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?.output(out)?.value(params);
-        launch.run([splits, bundles, 1], if padded_dim > 128 { 256 } else { 512 }, 0)
+        launch.run([splits, bundles / n, n], if padded_dim > 128 { 256 } else { 512 }, 0)
     }
 }
 
@@ -270,7 +262,7 @@ impl Sequence {
     fn new(plan: &Plan, selection: &SelectionPlan, ahead: usize, dtype: DType, b: usize) -> Result<Self> {
         let (attend, score, tail) = (&plan.attend, &selection.score, selection.tail.as_ref());
         let (key_bytes, capacity) = (dtype.size_in_bytes(), plan.capacity);
-        u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK * MANY_WARPS * MAX_SPLITS))?;
+        u32_of(OP, "capacity", capacity.next_multiple_of(CHUNK * WARPS * MAX_SPLITS))?;
         let coarse = score.coarse.as_ref();
         let codes = from_first_position(score.codes.device(), plan.step.init_offset);
         let clusters =
@@ -309,8 +301,8 @@ impl Sequence {
     }
 
     /// Positions of a list.
-    fn list_room(&self, warps: u32) -> usize {
-        self.per_warp as usize * warps as usize * self.splits as usize
+    fn list_room(&self) -> usize {
+        self.per_warp as usize * WARPS * self.splits as usize
     }
 }
 
@@ -410,7 +402,7 @@ impl Shape {
     /// Where the histogram of a block lies: behind the tables, and what later takes their place.
     fn histogram_at(&self) -> usize {
         let tables = (self.pq_dim / SUBSPACES * self.n_centroids + self.n_clusters) * ROW_BYTES;
-        let heads = if self.by_kv { self.group() } else { self.heads() };
+        let heads = self.heads() * if self.by_kv { self.bundles() } else { 1 };
         tables.max(heads * MAX_CLUSTERS * size_of::<u32>())
     }
 
@@ -424,14 +416,9 @@ impl Shape {
     fn params(&self, plan: &Plan, first: usize, sequences: &[(usize, usize, Sequence)], gpu: &Gpu) -> Result<Decode> {
         let bundles = self.bundles();
         // A block a multiprocessor, where each has keys for all of its warps.
-        let useful =
-            |sequence: &Sequence| (sequence.capacity as usize).div_ceil(CHUNK * FEW_WARPS).clamp(1, MAX_SPLITS);
+        let useful = |sequence: &Sequence| (sequence.capacity as usize).div_ceil(CHUNK * WARPS).clamp(1, MAX_SPLITS);
         let wanted: Vec<_> = sequences.iter().map(|(_, len, sequence)| (*len, useful(sequence))).collect();
         let shares = share(gpu.multiprocessors / self.teams(), &wanted);
-        // Many warps where teams are small and each warp of the longest sequence's has keys.
-        let most = shares.iter().zip(sequences).map(|(splits, (.., own))| own.capacity as usize / splits).max();
-        let is_small = shares.iter().all(|splits| *splits <= SMALL_TEAM) && most >= Some(CHUNK * MANY_WARPS);
-        let warps = if self.by_kv && is_small { MANY_WARPS } else { FEW_WARPS };
         let mut decode = Decode {
             sequences: [Sequence::NONE; MAX_SEQUENCES],
             step: plan.step,
@@ -442,7 +429,6 @@ impl Shape {
             group: u32_of(OP, "group", self.group())?,
             bundles: u32_of(OP, "group", bundles)?,
             splits: 1,
-            warps: warps as u32,
             histogram_at: u32_of(OP, "pq_dim", self.histogram_at())?,
             shared_chunks: 0,
             head_dim: u32_of(OP, "head_dim", self.head_dim)?,
@@ -455,13 +441,13 @@ impl Shape {
         };
         let (mut room_before, mut lists_before, mut first_block, mut chunks) = (0, 0, 0, 0);
         for ((to, (_, _, from)), splits) in decode.sequences.iter_mut().zip(sequences).zip(shares) {
-            let list_room = (from.capacity as usize).next_multiple_of(CHUNK * warps * splits);
+            let list_room = (from.capacity as usize).next_multiple_of(CHUNK * WARPS * splits);
             *to = Sequence {
                 room_before,
                 lists_before,
                 first_block: u32_of(OP, "b", first_block)?,
                 splits: splits as u32,
-                per_warp: u32_of(OP, "capacity", list_room / (warps * splits))?,
+                per_warp: u32_of(OP, "capacity", list_room / (WARPS * splits))?,
                 ..*from
             };
             room_before += u64::from(from.room);
@@ -470,7 +456,7 @@ impl Shape {
             chunks = chunks.max(list_room / splits / CHUNK * if self.by_kv { bundles } else { 1 });
             decode.splits = decode.splits.max(splits as u32);
         }
-        let others = self.histogram_at() + self.histogram_bytes() + STATIC_BYTES[usize::from(warps == MANY_WARPS)];
+        let others = self.histogram_at() + self.histogram_bytes() + STATIC_BYTES;
         let available = gpu.shared_bytes.saturating_sub(others) / self.chunk_bytes();
         decode.shared_chunks = u32_of(OP, "capacity", chunks.min(available))?;
         Ok(decode)
@@ -490,8 +476,8 @@ impl Shape {
             && (self.head_dim / self.pq_dim).is_multiple_of(4)
             && self.head_dim.is_multiple_of(8)
             && self.group() <= MAX_GROUP
-            && MAX_SEQUENCES * self.h <= MAX_LISTS
-            && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES[1] <= gpu.shared_bytes
+            && self.h <= MAX_LISTS
+            && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES <= gpu.shared_bytes
             && attend.scale > 0.0
             && attend.scale.is_finite()
             && attend.query.strides[3] == 1
