@@ -9,7 +9,6 @@
 
 #include <cfloat>
 #include <cstdint>
-#include <type_traits>
 
 using u8 = uint8_t;
 using u32 = uint32_t;

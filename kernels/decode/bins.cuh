@@ -30,15 +30,16 @@ struct MassBins {
   __device__ bool is_below(float mass, float edge) const { return mass < edge; }
 };
 
-// Bins of scores: as wide as each other between two bounds.
+// Bins of scores: as wide as each other between two bounds. The upper one begins the last bin, which has nothing above it.
 struct ScoreBins {
   static constexpr float N = BINS<false>;
   float low;
+  float high;
   float scale;  // to 1 at the end of the last bin
   float width;
 
   ScoreBins() = default;
-  __device__ ScoreBins(float low, float high) : low(low), width((high - low) / (N - 1)) {
+  __device__ ScoreBins(float low, float high) : low(low), high(high), width((high - low) / (N - 1)) {
     scale = width > 0 ? fminf(1 / (N * width), 1e38f) : 0;
   }
   // Where a score is among all bins, from 0 to 1. NaN is 0.
@@ -47,7 +48,8 @@ struct ScoreBins {
     constexpr float TO_INTEGER = 0x1p23f / N;
     return __float_as_uint(__fadd_rd(fminf(place_of(score), 1 - 1 / N), TO_INTEGER)) & (BINS<false> - 1);
   }
-  __device__ float top_of(u32 bin) const { return low + static_cast<float>(bin + 1) * width; }
+  // From the upper bound down: where the lower one is far off, rounding is where scores are few.
+  __device__ float top_of(u32 bin) const { return high - fmaxf(N - 2 - static_cast<float>(bin), 0.0f) * width; }
 
   // What is_below has instead of a bin.
   __device__ float edge_of(u32 bin) const { return static_cast<float>(bin) / N; }

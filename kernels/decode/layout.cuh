@@ -180,8 +180,8 @@ struct TailUnits {
 
   __device__ explicit TailUnits(u32 keys) : bits(min(__clz(max(keys, 2u) - 1) - 1, 22)) {}
 
-  // Where the weight of a key is cut off, below 1 unit: evenly spread over the keys, so that their sum is not biased by weights
-  // that are small beside a unit.
+  // What is added to the weight of a key before it is rounded down, below 1 unit: evenly spread over the keys, so that their
+  // sum is not biased by weights that are small beside a unit.
   __device__ float cut_of(u32 position) const {
     const float unit = __uint_as_float((127 - bits) << 23);
     return __fmaf_rn(__uint_as_float(0x3f800000 | __brev(position) >> 9), unit, -unit);

@@ -195,7 +195,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
 #pragma unroll
           for (int h = 0; h < HEADS; h++) {
             const u32 list = BY_KV ? 0 : h;
-            // Of the largest weight that there may be below the bin.
+            // Of the largest weight that there may be up to the end of the bin.
             const float weight = BY_KV ? x[j].x[h] : exp2_approx((x[j].x[h] - top[list]) * scale);
             const float factor = BY_KV ? __fdividef(1, top[0]) : 1;
             atomicAdd(of_cluster + h * MAX_CLUSTERS, units.of(weight, factor, below[list] >> j & 1 ? cut : -INFINITY));
