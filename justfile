@@ -32,13 +32,15 @@ test-cuda *args:
     REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda --test cuda_memory {{args}}
 
 # The same under compute-sanitizer. What cuBLAS's kernels write on a Hopper GPU initcheck does not see, and racecheck fails in
-# them: these two are given tests without. synccheck hangs in them and passes them over; racecheck takes many minutes
+# them: these two are given tests without. synccheck hangs in them and passes them over; racecheck takes many minutes, and
+# loses track of launches by several threads
 sanitize:
     #!/usr/bin/env bash
     set -euo pipefail
     for tool in memcheck synccheck initcheck racecheck; do
         case $tool in
-            initcheck | racecheck) tests="append cluster_sums decode_of encode group_mass long_sequences" ;;
+            initcheck) tests="append cluster_sums decode_of encode group_mass long_sequences --skip append_and_index" ;;
+            racecheck) tests="append cluster_sums decode_of encode group_mass --skip append_and_index --test-threads 1" ;;
             *) tests="--skip four_million" ;;
         esac
         CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="compute-sanitizer --tool $tool --kernel-regex-exclude kns=nvjet --error-exitcode 1" \
