@@ -534,7 +534,7 @@ fn empty_views_may_begin_anywhere() -> Result<()> {
         dims.iter().enumerate().try_fold(larger, |tensor, (dim, len)| tensor.narrow(dim, 1, *len))
     };
     // No sequence, no KV head, no key.
-    for [b, h_kv, n] in [[0, 2, 40], [2, 0, 40], [2, 2, 0], [0, 0, 0]] {
+    for [b, h_kv, n] in [[0, 2, 40], [2, 0, 40], [2, 2, 0], [1, 1, 0], [0, 0, 0]] {
         let (h, lists) = (2 * h_kv, [b, h_kv, 3]);
         let f32s = |dims: &[usize]| empty(dims, DType::F32);
         let (query, keys) = (f32s(&[b, h, 1, 8])?, f32s(&[b, h_kv, n, 8])?);
@@ -559,6 +559,8 @@ fn empty_views_may_begin_anywhere() -> Result<()> {
         let _ = ops::score(&query, &codes, &centroids);
         let _ = ops::residual_score(&query, &codes, &centroids, &clusters, &coarse);
         let _ = ops::pack_codes(&codes).and_then(|packed| ops::fast_scan(&query, &packed, n, &centroids, 3));
+        let packed = empty(&[b, h_kv, n.div_ceil(32), 1, 32], DType::U8)?;
+        let _ = ops::fast_scan(&query, &packed, n, &f32s(&[b, h_kv, 2, 8, 4])?, 3);
         let _ = ops::topk(&scores, 3);
         let _ = ops::group_mass(&scores, h_kv, 1.0);
         let _ = ops::indices_and_weights(&positions, geometry);

@@ -84,11 +84,11 @@ impl CustomOp1 for Pack {
 /// # candle_core::Result::Ok(())
 /// ```
 pub fn fast_scan(query: &Tensor, packed: &Tensor, n: usize, centroids: &Tensor, k: usize) -> Result<Tensor> {
-    let (query, centroids) = (with_unit_rows(query)?, with_unit_rows(centroids)?);
-    let plan = Plan::new(&query, packed, n, &centroids, k)?;
+    let (query, packed, centroids) = (with_unit_rows(query)?, with_unit_rows(packed)?, with_unit_rows(centroids)?);
+    let plan = Plan::new(&query, &packed, n, &centroids, k)?;
     // The blocks of a head must follow each other without a gap; heads may be apart, as in a cache with room.
     let adjacent = [plan.packed.dims[3] * BLOCK, BLOCK, 1];
-    let packed = if plan.packed.strides[2..] == adjacent { packed.clone() } else { packed.contiguous()? };
+    let packed = if plan.packed.strides[2..] == adjacent { packed } else { packed.contiguous()? };
     let plan = Plan::new(&query, &packed, n, &centroids, k)?;
     query.apply_op3_no_bwd(&packed, &centroids, &FastScan { plan })
 }
