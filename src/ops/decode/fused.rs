@@ -80,8 +80,8 @@ const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
 const MAX_GROUP: usize = 64;
 
-/// The most blocks of a grid's second dimension, which has the bundles of a sequence.
-const MAX_LISTS: usize = 65_535;
+/// The most bundles of a sequence: they are a grid's second dimension.
+const MAX_BUNDLES: usize = 65_535;
 
 /// Bins of a row's histogram and of a query head's, and words of a `Search`: bins, ranks of two words, shifts and
 /// some numbers.
@@ -476,7 +476,7 @@ impl Shape {
             && (self.head_dim / self.pq_dim).is_multiple_of(4)
             && self.head_dim.is_multiple_of(8)
             && self.group() <= MAX_GROUP
-            && self.h <= MAX_LISTS
+            && self.h_kv * self.bundles() <= MAX_BUNDLES
             && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES <= gpu.shared_bytes
             && attend.scale > 0.0
             && attend.scale.is_finite()
