@@ -1504,7 +1504,7 @@ fn shared_launches_equal_single_ones() -> Result<()> {
 fn long_sequences_in_shared_launches() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(write);
     let (h_kv, d) = (8, 64);
-    // In a launch each has a block of threads a head, alone many; the former has twice the warps by KV head.
+    // In a launch each has a block of threads a head or two, alone many.
     let by_kv = Selection::PerKvHead;
     for (h, selection) in [(8, Selection::PerQueryHead), (8, by_kv), (16, by_kv), (32, by_kv)] {
         let tail = Tail::ClusterMeans;

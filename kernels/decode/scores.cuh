@@ -89,7 +89,7 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
   const auto load = [&](u32 at, u32 chunk) {
     if (at >= part.end) return;
     if (chunk == 0) place = place_of(at, pages);
-    const u8* const from = codes + static_cast<u64>(place) * p.pq_dim + chunk * SUBSPACES;
+    const u8* const from = codes + place * p.pq_dim + chunk * SUBSPACES;
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
     if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + place));

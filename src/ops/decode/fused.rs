@@ -60,8 +60,9 @@ const MAX_SEQUENCES: usize = 16;
 const TENSORS: usize = 12;
 const ADDRESSES: usize = TENSORS + 2;
 
-/// Warps of a block of `search`.
-const WARPS: usize = 16;
+/// Of a block of `search`.
+const THREADS: usize = 512;
+const WARPS: usize = THREADS / 32;
 
 /// Keys that a warp takes at a time, of one page.
 const CHUNK: usize = PAGE;
@@ -204,8 +205,8 @@ impl Fused {
             + shape.histogram_bytes()
             + decode.shared_chunks as usize * shape.chunk_bytes();
         match splits {
-            1 => launch.run([blocks, 1, 1], 32 * WARPS as u32, shared)?,
-            _ => launch.run_cooperatively([blocks, 1, 1], 32 * WARPS as u32, shared)?,
+            1 => launch.run([blocks, 1, 1], THREADS as u32, shared)?,
+            _ => launch.run_cooperatively([blocks, 1, 1], THREADS as u32, shared)?,
         }
 
         let partials = buffers.partials.of(device, heads * splits * padded_dim, DType::F32)?;
