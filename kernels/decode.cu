@@ -24,9 +24,10 @@
 #include "decode/attend.cuh"
 #include "decode/search.cuh"
 
-#define SEARCH(suffix, type, name, HEADS, BY_KV)                                                           \
-  extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_##suffix##_h##HEADS##name(        \
-      float* tables,      /* [sequences, h_kv, bundles, entries, HEADS] */                                 \
+#define SEARCH(name, HEADS, BY_KV)                                                                         \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_h##HEADS##name(                   \
+      const float* tables,  /* [sequences, h_kv, bundles, entries, HEADS] */                               \
+      const float* bounds,  /* [sequences, h_kv, bundles, units, UNIT_BOUNDS<HEADS>] */                 \
       float* scores,      /* of each sequence [h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */ \
       float* masses,      /* of each [h_kv, room], of the open keys; null by query head */                 \
       Stats* stats,       /* [sequences, h_kv, bundles, MAX_SPLITS, HEADS] */                              \
@@ -35,7 +36,7 @@
       Listed* listed,     /* [lists, splits, WARPS] */                                                     \
       u32* tail,          /* [sequences, lists of heads, splits, heads of a list, MAX_CLUSTERS] */         \
       const __grid_constant__ Decode p) {                                                                  \
-    search<HEADS, BY_KV, type>(tables, scores, masses, stats, searches, lists, listed, tail, p);           \
+    search<HEADS, BY_KV>(tables, bounds, scores, masses, stats, searches, lists, listed, tail, p);           \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
   extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>, ATTEND_BLOCKS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \
@@ -53,13 +54,12 @@
     attend<HEADS, BY_KV, D>(scores, masses, searches, lists, listed, tail, partials, partial_stats, arrived, out, p); \
   }
 
+#define BY_HEADS(HEADS) SEARCH(, HEADS, false) SEARCH(_by_kv, HEADS, true)
 #define BY_TYPE(suffix, type)                                                         \
-  BY_HEADS(suffix, type, 1) BY_HEADS(suffix, type, 2) BY_HEADS(suffix, type, 4)       \
   BY_SIZE(suffix, type, 64) BY_SIZE(suffix, type, 128) BY_SIZE(suffix, type, 256)
-#define BY_HEADS(suffix, type, HEADS)                                                 \
-  SEARCH(suffix, type, , HEADS, false) SEARCH(suffix, type, _by_kv, HEADS, true)
 #define BY_SIZE(suffix, type, D)                                                      \
   ATTEND(suffix, type, D, , 1, false) ATTEND(suffix, type, D, _by_kv, 1, true)        \
   ATTEND(suffix, type, D, , 2, false) ATTEND(suffix, type, D, _by_kv, 2, true)        \
   ATTEND(suffix, type, D, , 4, false) ATTEND(suffix, type, D, _by_kv, 4, true)
+BY_HEADS(1) BY_HEADS(2) BY_HEADS(4)
 FOR_EACH_FLOAT(BY_TYPE)

@@ -121,7 +121,7 @@ impl PqAttention {
     /// Shapes, dtypes or devices that do not fit the cache, a cache made with another config, or no queries (`s = 0`).
     /// The cache is then as before.
     pub fn forward(&self, query: &Tensor, keys: &Tensor, values: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
-        self.append_and(query, keys, values, cache, Self::sparse_decode)
+        self.append_and(query, keys, values, cache, Self::sparse_step)
     }
 
     /// As [`forward`](Self::forward), but dense for every `s`.
@@ -135,7 +135,7 @@ impl PqAttention {
         values: &Tensor,
         cache: &mut PqKvCache,
     ) -> Result<Tensor> {
-        self.append_and(query, keys, values, cache, Self::dense_decode)
+        self.append_and(query, keys, values, cache, Self::dense_step)
     }
 
     fn append_and(
@@ -144,17 +144,16 @@ impl PqAttention {
         keys: &Tensor,
         values: &Tensor,
         cache: &mut PqKvCache,
-        decode: fn(&Self, &Tensor, &mut PqKvCache) -> Result<Tensor>,
+        step: fn(&Self, &Tensor, [Tensor; 2], &mut PqKvCache) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let _span = trace_span!("pq-attn").entered();
         self.check(query, keys, cache)?;
         let before = cache.checkpoint();
         // Inference only: the ops in place and the cache are invisible to Candle's backward pass.
-        let query = &query.detach();
-        cache.append(&keys.detach(), &values.detach())?;
+        let (query, new) = (&query.detach(), [keys.detach(), values.detach()]);
         let out = match query.dims()[2] {
-            1 => decode(self, query, cache),
-            _ => cache.observe(query).and_then(|()| self.prefill(query, cache)),
+            1 => step(self, query, new, cache),
+            _ => cache.append(&new[0], &new[1]).and_then(|()| cache.observe(query)).and_then(|()| self.prefill(query, cache)),
         };
         if out.is_err() {
             cache.restore(before)?;
@@ -188,6 +187,41 @@ impl PqAttention {
         }
     }
 
+    /// A key and a value each, and then one query a head over the whole cache.
+    fn dense_step(&self, query: &Tensor, [keys, values]: [Tensor; 2], cache: &mut PqKvCache) -> Result<Tensor> {
+        cache.append(&keys, &values)?;
+        self.dense_decode(query, cache)
+    }
+
+    /// The same over the keys that matter to the query.
+    fn sparse_step(&self, query: &Tensor, new: [Tensor; 2], cache: &mut PqKvCache) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(out) = self.steps_together(query, &mut [(cache, new.clone())])? {
+            return Ok(out);
+        }
+        let [keys, values] = new;
+        cache.append(&keys, &values)?;
+        self.sparse_decode(query, cache)
+    }
+
+    /// Sparse steps of several caches on a GPU, of a key and a value and a position of `query` each, in the launches of one; None,
+    /// with nothing done, where one of them takes more than these.
+    #[cfg(feature = "cuda")]
+    fn steps_together(&self, query: &Tensor, caches: &mut [(&mut PqKvCache, [Tensor; 2])]) -> Result<Option<Tensor>> {
+        if !query.device().is_cuda() {
+            return Ok(None);
+        }
+        let _span = trace_span!("pq-attn-sparse").entered();
+        PqKvCache::append_together_by(caches, |caches, appending| {
+            let mut sequences = Vec::new();
+            for cache in caches {
+                let Some(index) = cache.index_of_next()? else { return Ok(None) };
+                sequences.extend(cache.on_gpu(Some(index), 0)?);
+            }
+            self.decode_together(query, &sequences, Some(appending))
+        })
+    }
+
     /// One query a head over the whole cache.
     fn dense_decode(&self, query: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
         let _span = trace_span!("pq-attn-dense").entered();
@@ -204,23 +238,29 @@ impl PqAttention {
     fn decode_on_gpu(&self, query: &Tensor, index: Option<Index>, cache: &mut PqKvCache) -> Result<Option<Tensor>> {
         let step = |cache: &PqKvCache| match cache.on_gpu(index.clone(), 0)? {
             None => Ok(None),
-            Some(cache) => self.decode_together(query, &[cache]),
+            Some(cache) => self.decode_together(query, &[cache], None),
         };
         let out = step(cache)?;
         if out.is_some() || !query.device().is_cuda() {
             return Ok(out);
         }
         if let Some(copy) = cache.out_of_pages(index.clone())? {
-            return self.decode_together(query, &[copy]);
+            return self.decode_together(query, &[copy], None);
         }
         cache.unshare()?;
         step(cache)
     }
 
-    /// A step of several caches on a GPU, each of a position of `query`; None where there are no kernels for it.
+    /// A step of several caches on a GPU, each of a position of `query`, to which it may append; None where there are no kernels for
+    /// it.
     #[cfg(feature = "cuda")]
-    fn decode_together(&self, query: &Tensor, caches: &[ops::Sequences]) -> Result<Option<Tensor>> {
-        ops::decode(query, caches, &self.config, self.scale, &self.workspace)
+    fn decode_together(
+        &self,
+        query: &Tensor,
+        caches: &[ops::Sequences],
+        appending: Option<&ops::Appending>,
+    ) -> Result<Option<Tensor>> {
+        ops::decode(query, caches, appending, &self.config, self.scale, &self.workspace)
     }
 
     /// One query a head over the keys that matter to it.

@@ -262,15 +262,29 @@ impl PqKvCache {
     /// that is being captured. Where one has to move before and cannot, none has grown.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
+        let launch = |_: &[&Self], appending: &ops::Appending| match appending.has_index() {
+            true => ops::begin_step(appending).map(Some),
+            false => ops::append(&appending.new.iter().map(|(new, _)| new).collect::<Vec<_>>()).map(Some),
+        };
+        Self::append_together_by(caches, launch).map(drop)
+    }
+
+    /// The same where `launch`, which is given the caches and what is new in each, launches it. Nothing is appended where it returns
+    /// None.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn append_together_by<T>(
+        caches: &mut [(&mut Self, [Tensor; 2])],
+        launch: impl FnOnce(&[&Self], &ops::Appending) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
         for (cache, [keys, _]) in caches.iter_mut() {
             cache.reserve(keys.dims()[2])?;
             cache.reclaim()?;
         }
-        let Some((first, _)) = caches.first() else { return Ok(()) };
+        let Some((first, _)) = caches.first() else { return Ok(None) };
         let is_capturing = first.is_capturing()?;
         let due = ops::Due { init_offset: first.config.init_offset(), block: first.block() };
         let mut new = Vec::new();
-        for (cache, [keys, values]) in caches.iter_mut() {
+        for (cache, [keys, values]) in caches.iter() {
             let index = match keys.dims()[2] == 1 && (is_capturing || cache.fills_block()) {
                 true => cache.as_indexed()?,
                 false => None,
@@ -278,11 +292,8 @@ impl PqKvCache {
             new.push((cache.as_new(keys, values)?, index));
         }
         let indexed: Vec<_> = new.iter().map(|(_, index)| index.is_some()).collect();
-        match indexed.contains(&true) {
-            true => ops::append_and_index(&new, due)?,
-            false => ops::append(&new.iter().map(|(new, _)| new).collect::<Vec<_>>())?,
-        }
-        drop(new);
+        let views: Vec<_> = caches.iter().map(|(cache, _)| &**cache).collect();
+        let Some(launched) = launch(&views, &ops::Appending { new, due })? else { return Ok(None) };
         for ((cache, [keys, _]), is_indexed) in caches.iter_mut().zip(indexed) {
             cache.len += keys.dims()[2];
             let end = cache.blocks_end(cache.len);
@@ -290,7 +301,7 @@ impl PqKvCache {
                 (cache.encoded, trained.summed) = (end, end);
             }
         }
-        Ok(())
+        Ok(Some(launched))
     }
 
     /// What is written behind its last keys and values, which are on a GPU.

@@ -265,7 +265,7 @@ impl Codebook {
         ops::encode_into(codes, keys, &self.centroids, options)
     }
 
-    /// What [`ops::append_and_index`] is told of this codebook.
+    /// What [`ops::begin_step`] is told of this codebook.
     #[cfg(feature = "cuda")]
     pub(crate) fn encoder(&self) -> ops::Encoder<'_> {
         let (phi, weights, coarse) = (self.phi.as_ref(), self.weights(), self.coarse.as_ref());

@@ -531,7 +531,7 @@ fn weighted_index() -> Result<()> {
 
 /// Keys that come one by one, whose append indexes the block that is full with it: the CPU's codes and sums.
 #[test]
-fn append_and_index() -> Result<()> {
+fn begin_step() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
     let (plain, weighted) = ((Metric::Euclidean, false), (Metric::Euclidean, true));
     for ([b, h_kv, d], (pq_dim, pq_bits, coarse), window, (metric, query_weights), dtype) in [

@@ -1,14 +1,13 @@
 // What the launches of a decode step share: its sizes, a block's part of it, and what they leave each other.
 #pragma once
 
-#include "../common.cuh"
+#include "../tables.cuh"
 
 // Of a block of `search`.
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
 
 constexpr u32 MAX_SPLITS = 64;
-constexpr u32 MAX_CLUSTERS = 256;
 constexpr u32 MAX_GROUP = 64;
 
 // Keys that a warp takes at a time: four adjacent ones a lane.
@@ -85,12 +84,6 @@ struct Decode {
   u32 n_clusters;  // 0 for none
   u32 has_tail;
   float scale;
-};
-
-// Numbers of a bundle's heads.
-template <int HEADS>
-struct alignas(4 * HEADS) Entry {
-  float x[HEADS];
 };
 
 __device__ inline float exp2_approx(float x) {

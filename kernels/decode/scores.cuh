@@ -1,7 +1,6 @@
 // Scores of a block's keys, and their shares of the softmax.
 #pragma once
 
-#include "bins.cuh"
 #include "tables.cuh"
 
 // The largest product of a block's keys with a head's query, and the sum of 2^(product - largest).

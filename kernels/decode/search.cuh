@@ -17,8 +17,8 @@ __device__ inline Part part_of_block(const Decode& p) {
 }
 
 // Grid: the blocks of all sequences.
-template <int HEADS, bool BY_KV, class T>
-__device__ void search(float* tables, float* all_scores, float* masses, Stats* stats, Search* searches, u32* lists,
+template <int HEADS, bool BY_KV>
+__device__ void search(const float* tables, const float* bounds, float* all_scores, float* masses, Stats* stats, Search* searches, u32* lists,
                        Listed* listed, u32* tail, const Decode& p) {
   constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
   extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
@@ -40,12 +40,11 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   const u8* const codes = sequence.codes + part.kv * sequence.codes_stride;
   const u8* const clusters = sequence.clusters + part.kv * sequence.clusters_stride;
   if (part.split == 0 && threadIdx.x < n_lists) searches[first_list + threadIdx.x].n_open = 0;
-  Entry<HEADS>* const own_tables = reinterpret_cast<Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
-  for (u32 bundle = 0; bundle < bundles; bundle++) {
-    make_tables<HEADS, T>(own_tables + bundle * table_entries(p), reinterpret_cast<float*>(histogram), part,
-                          part.bundle + bundle, p);
-  }
-  // Codes are on their way to the second-level cache while the tables are brought together.
+  const Entry<HEADS>* const own_tables =
+      reinterpret_cast<const Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
+  constexpr u32 BOUNDS = UNIT_BOUNDS<HEADS>;
+  const float* const own_bounds = bounds + first_bundle * u64{table_units(p)} * BOUNDS;
+  // Codes are on their way to the second-level cache while the tables are loaded.
   u32 at = part.position(0);
   for (u32 i = 0; at < part.end; at = part.position(++i)) {
     const u64 place = place_of(at, sequence.code_pages);
@@ -53,19 +52,10 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     if (p.n_clusters && lane % 8 == 0) prefetch(clusters + place);
   }
   const u32 k = static_cast<u32>(p.step.selected(part.n));
-  meet(&first_search.arrived, part.splits, 1);
-
   for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   for (u32 bundle = 0; bundle < bundles; bundle++) {
-    float low[HEADS], high[HEADS];
-    load_tables<HEADS, !BY_KV>(own_tables + bundle * table_entries(p), rows, low, high, p);
-    if constexpr (!BY_KV) {
-      if (threadIdx.x == 0) {
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) score_bins[h] = ScoreBins(low[h], high[h]);
-      }
-      __syncthreads();
-    }
+    load_tables<HEADS>(own_tables + bundle * table_entries(p), own_bounds + bundle * table_units(p) * BOUNDS, rows,
+                       BY_KV ? nullptr : score_bins, p);
     Stats own[HEADS];
     add_entries<HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part, p);
     if constexpr (BY_KV) {
@@ -84,7 +74,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
   }
   MassBins mass_bins;
   if constexpr (BY_KV) {
-    meet(&first_search.arrived, part.splits, 2);
+    meet(&first_search.arrived, part.splits, 1);
     for (u32 head = warp; head < p.bundles * HEADS; head += WARPS) {
       const Stats all = find_stats<HEADS>(stats, first_bundle + head / HEADS, head % HEADS, part.splits);
       const float shift = head < p.group ? shift_of(all) : INFINITY;  // a share of 0
@@ -98,7 +88,7 @@ __device__ void search(float* tables, float* all_scores, float* masses, Stats* s
     add_shares<HEADS>(scores, shifts, histogram, mass_bins, part, p);
   }
   add_histograms<LISTS, N_BINS>(histogram, k, n_lists, &first_search);
-  meet(&first_search.arrived, part.splits, BY_KV ? 3 : 2);
+  meet(&first_search.arrived, part.splits, BY_KV ? 2 : 1);
 
   for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
   const auto counts = [&](u32 list) { return searches[first_list + min(list, n_lists - 1)].histogram; };

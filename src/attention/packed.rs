@@ -124,12 +124,15 @@ impl PqAttention {
         let query = query.detach();
         let mut new: Vec<_> =
             steps.into_iter().map(|part| (&mut *part.cache, [part.keys.detach(), part.values.detach()])).collect();
+        if let Some(out) = self.steps_together(&query, &mut new)? {
+            return Ok(Some((places, out)));
+        }
         PqKvCache::append_together(&mut new)?;
         let mut caches: Vec<_> = new.into_iter().map(|(cache, _)| cache).collect();
         let indexes = caches.iter_mut().map(|cache| cache.index()).collect::<Result<Vec<_>>>()?;
         let sequences =
             caches.iter().zip(indexes).filter_map(|(cache, index)| cache.on_gpu(Some(index), 0).transpose());
-        if let Some(out) = self.decode_together(&query, &sequences.collect::<Result<Vec<_>>>()?)? {
+        if let Some(out) = self.decode_together(&query, &sequences.collect::<Result<Vec<_>>>()?, None)? {
             return Ok(Some((places, out)));
         }
         let single = |(i, cache): (usize, &mut PqKvCache)| self.sparse_decode(&query.narrow(2, i, 1)?, cache);

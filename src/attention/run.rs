@@ -89,7 +89,7 @@ impl PqAttention {
         let index = cache.index()?;
         let step = |i: usize| cache.on_gpu(Some(index.clone()), steps - 1 - i);
         let sequences = (0..steps).filter_map(|i| step(i).transpose()).collect::<Result<Vec<_>>>()?;
-        let out = self.decode_together(&query.detach(), &sequences)?;
+        let out = self.decode_together(&query.detach(), &sequences, None)?;
         drop(sequences);
         if out.is_none() {
             cache.restore(before)?;

@@ -256,6 +256,18 @@ impl PqKvCache {
         Ok(())
     }
 
+    /// What the step of the next key searches, where its index is up to date once that is appended: without training, and with no
+    /// codes but those of the block that it may fill. None where that is not so, or the step is dense.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn index_of_next(&self) -> Result<Option<Index>> {
+        let len = self.len + 1;
+        let is_up_to_date = self.trained.is_some() && (self.is_indexed(len) || self.fills_block());
+        match is_up_to_date && !self.is_training_due_at(len) && !self.config.is_dense(len) {
+            true => self.last_index().map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// Whether the next key fills a block, which is then all that has no codes.
     #[cfg(feature = "cuda")]
     pub(super) fn fills_block(&self) -> bool {

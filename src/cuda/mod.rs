@@ -63,7 +63,7 @@ macro_rules! modules {
 
 modules! {
     Append = APPEND,
-    AppendAndIndex = APPEND_AND_INDEX,
+    BeginStep = BEGIN_STEP,
     CausalSoftmax = CAUSAL_SOFTMAX,
     ClusterSums = CLUSTER_SUMS,
     Decode = DECODE,
@@ -212,7 +212,7 @@ pub(crate) struct Lens {
     sequences: usize,
 }
 
-/// Words that the blocks of `append_and_index` leave each other for each (batch, KV head) pair: `Sequence::nearest` in its
+/// Words that the blocks of `begin_step` leave each other for each (batch, KV head) pair: `Sequence::nearest` in its
 /// kernel.
 const NEAREST_WORDS: usize = 8 * 64 * 2;
 
@@ -239,7 +239,7 @@ impl Lens {
         self.sequences + b
     }
 
-    /// Where `append_and_index` counts blocks that met.
+    /// Where `begin_step` counts blocks that met.
     pub(crate) fn met_at(&self, b: usize) -> usize {
         2 * self.sequences + b
     }

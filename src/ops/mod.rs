@@ -10,9 +10,9 @@
 
 #[cfg(feature = "cuda")]
 mod append;
-#[cfg(feature = "cuda")]
-mod append_and_index;
 pub(crate) mod arg;
+#[cfg(feature = "cuda")]
+mod begin_step;
 mod causal_softmax;
 mod cluster_sums;
 #[cfg(feature = "cuda")]
@@ -32,7 +32,7 @@ mod topk;
 #[cfg(feature = "cuda")]
 pub(crate) use append::{append, New};
 #[cfg(feature = "cuda")]
-pub(crate) use append_and_index::{append_and_index, Due, Encoder, Indexed};
+pub(crate) use begin_step::{begin_step, Appending, Due, Encoder, Indexed};
 pub use causal_softmax::causal_softmax;
 pub use cluster_sums::{cluster_sums, ClusterSums};
 #[cfg(feature = "cuda")]

@@ -1,10 +1,12 @@
-//! Steps over indexes in the two launches of `kernels/decode.cu`, whose scores stay where they are made.
+//! Steps over indexes in three launches: that of [`begin_step`], and the two of `kernels/decode.cu`, whose scores stay where they
+//! are made.
 
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, View, OP};
 use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
+use crate::ops::begin_step::{self, Appending, Source, Tables, MAX_SEQUENCES};
 use crate::ops::PAGE;
 
 /// `kernels/decode/layout.cuh`
@@ -53,12 +55,13 @@ struct Decode {
     scale: f32,
 }
 
-/// The most sequences of a launch.
-const MAX_SEQUENCES: usize = 16;
-
 /// Those of a cache, and with the query and the length what a sequence has addresses of.
 const TENSORS: usize = 12;
 const ADDRESSES: usize = TENSORS + 2;
+
+/// Which of the addresses are those of the centroids and of the clusters'.
+const CENTROIDS: usize = 7;
+const COARSE: usize = 8;
 
 /// Of a block of `search`.
 const THREADS: usize = 512;
@@ -75,7 +78,7 @@ const ROW_BYTES: usize = 128;
 const MAX_HEADS: usize = 4;
 
 /// Shared memory that a block has beside what the launch asks for, at most.
-const STATIC_BYTES: usize = 6 << 10;
+const STATIC_BYTES: usize = 2 << 10;
 
 const MAX_SPLITS: usize = 64;
 const MAX_CLUSTERS: usize = 256;
@@ -131,7 +134,7 @@ impl Fused {
         };
         let launches = sequences.chunks(MAX_SEQUENCES).enumerate().map(together).collect::<Result<Vec<_>>>()?;
         Ok(Some(Self {
-            search: kernel(format!("decode_search_{suffix}_h{heads}{name}"))?,
+            search: kernel(format!("decode_search_h{heads}{name}"))?,
             attend: kernel(format!("decode_attend_{suffix}_d{}_h{heads}{name}", shape.padded_dim()))?,
             shape,
             launches,
@@ -143,27 +146,43 @@ impl Fused {
         &self,
         query: &CudaStorage,
         caches: &[Sequences],
+        appending: Option<&(&Appending, begin_step::Plans)>,
         buffers: &mut Buffers,
         out: &mut CudaStorage,
     ) -> Result<()> {
-        let (_, device) = cuda::kind(query);
+        let (dtype, device) = cuda::kind(query);
         let stream = device.cuda_stream();
-        let (storages, places) = cuda::lock(&caches.iter().flat_map(tensors).collect::<Vec<_>>());
+        let mut all: Vec<_> = caches.iter().flat_map(tensors).collect();
+        let of_caches = all.len();
+        all.extend(appending.iter().flat_map(|(appending, plans)| begin_step::tensors(appending, plans)));
+        let (storages, places) = cuda::lock(&all);
         let mut addresses = Addresses::new(&stream);
         let of_query = addresses.of(query)?;
         let of_storages = storages.iter().map(|storage| addresses.of(cuda::storage_of(OP, storage)?));
         let of_storages = of_storages.collect::<Result<Vec<_>>>()?;
+        let starts: Vec<_> = places.into_iter().map(|place| place.map(|place| of_storages[place])).collect();
+        let (starts, of_new) = starts.split_at(of_caches);
         let of_lens = caches.iter().map(|cache| addresses.of(cache.lens.storage())).collect::<Result<Vec<_>>>()?;
-        for Together { params, caches } in &self.launches {
+        let appended = match appending {
+            None => None,
+            Some((appending, plans)) => Some(begin_step::Launches::new(appending, plans, of_new, &mut addresses)?),
+        };
+        for (i, Together { params, caches }) in self.launches.iter().enumerate() {
             let mut params = *params;
             for (sequence, &cache) in params.sequences.iter_mut().zip(caches) {
                 let [query, tensors @ .., len] = &mut sequence.addresses;
                 *query = query.wrapping_add(of_query);
                 *len = len.wrapping_add(of_lens[cache]);
-                for (address, place) in tensors.iter_mut().zip(&places[cache * TENSORS..]) {
-                    *address = place.map_or(0, |place| address.wrapping_add(of_storages[place]));
+                for (address, start) in tensors.iter_mut().zip(&starts[cache * TENSORS..]) {
+                    *address = start.map_or(0, |start| address.wrapping_add(start));
                 }
             }
+            let sources: Vec<_> = params.sequences[..caches.len()].iter().map(Sequence::source).collect();
+            let (made, [tables, bounds]) = (self.shape.tables(), self.shape.tables().lens());
+            let tables = buffers.tables.of(device, sources.len() * tables, DType::F32)?;
+            let bounds = buffers.bounds.of(device, sources.len() * bounds, DType::F32)?;
+            let appended = appended.as_ref().map(|appended| (appended, i));
+            begin_step::launch(device, dtype, appended, Some((made, &sources, [tables, bounds])))?;
             self.launch(&Params(params), device, buffers, out)?;
         }
         Ok(())
@@ -187,7 +206,9 @@ impl Fused {
             blocks += shape.teams() * sequence.splits as usize;
         }
 
-        let tables = buffers.tables.of(device, heads * shape.entries(), DType::F32)?;
+        let [tables, bounds] = shape.tables().lens();
+        let tables = buffers.tables.of(device, n * tables, DType::F32)?;
+        let bounds = buffers.bounds.of(device, n * bounds, DType::F32)?;
         let scores = buffers.scores.of(device, room * heads / n, DType::F32)?;
         let mut masses = match shape.by_kv {
             true => Some(buffers.mass.of(device, room * shape.h_kv, DType::F32)?),
@@ -198,7 +219,7 @@ impl Fused {
         let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch = self.search.launch().output(tables)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
+        let launch = self.search.launch().input(tables)?.input(bounds)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
         let launch = launch.output(stats)?.output(searches)?.output(lists)?.output(listed)?.output(tail)?;
         let launch = launch.value(params);
         let shared = decode.histogram_at as usize
@@ -301,6 +322,12 @@ impl Sequence {
         })
     }
 
+    /// What its tables are made of.
+    fn source(&self) -> Source {
+        let Self { addresses, query_stride, .. } = *self;
+        Source { query: addresses[0], centroids: addresses[CENTROIDS], coarse: addresses[COARSE], query_stride }
+    }
+
     /// Positions of a list.
     fn list_room(&self) -> usize {
         self.per_warp as usize * WARPS * self.splits as usize
@@ -385,9 +412,10 @@ impl Shape {
         }
     }
 
-    /// Entries of a bundle's tables.
-    fn entries(&self) -> usize {
-        self.pq_dim * self.n_centroids + self.n_clusters
+    fn tables(&self) -> Tables {
+        let &Self { h_kv, head_dim, pq_dim, n_centroids, n_clusters, .. } = self;
+        let (group, heads, bundles) = (self.group(), self.heads(), self.bundles());
+        Tables { h_kv, group, heads, bundles, head_dim, pq_dim, n_centroids, n_clusters }
     }
 
     /// The head dimension that the kernel was compiled for.

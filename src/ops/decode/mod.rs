@@ -13,6 +13,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::arg::{with_unit_rows, View};
+use super::begin_step::{self, Appending};
 use super::indices_and_weights::{Geometry, Lists};
 use super::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 use crate::cache::Index;
@@ -50,7 +51,11 @@ pub(crate) struct Sequences<'a> {
 /// Attends with each position of `query`, `[b, h, caches, head_dim]`, to a cache: to all keys, or by its index to those that
 /// matter to it. Returns `[b, h, caches, head_dim]`.
 ///
-/// None where the fused launches do not suit, which serve several caches, those with a prefix or in pages, and runs.
+/// With `appending` a key and a value are appended to each cache before, in the first of the launches; `caches` are then as they
+/// will be.
+///
+/// None, with nothing done, where the fused launches do not suit, which alone serve several caches, those with a prefix or in
+/// pages, runs, and what is appended.
 ///
 /// # Errors
 /// Shapes and dtypes that the single ops would refuse, or a step that is captured before one has been run: it would
@@ -58,6 +63,7 @@ pub(crate) struct Sequences<'a> {
 pub(crate) fn decode(
     query: &Tensor,
     caches: &[Sequences],
+    appending: Option<&Appending>,
     config: &PqConfig,
     scale: f32,
     workspace: &Workspace,
@@ -67,11 +73,15 @@ pub(crate) fn decode(
     let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);
     let plans = caches.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
     let fused = Fused::new(&plans, caches, query.dtype(), query.device().as_cuda_device()?)?;
-    let is_one = matches!(caches, [Sequences { prefix: None, pages: None, ahead: 0, .. }]);
+    let is_one = matches!(caches, [Sequences { prefix: None, pages: None, ahead: 0, .. }]) && appending.is_none();
     if fused.is_none() && !is_one {
         return Ok(None);
     }
-    let out = query.apply_op1_no_bwd(&Decode { plans, fused, caches, workspace })?;
+    let appending = match appending {
+        None => None,
+        Some(appending) => begin_step::Plans::new(appending)?.map(|plans| (appending, plans)),
+    };
+    let out = query.apply_op1_no_bwd(&Decode { plans, fused, caches, appending, workspace })?;
     match caches.len() {
         1 => out.reshape((b, h, 1, head_dim)).map(Some),
         _ => out.permute((1, 2, 0, 3)).map(Some),
@@ -163,6 +173,7 @@ struct Decode<'a> {
     plans: Vec<Plan>,
     fused: Option<Fused>,
     caches: &'a [Sequences<'a>],
+    appending: Option<(&'a Appending<'a>, begin_step::Plans)>,
     workspace: &'a Workspace,
 }
 

@@ -14,7 +14,7 @@ impl Decode<'_> {
         let (_, device) = cuda::kind(query);
         self.workspace.with(device, |buffers| match (&self.fused, &*self.plans, self.caches) {
             (Some(fused), _, caches) => {
-                let done = fused.run(query, caches, buffers, out);
+                let done = fused.run(query, caches, self.appending.as_ref(), buffers, out);
                 if done.is_err() {
                     buffers.forget_counts();
                 }

@@ -1,12 +1,14 @@
-// What a decode step adds to a cache: a key and a value a head; and where they fill a block of keys its codes, and its
-// values' share of the clusters' sums, the bits of encode.cu and cluster_sums.cu.
+// What a decode step begins with. It makes the tables that the search looks up. It adds a key and a value a head to a cache; and
+// where they fill a block of keys its codes, and its values' share of the clusters' sums, the bits of encode.cu and
+// cluster_sums.cu.
 #include <cuda_pipeline.h>
 
+#include "make_tables.cuh"
 #include "nearest.cuh"
 
 constexpr u32 MAX_SEQUENCES = 16;  // of a launch
 
-constexpr u32 THREADS = 512;
+constexpr u32 THREADS = UNIT_THREADS;
 constexpr u32 WARPS = THREADS / 32;
 
 // Keys of a row are taken so many at a time, a group by a block of threads, of which each lane has one.
@@ -50,12 +52,17 @@ struct Sequence {
   u64 capacity;
 };
 
-struct AppendAndIndex {
+struct BeginStep {
   Sequence sequences[MAX_SEQUENCES];
+  Source sources[MAX_SEQUENCES];
   u64 init_offset;
   u64 block;  // keys
-  u32 n_sequences;
+  u32 n_sequences;  // that grow
+  u32 n_sources;
   u32 h_kv;
+  u32 group;
+  u32 bundles;  // a KV head
+  u32 heads;    // a bundle
   u32 head_dim;
   u32 pq_dim;
   u32 pq_len;
@@ -63,7 +70,8 @@ struct AppendAndIndex {
   u32 n_clusters;
 };
 
-// Centroids, [TILE], and behind these the keys of a group.
+// Centroids, [TILE], and behind these the keys of a group; before, what a unit of tables needs.
+static_assert(UNIT_FLOATS <= TILE);
 extern __shared__ __align__(16) float shared[];
 
 // WIDTH floats that lie side by side.
@@ -172,7 +180,7 @@ struct Rows {
   const u32* pages;
   u32 head_dim;
 
-  __device__ Rows(const Sequence& own, bool is_key, u32 h, u64 length, const AppendAndIndex& p)
+  __device__ Rows(const Sequence& own, bool is_key, u32 h, u64 length, const BeginStep& p)
       : length(length), pages(own.pages), head_dim(p.head_dim) {
     const u64* const strides = is_key ? own.new_key_strides : own.new_value_strides;
     cached = static_cast<const T*>(is_key ? own.keys : own.values) + h * own.key_stride;
@@ -200,11 +208,11 @@ struct Part {
   __device__ u32 key(u32 lane) const { return min(group * GROUP + lane, n - 1); }
   __device__ bool has(u32 lane) const { return group * GROUP + lane < n; }
 
-  __device__ Table clusters(const AppendAndIndex& p) const {
+  __device__ Table clusters(const BeginStep& p) const {
     const u32 most = (p.n_clusters + SLICES - 1) / SLICES, begin = min(index * most, p.n_clusters);
     return {own.coarse + (h * p.n_clusters + begin) * p.head_dim, begin, min(most, p.n_clusters - begin), p.head_dim};
   }
-  __device__ Table codes(const AppendAndIndex& p) const {
+  __device__ Table codes(const BeginStep& p) const {
     const u32 columns = p.pq_len + (own.phi ? 1 : 0), table = h * p.pq_dim + index;
     return {own.centroids + static_cast<u64>(table) * p.n_centroids * columns, 0, p.n_centroids, columns};
   }
@@ -213,7 +221,7 @@ struct Part {
 // Loads `len` elements from the `begin`-th on of a group's keys, weighted, minus those of their clusters if there are any.
 template <class T>
 __device__ void load_keys(u32 stride, const Part& part, u32 begin, u32 len, const u32* cluster_of,
-                          const AppendAndIndex& p) {
+                          const BeginStep& p) {
   constexpr u32 OF_WARP = GROUP / WARPS, BATCH = 4;
   const Rows<T> keys(part.own, true, part.h, part.length, p);
   const float* const weights = part.own.weights ? part.own.weights + part.h * p.head_dim + begin : nullptr;
@@ -247,7 +255,7 @@ __device__ void load_keys(u32 stride, const Part& part, u32 begin, u32 len, cons
 
 // Finds which of a slice of the clusters is nearest to each key. The table is on its way.
 template <class T>
-__device__ void find_clusters(const Part& part, const AppendAndIndex& p) {
+__device__ void find_clusters(const Part& part, const BeginStep& p) {
   const u32 stride = stride_of(p.head_dim);
   load_keys<T>(stride, part, 0, p.head_dim, nullptr, p);
   const Nearest nearest = find_nearest(stride, part.clusters(p));
@@ -258,7 +266,7 @@ __device__ void find_clusters(const Part& part, const AppendAndIndex& p) {
 // Encodes keys in a subspace, and adds a share of the elements of all groups' values to the sums of their clusters: those of
 // a cluster one after the other as they lie. The table is on its way.
 template <class T>
-__device__ void find_codes(const Part& part, const AppendAndIndex& p) {
+__device__ void find_codes(const Part& part, const BeginStep& p) {
   __shared__ u32 cluster_of[KEYS];
   __shared__ u64 same[KEYS];  // keys of the same cluster, a bit each
   __shared__ float staged[KEYS][ELEMENTS];
@@ -330,7 +338,7 @@ __device__ void find_codes(const Part& part, const AppendAndIndex& p) {
 // Writes the new keys and values, a thread an element. Returns of which sequences there is a block of keys to encode, a bit
 // each, to all threads. A sequence for which there is no room is left as it is.
 template <class T>
-__device__ u32 append(u32* lengths, const AppendAndIndex& p) {
+__device__ u32 append(u32* lengths, const BeginStep& p) {
   __shared__ u32 all_due;
   const u32 row = p.head_dim, of_sequence = 2 * p.h_kv * row, all = p.n_sequences * of_sequence;
   u32 i = blockIdx.x * THREADS + threadIdx.x;
@@ -366,11 +374,22 @@ __device__ u32 append(u32* lengths, const AppendAndIndex& p) {
 }
 
 // The last `block` keys of a sequence are due where the new one fills them: blocks of keys follow each other from
-// init_offset on. Grid: any number of blocks, all at once, which share what is new and what is due.
+// init_offset on. Grid: any number of blocks, which share the tables, what is new and what is due; all at once where something
+// may be due.
 template <class T>
-__device__ void append_and_index(const AppendAndIndex& p) {
+__device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
   __shared__ u32 lengths[MAX_SEQUENCES];
-  const u32 all_due = append<T>(lengths, p), rows = __popc(all_due) * p.h_kv, block = static_cast<u32>(p.block);
+  const u32 units = p.n_sources ? p.n_sources * p.h_kv * p.bundles * table_units(p) : 0;
+  TableUnit<T> unit;
+  if (blockIdx.x < units) unit.begin(blockIdx.x, p);
+  const u32 all_due = p.n_sequences ? append<T>(lengths, p) : 0;
+  for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
+    if (i != blockIdx.x) unit.begin(i, p);
+    unit.finish(shared, tables, bounds, p);
+  }
+  if (p.n_sequences == 0) return;
+  const u32 rows = __popc(all_due) * p.h_kv, block = static_cast<u32>(p.block);
+  if (rows) __syncthreads();  // what units left in shared memory has been read
   u32* const met = p.sequences[0].met;
   for (u32 begin = 0, turn = 0; begin < (rows ? block : 0); begin += KEYS) {
     const u32 n = min(KEYS, block - begin), groups = (n + GROUP - 1) / GROUP;
@@ -409,8 +428,10 @@ __device__ void append_and_index(const AppendAndIndex& p) {
 }
 
 #define KERNEL(suffix, type)                                                          \
-  extern "C" __global__ __launch_bounds__(THREADS, 1) void append_and_index_##suffix( \
-      const __grid_constant__ AppendAndIndex p) {                                     \
-    append_and_index<type>(p);                                                        \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void begin_step_##suffix(       \
+      float* tables, /* [sources, h_kv, bundles, entries, heads] */                   \
+      float* bounds, /* [sources, h_kv, bundles, units, UNIT_BOUNDS<heads>] */     \
+      const __grid_constant__ BeginStep p) {                                          \
+    begin_step<type>(tables, bounds, p);                                              \
   }
 FOR_EACH_FLOAT(KERNEL)

@@ -1,8 +1,11 @@
-//! What a decode step adds to caches on a GPU: a key and a value each, and the codes of the block of keys that is full with it.
+//! What a decode step begins with on a GPU: it adds a key and a value to each cache, and the codes of the block of keys that is
+//! full with it, and it makes the tables that the search of an index looks up.
 
 mod cuda;
 
 use candle_core::{bail, Result, Tensor};
+
+pub(super) use cuda::{launch, tensors, Launches, Source, Tables, MAX_SEQUENCES};
 
 use super::append::{self, New};
 use super::arg::{Arg, View};
@@ -10,7 +13,7 @@ use super::cluster_sums::{self, ClusterSums};
 use super::encode::{EncodeOptions, IntoPlan};
 use super::score::Coarse;
 
-const OP: &str = "append_and_index";
+const OP: &str = "begin_step";
 
 /// The index of a cache, of which all tensors are of the positions of the cache's.
 pub(crate) struct Indexed<'a> {
@@ -42,32 +45,61 @@ pub(crate) struct Due {
     pub(crate) block: usize,
 }
 
+/// One key and value for each of some caches, and what they fill: see [`Indexed`], which is there where the block of keys that the
+/// GPU may find full with them is to be indexed.
+pub(crate) struct Appending<'a> {
+    pub(crate) new: Vec<(New<'a>, Option<Indexed<'a>>)>,
+    pub(crate) due: Due,
+}
+
+impl Appending<'_> {
+    pub(crate) fn has_index(&self) -> bool {
+        self.new.iter().any(|(_, index)| index.is_some())
+    }
+}
+
 /// As [`append`](super::append()) of one key to each cache, and where there is an index the codes of the block that the GPU finds
 /// full with it, and of its keys' clusters; its values are added to those of their clusters. No block begins before the cache's
 /// own first position.
 ///
 /// The bits are those of [`encode`](super::encode()) and [`cluster_sums`](super::cluster_sums()), of all of which this is one
-/// launch: as a part of a captured step it mostly appends alone.
+/// launch: as a part of a captured step it mostly appends alone. A [`decode`](super::decode()) of the same caches does it in
+/// the launch that makes the tables.
 ///
 /// # Errors
 /// Shapes or dtypes other than these, or caches that differ in more than their capacities.
-pub(crate) fn append_and_index(new: &[(New, Option<Indexed>)], due: Due) -> Result<()> {
-    let plans = new.iter().map(Plan::new).collect::<Result<Vec<_>>>()?;
-    let Some(index) = plans.iter().find_map(Plan::of_index) else {
-        bail!("{OP}: caches: expected an index in one of them, got {} without", new.len())
-    };
-    let first = Sizes { append: plans[0].append.sizes(), index };
-    let differs = |plan: &&Plan| {
-        let own = Sizes { append: plan.append.sizes(), index: plan.of_index().unwrap_or(index) };
-        own != first || own.append[0] != 1
-    };
-    match plans.iter().find(differs) {
-        None => cuda::run(&plans, new, first, due),
-        Some(plan) => bail!(
-            "{OP}: caches: expected one key each and {first:?}, got {:?}, {:?}",
-            plan.append.sizes(),
-            plan.of_index()
-        ),
+pub(crate) fn begin_step(appending: &Appending) -> Result<()> {
+    match Plans::new(appending)? {
+        None => Ok(()),
+        Some(plans) => cuda::run(appending, &plans),
+    }
+}
+
+/// What is checked of all caches.
+pub(super) struct Plans {
+    each: Vec<Plan>,
+    sizes: Sizes,
+}
+
+impl Plans {
+    /// None without a cache.
+    pub(super) fn new(appending: &Appending) -> Result<Option<Self>> {
+        let each = appending.new.iter().map(Plan::new).collect::<Result<Vec<_>>>()?;
+        let Some(first) = each.first() else { return Ok(None) };
+        let index = each.iter().find_map(Plan::of_index).unwrap_or_default();
+        let sizes = Sizes { append: first.append.sizes(), index };
+        let differs = |plan: &&Plan| {
+            let own = Sizes { append: plan.append.sizes(), index: plan.of_index().unwrap_or(index) };
+            own != sizes || own.append[0] != 1
+        };
+        match each.iter().find(differs) {
+            None => Ok(Some(Self { each, sizes })),
+            Some(plan) => bail!(
+                "{OP}: caches: expected one key each and {sizes:?}, got {:?}, {:?}",
+                plan.append.sizes(),
+                plan.of_index()
+            ),
+        }
     }
 }
 

@@ -1,0 +1,40 @@
+// The tables of a decode step as one launch makes them and the next one loads them: query . centroid, an entry for each
+// centroid and cluster, which holds the numbers of a bundle's heads.
+//
+// They are made a unit at a time, by a block of threads: 64 centroids of each of eight subspaces, or 64 clusters. It leaves the
+// bounds of its entries as well, in eight columns: the subspaces', or those of every eighth cluster.
+#pragma once
+
+#include "common.cuh"
+
+template <int HEADS>
+struct alignas(4 * HEADS) Entry {
+  float x[HEADS];
+};
+
+constexpr u32 MAX_CLUSTERS = 256;
+constexpr u32 MAX_HEADS = 4;  // of a bundle
+
+// Subspaces whose entries for a code lie side by side.
+constexpr u32 SUBSPACES = 8;
+
+constexpr u32 UNIT_THREADS = 512;
+constexpr u32 OF_UNIT = UNIT_THREADS / SUBSPACES;
+
+// Where what is below is asked of a step, `p` has its sizes: pq_dim, n_centroids, n_clusters.
+
+// Entries of a bundle: pq_dim / SUBSPACES times [n_centroids, SUBSPACES], then the clusters'.
+template <class P>
+__device__ inline u32 table_entries(const P& p) { return p.pq_dim * p.n_centroids + p.n_clusters; }
+
+// Units of SUBSPACES subspaces, and of a bundle.
+template <class P>
+__device__ inline u32 units_of_codes(const P& p) { return (p.n_centroids + OF_UNIT - 1) / OF_UNIT; }
+template <class P>
+__device__ inline u32 table_units(const P& p) {
+  return p.pq_dim / SUBSPACES * units_of_codes(p) + (p.n_clusters + OF_UNIT - 1) / OF_UNIT;
+}
+
+// Floats of a unit's bounds: of the entries and of their negatives, [2, HEADS, SUBSPACES].
+template <u32 HEADS>
+constexpr u32 UNIT_BOUNDS = 2 * HEADS * SUBSPACES;
