@@ -70,8 +70,7 @@ struct BeginStep {
   u32 n_clusters;
 };
 
-// Centroids, [TILE], and behind these the keys of a group; before, what a unit of tables needs.
-static_assert(UNIT_FLOATS <= TILE);
+// Centroids, [TILE], and behind these the keys of a group.
 extern __shared__ __align__(16) float shared[];
 
 // WIDTH floats that lie side by side.
@@ -335,13 +334,14 @@ __device__ void find_codes(const Part& part, const BeginStep& p) {
   }
 }
 
-// Writes the new keys and values, a thread an element. Returns of which sequences there is a block of keys to encode, a bit
-// each, to all threads. A sequence for which there is no room is left as it is.
+// Writes the new keys and values, a thread an element, the last blocks first, which have least to do with the tables. Returns of
+// which sequences there is a block of keys to encode, a bit each, to all threads. A sequence for which there is no room is left
+// as it is.
 template <class T>
 __device__ u32 append(u32* lengths, const BeginStep& p) {
   __shared__ u32 all_due;
   const u32 row = p.head_dim, of_sequence = 2 * p.h_kv * row, all = p.n_sequences * of_sequence;
-  u32 i = blockIdx.x * THREADS + threadIdx.x;
+  u32 i = (gridDim.x - 1 - blockIdx.x) * THREADS + threadIdx.x;
   const auto load = [&] {
     if (i >= all) return T{};
     const Sequence& own = p.sequences[i / of_sequence];
@@ -373,25 +373,12 @@ __device__ u32 append(u32* lengths, const BeginStep& p) {
   return all_due;
 }
 
-// The last `block` keys of a sequence are due where the new one fills them: blocks of keys follow each other from
-// init_offset on. Grid: any number of blocks, which share the tables, what is new and what is due; all at once where something
-// may be due.
+// The codes of the sequences in `all_due`, and their values' share of the clusters' sums. All blocks share them.
 template <class T>
-__device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
-  __shared__ u32 lengths[MAX_SEQUENCES];
-  const u32 units = p.n_sources ? p.n_sources * p.h_kv * p.bundles * table_units(p) : 0;
-  TableUnit<T> unit;
-  if (blockIdx.x < units) unit.begin(blockIdx.x, p);
-  const u32 all_due = p.n_sequences ? append<T>(lengths, p) : 0;
-  for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
-    if (i != blockIdx.x) unit.begin(i, p);
-    unit.finish(shared, tables, bounds, p);
-  }
-  if (p.n_sequences == 0) return;
+__device__ void index(u32 all_due, const u32* lengths, const BeginStep& p) {
   const u32 rows = __popc(all_due) * p.h_kv, block = static_cast<u32>(p.block);
-  if (rows) __syncthreads();  // what units left in shared memory has been read
   u32* const met = p.sequences[0].met;
-  for (u32 begin = 0, turn = 0; begin < (rows ? block : 0); begin += KEYS) {
+  for (u32 begin = 0, turn = 0; begin < block; begin += KEYS) {
     const u32 n = min(KEYS, block - begin), groups = (n + GROUP - 1) / GROUP;
     // The `i`-th of all, of which there are as many for each row and group as there are indices.
     const auto part = [&](u32 i, u32 indices) {
@@ -418,13 +405,39 @@ __device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
     }
     if (p.n_clusters && begin + KEYS < block) meet(met, gridDim.x, ++turn);
   }
-  // The last block to come here is the last that needed the old lengths.
-  if (is_last(p.sequences[0].appended, gridDim.x)) {
-    if (threadIdx.x == 0) *met = 0;
+  // Blocks that met have all counted before that they know the lengths: the count is free again.
+  if (p.n_clusters && is_last(p.sequences[0].appended, gridDim.x) && threadIdx.x == 0) *met = 0;
+}
+
+// The last `block` keys of a sequence are due where the new one fills them: blocks of keys follow each other from
+// init_offset on. Grid: any number of blocks, which share the tables, what is new and what is due; all at once where something
+// may be due.
+template <class T>
+__device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
+  __shared__ u32 lengths[MAX_SEQUENCES];
+  const u32 units = p.n_sources ? p.n_sources * p.h_kv * p.bundles * table_units(p) : 0;
+  TableUnit<T> unit;
+  u32 i = blockIdx.x, all_due = 0, before = 0;
+  if (i < units) unit.begin(i, p);
+  if (p.n_sequences) {
+    all_due = append<T>(lengths, p);
+    // Counts the blocks that know the lengths; what the count was is asked for later.
+    if (threadIdx.x == 0) before = arrive(p.sequences[0].appended, gridDim.x);
+  }
+  while (i < units) {
+    unit.finish(tables, bounds, p);
+    i += gridDim.x;
+    if (i < units) unit.begin(i, p);
+  }
+  if (p.n_sequences == 0) return;
+  if (threadIdx.x < 32 && __shfl_sync(ALL_LANES, before, 0) == gridDim.x - 1) {
+    // The last one that needed the old lengths moves them on.
+    __threadfence();
     if (threadIdx.x < p.n_sequences && lengths[threadIdx.x] < p.sequences[threadIdx.x].capacity) {
       *p.sequences[threadIdx.x].len += 1;
     }
   }
+  if (all_due) index<T>(all_due, lengths, p);
 }
 
 #define KERNEL(suffix, type)                                                          \

@@ -146,6 +146,14 @@ __device__ float block_max(float x) {
   return block_reduce<WARPS>(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
+// Counts a thread of each of `blocks` blocks, and returns how many came before. What they did before is released. `arrived` is 0
+// before and after.
+__device__ inline u32 arrive(u32* arrived, u32 blocks) {
+  u32 before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrived), "r"(blocks - 1) : "memory");
+  return before;
+}
+
 // Whether this block is the last of `blocks` to come here; what the others wrote before can be read then, past the
 // first-level cache. `arrived` is 0 before and after.
 __device__ inline bool is_last(u32* arrived, u32 blocks) {

@@ -11,140 +11,143 @@ struct Source {
   u64 query_stride;        // between heads
 };
 
-// Floats of shared memory that a unit needs: the queries, and then the warps' bounds.
-constexpr u32 MAX_ROW = 256 + 256 / 8 * 4;  // of a query, whose subspaces of eight and more elements lie four apart
-constexpr u32 UNIT_WARPS = UNIT_THREADS / 32;
-constexpr u32 UNIT_FLOATS = MAX_HEADS * MAX_ROW;
-static_assert(UNIT_BOUNDS<MAX_HEADS> * (UNIT_WARPS + 1) <= UNIT_FLOATS);
+// i / n, exact for i below 2^21: a fraction of a division's instructions.
+__device__ inline u32 divide(u32 i, u32 n) {
+  return __float2uint_rz(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(n)));
+}
 
-// A unit of a bundle's tables, of which each thread has an entry, or an eighth of a cluster's: begin() has all on its way that
-// it reads, finish() makes the entries.
+// A unit of a bundle's tables: begin() has on its way what it reads, finish() makes the entries. Rows, centroids of a subspace or of
+// clusters, are read by four lanes each, or by a whole warp, four elements a lane; each lane has a part of ROWS of them.
 template <class T>
 struct TableUnit {
-  static constexpr u32 AHEAD = 4, QUERIES = MAX_HEADS * 256 / UNIT_THREADS;
+  static constexpr u32 ROWS = 4, OF_SUBSPACE = 4;
 
-  u32 bundle;       // of all sequences'
-  u32 unit;         // of the bundle
-  bool is_cluster;  // whether it is one of clusters
-  bool is_there;    // whether the thread has an entry
-  u32 entry;        // where that is in the tables
-  const float* centroid;
-  u32 first;   // element of the query that is multiplied with the first of these, and of a row of queries in shared memory
-  u32 step;    // floats from four of them to the next
-  u32 count;   // fours
-  float4 ahead[AHEAD];
-  float query[QUERIES];
+  u32 bundle;   // of all sequences'
+  u32 unit;     // of the bundle
+  u32 entry;    // where the lane's first one is in the tables
+  u32 between;  // entries from one to the next
+  u32 n_rows;   // of the lane that are there
+  u32 lanes;    // a row
+  u32 fours;    // left of a row, from the lane's first on
+  u32 heads;    // that are there
+  const float4* row;  // the lane's first four elements
+  u32 row_stride;     // in fours
+  const T* query;     // as many elements
+  u64 query_stride;
+  float4 ahead[ROWS];
+  float queries[MAX_HEADS][4];
 
   // The `i`-th of all.
   template <class P>
   __device__ void begin(u32 i, const P& p) {
     const u32 units = table_units(p), chunks = p.pq_dim / SUBSPACES, of_codes = units_of_codes(p);
-    bundle = i / units, unit = i - bundle * units;
-    const u32 row = bundle / p.bundles, sequence = row / p.h_kv, kv = row - sequence * p.h_kv;
+    bundle = divide(i, units), unit = i - bundle * units;
+    const u32 of_row = divide(bundle, p.bundles), sequence = divide(of_row, p.h_kv), kv = of_row - sequence * p.h_kv;
     const Source& source = p.sources[sequence];
-    is_cluster = unit >= chunks * of_codes;
-    const u32 column = threadIdx.x % SUBSPACES;
-    if (is_cluster) {
-      const u32 c = (unit - chunks * of_codes) * OF_UNIT + threadIdx.x / SUBSPACES;
-      is_there = c < p.n_clusters;
-      entry = p.pq_dim * p.n_centroids + c;
-      centroid = source.coarse + (static_cast<u64>(kv) * p.n_clusters + c) * p.head_dim + column * 4;
-      first = column * 4, step = SUBSPACES * 4, count = (p.head_dim - min(first, p.head_dim) + step - 1) / step;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    u32 first, all, lane_of_row, step, element;
+    if (unit >= chunks * of_codes) {
+      first = (unit - chunks * of_codes) * OF_UNIT + warp * ROWS, all = p.n_clusters, step = 1;
+      lanes = 32, lane_of_row = lane, fours = p.head_dim / 4, element = 0;
+      row = reinterpret_cast<const float4*>(source.coarse) + (kv * p.n_clusters + first) * fours;
+      entry = p.pq_dim * p.n_centroids + first, between = 1;
     } else {
-      const u32 chunk = unit / of_codes, m = chunk * SUBSPACES + column;
-      const u32 c = (unit - chunk * of_codes) * OF_UNIT + threadIdx.x / SUBSPACES;
-      is_there = c < p.n_centroids;
-      entry = (chunk * p.n_centroids + c) * SUBSPACES + column;
-      centroid = source.centroids + ((static_cast<u64>(kv) * p.pq_dim + m) * p.n_centroids + c) * p.pq_len;
-      // Eight lanes that read four elements of a subspace each meet in no bank.
-      first = m * (p.pq_len | 4), step = 4, count = p.pq_len / 4;
+      const u32 chunk = divide(unit, of_codes), m = chunk * SUBSPACES + warp / WARPS_OF_SUBSPACE;
+      constexpr u32 OF_WARP = OF_UNIT / WARPS_OF_SUBSPACE;
+      step = 32 / OF_SUBSPACE;
+      first = (unit - chunk * of_codes) * OF_UNIT + warp % WARPS_OF_SUBSPACE * OF_WARP + lane / OF_SUBSPACE, all = p.n_centroids;
+      lanes = OF_SUBSPACE, lane_of_row = lane % OF_SUBSPACE, fours = p.pq_len / 4, element = m * p.pq_len;
+      row = reinterpret_cast<const float4*>(source.centroids) + ((kv * p.pq_dim + m) * p.n_centroids + first) * u64{fours};
+      entry = (chunk * p.n_centroids + first) * SUBSPACES + m % SUBSPACES, between = step * SUBSPACES;
+      static_assert(OF_WARP == ROWS * 32 / OF_SUBSPACE);
     }
-    if (!is_there) count = 0;
+    n_rows = first < all ? (all - first + step - 1) / step : 0;
+    row += lane_of_row, row_stride = step * fours;
+    fours -= min(lane_of_row, fours);
+    const u32 first_head = kv * p.group + (bundle - of_row * p.bundles) * p.heads;
+    heads = min(p.heads, (kv + 1) * p.group - first_head);
+    query_stride = source.query_stride;
+    query = static_cast<const T*>(source.query) + first_head * query_stride + element + lane_of_row * 4;
     load(0);
-    const u32 first_head = kv * p.group + (bundle - row * p.bundles) * p.heads;
-    const u32 heads = min(p.heads, (kv + 1) * p.group - first_head);
-    const T* const queries = static_cast<const T*>(source.query) + first_head * source.query_stride;
-#pragma unroll
-    for (u32 k = 0; k < QUERIES; k++) {
-      const u32 e = k * UNIT_THREADS + threadIdx.x, head = e / p.head_dim;
-      query[k] = head < heads ? widen(queries[head * source.query_stride + (e - head * p.head_dim)]) : 0;
-    }
   }
 
-  // Four times four elements, from the `begin`-th four on.
+  // The lane's fours from the `begin`-th of their rows on.
   __device__ void load(u32 begin) {
+    const bool has_fours = begin < fours;
 #pragma unroll
-    for (u32 k = 0; k < AHEAD; k++) {
-      ahead[k] = begin + k < count ? __ldg(reinterpret_cast<const float4*>(centroid + (begin + k) * step)) : float4{};
+    for (u32 k = 0; k < ROWS; k++) {
+      ahead[k] = has_fours && k < n_rows ? __ldg(row + k * row_stride + begin) : float4{};
+    }
+#pragma unroll
+    for (u32 h = 0; h < MAX_HEADS; h++) {
+#pragma unroll
+      for (u32 e = 0; e < 4; e++) queries[h][e] = has_fours && h < heads ? widen(query[h * query_stride + begin * 4 + e]) : 0;
     }
   }
 
-  // `scratch` is UNIT_FLOATS of shared memory. All threads call it.
+  // All lanes of a warp call it.
   template <int HEADS, class P>
-  __device__ void finish(float* scratch, float* tables, float* bounds, const P& p) {
-    const u32 gap = is_cluster ? 0 : (p.pq_len | 4) - p.pq_len, length = p.head_dim + p.pq_dim * gap;
-    __syncthreads();  // what was there before has been read
+  __device__ void finish(float* tables, float* bounds, const P& p) {
+    float x[ROWS][HEADS] = {};
+    for (u32 begin = 0;;) {
 #pragma unroll
-    for (u32 k = 0; k < QUERIES; k++) {
-      const u32 i = k * UNIT_THREADS + threadIdx.x, head = i / p.head_dim, e = i - head * p.head_dim;
-      if (head < HEADS) scratch[head * length + e + (gap ? e / p.pq_len * gap : 0)] = query[k];
-    }
-    __syncthreads();
-    Entry<HEADS> x = {};
-    for (u32 begin = 0; begin < count; begin += AHEAD) {
-      if (begin > 0) load(begin);
-#pragma unroll
-      for (u32 k = 0; k < AHEAD; k++) {
-        if (begin + k >= count) continue;
+      for (u32 k = 0; k < ROWS; k++) {
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-          const float4 a = ahead[k], b = *reinterpret_cast<const float4*>(&scratch[h * length + first + (begin + k) * step]);
-          x.x[h] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+          const float4 a = ahead[k];
+          const float(&b)[4] = queries[h];
+          x[k][h] += a.x * b[0] + a.y * b[1] + a.z * b[2] + a.w * b[3];
         }
       }
+      begin += lanes;
+      if (!__any_sync(ALL_LANES, begin < fours)) break;
+      load(begin);
     }
-    if (is_cluster) {
+    // Of four lanes each has a head's sum in the end.
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = lane % HEADS;
+    float high = -INFINITY, low = -INFINITY;  // of the entries, and of their negatives
+    float* const to = tables + (static_cast<u64>(bundle) * table_entries(p) + entry) * HEADS;
 #pragma unroll
-      for (int h = 0; h < HEADS; h++) {
+    for (u32 k = 0; k < ROWS; k++) {
+      float y = x[k][0];
+      if constexpr (HEADS == 4) {
+        const bool is_odd = lane & 1, is_upper = lane & 2;
+        const float a = (is_odd ? x[k][1] : x[k][0]) + __shfl_xor_sync(ALL_LANES, is_odd ? x[k][0] : x[k][1], 1);
+        const float b = (is_odd ? x[k][3] : x[k][2]) + __shfl_xor_sync(ALL_LANES, is_odd ? x[k][2] : x[k][3], 1);
+        y = (is_upper ? b : a) + __shfl_xor_sync(ALL_LANES, is_upper ? a : b, 2);
+      } else if constexpr (HEADS == 2) {
+        const bool is_odd = lane & 1;
+        y = (is_odd ? x[k][1] : x[k][0]) + __shfl_xor_sync(ALL_LANES, is_odd ? x[k][0] : x[k][1], 1);
+        y += __shfl_xor_sync(ALL_LANES, y, 2);
+      } else {
+        y += __shfl_xor_sync(ALL_LANES, y, 1);
+        y += __shfl_xor_sync(ALL_LANES, y, 2);
+      }
+      if (lanes == 32) {
 #pragma unroll
-        for (u32 lanes = SUBSPACES / 2; lanes > 0; lanes /= 2) x.x[h] += __shfl_xor_sync(ALL_LANES, x.x[h], lanes);
+        for (u32 other = OF_SUBSPACE; other < 32; other *= 2) y += __shfl_xor_sync(ALL_LANES, y, other);
+      }
+      if (k < n_rows) {
+        if (lane % lanes < HEADS) to[k * between * HEADS + head] = y;
+        high = fmaxf(high, y), low = fmaxf(low, -y);
       }
     }
-    const bool writes = is_there && (!is_cluster || threadIdx.x % SUBSPACES == 0);
-    if (writes) reinterpret_cast<Entry<HEADS>*>(tables)[static_cast<u64>(bundle) * table_entries(p) + entry] = x;
-    // The largest of a column's entries and of their negatives.
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float largest[2 * HEADS];
 #pragma unroll
-    for (u32 i = 0; i < 2 * HEADS; i++) {
-      const float own = i < HEADS ? x.x[i % HEADS] : -x.x[i % HEADS];
-      largest[i] = is_there ? own : -INFINITY;
-#pragma unroll
-      for (u32 lanes = SUBSPACES; lanes < 32; lanes *= 2) {
-        largest[i] = fmaxf(largest[i], __shfl_xor_sync(ALL_LANES, largest[i], lanes));
-      }
+    for (u32 other = OF_SUBSPACE; other < 32; other *= 2) {
+      high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, other)), low = fmaxf(low, __shfl_xor_sync(ALL_LANES, low, other));
     }
-    __syncthreads();  // the queries have been read
-    if (lane < SUBSPACES) {
-#pragma unroll
-      for (u32 i = 0; i < 2 * HEADS; i++) scratch[(i * SUBSPACES + lane) * (UNIT_WARPS + 1) + warp] = largest[i];
-    }
-    __syncthreads();
-    constexpr u32 BOUNDS = UNIT_BOUNDS<HEADS>;
-    if (threadIdx.x < BOUNDS) {
-      float y = -INFINITY;
-#pragma unroll
-      for (u32 w = 0; w < UNIT_WARPS; w++) y = fmaxf(y, scratch[threadIdx.x * (UNIT_WARPS + 1) + w]);
-      bounds[(static_cast<u64>(bundle) * table_units(p) + unit) * BOUNDS + threadIdx.x] = y;
+    if (lane < HEADS) {
+      float* const of_unit = bounds + (static_cast<u64>(bundle) * table_units(p) + unit) * UNIT_BOUNDS<HEADS>;
+      of_unit[head * UNIT_WARPS + warp] = high, of_unit[(HEADS + head) * UNIT_WARPS + warp] = low;
     }
   }
 
   template <class P>
-  __device__ void finish(float* scratch, float* tables, float* bounds, const P& p) {
+  __device__ void finish(float* tables, float* bounds, const P& p) {
     switch (p.heads) {
-      case 1: return finish<1>(scratch, tables, bounds, p);
-      case 2: return finish<2>(scratch, tables, bounds, p);
-      default: return finish<4>(scratch, tables, bounds, p);
+      case 1: return finish<1>(tables, bounds, p);
+      case 2: return finish<2>(tables, bounds, p);
+      default: return finish<4>(tables, bounds, p);
     }
   }
 };

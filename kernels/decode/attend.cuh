@@ -109,21 +109,23 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `search`
   const u64 tail_first = (static_cast<u64>(part.sequence) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
   if (p.has_tail) {
-    // Eight lanes a cluster and head, of which each adds up some splits.
-    constexpr u32 ADDERS = 8, TOGETHER = BLOCK / ADDERS / HEADS;
-    const u32 adder = tid % ADDERS, head = tid / ADDERS % HEADS;
-    for (u32 from = 0; from < n_own; from += TOGETHER) {
-      const u32 i = from + tid / ADDERS / HEADS, c = first_cluster + min(i, n_own - 1);
+    // What the clusters' values sum to is on its way.
+    const float* const own_sums = sequence.sums + (static_cast<u64>(part.kv) * p.n_clusters + first_cluster) * p.head_dim;
+    for (u32 i = tid * 32; i < n_own * p.head_dim; i += BLOCK * 32) prefetch(own_sums + i);
+    // So many lanes a cluster and head that each adds up two splits: with many splits a block has few clusters.
+    const u32 shift = splits > 2 ? 31 - __clz(splits - 1) : 0, adders = 1 << shift, together = (BLOCK >> shift) / HEADS;
+    const u32 adder = tid % adders, head = (tid >> shift) % HEADS;
+    for (u32 from = 0; from < n_own; from += together) {
+      const u32 i = from + (tid >> shift) / HEADS, c = first_cluster + min(i, n_own - 1);
       const u32* const of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
       const u32 count = sequence.counts[part.kv * p.n_clusters + c], all = head < part.heads ? splits : 0;
       u64 units = 0;
 #pragma unroll
-      for (u32 k = 0; k < MAX_SPLITS / ADDERS; k++) {
-        const u32 other = k * ADDERS + adder;
+      for (u32 k = 0; k < 2; k++) {
+        const u32 other = k * adders + adder;
         if (other < all) units += of_split[other * tail_heads * MAX_CLUSTERS];
       }
-#pragma unroll
-      for (u32 lanes = ADDERS / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
+      for (u32 lanes = adders / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
       if (adder == 0 && i < n_own) tail_units[head][i] = units, tail_counts[i] = count;
     }
   }

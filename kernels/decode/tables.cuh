@@ -41,26 +41,30 @@ __device__ void load_tables(const Entry<HEADS>* from, const float* bounds, u8* r
   const bool has_cluster = threadIdx.x < p.n_clusters;
   const Entry<HEADS> of_cluster = load(of_subspaces + threadIdx.x, has_cluster);
   if (warp < HEADS) {
-    // A lane has a column of a unit.
-    static_assert(MAX_CLUSTERS <= OF_UNIT * 32 / SUBSPACES);
+    // What one warp left of two units is a lane's: those of a subspace lie side by side.
+    constexpr u32 AT_ONCE = 32 / UNIT_WARPS;
     const u32 units = units_of_codes(p), all_units = table_units(p), chunks = p.pq_dim / SUBSPACES;
     float high = 0, low = 0, magnitude = 0;
     for (u32 chunk = 0; chunk <= chunks; chunk++) {
       const bool is_of_clusters = chunk == chunks;
       if (is_of_clusters && p.n_clusters == 0) continue;
-      const u32 unit = chunk * units + lane / SUBSPACES;
-      const bool is_there = is_of_clusters ? unit < all_units : lane / SUBSPACES < units;
-      const float* const of_head = bounds + (unit * 2 * HEADS + warp) * SUBSPACES + lane % SUBSPACES;
-      float x = is_there ? __ldg(of_head) : -INFINITY, y = is_there ? __ldg(of_head + HEADS * SUBSPACES) : -INFINITY;
+      const u32 end = is_of_clusters ? all_units : (chunk + 1) * units;
+      float x = -INFINITY, y = -INFINITY;
+#pragma unroll
+      for (u32 i = 0; i < MAX_CLUSTERS / OF_UNIT; i += AT_ONCE) {
+        const u32 unit = chunk * units + i + lane / UNIT_WARPS;
+        const float* const of_head = bounds + (unit * 2 * HEADS + warp) * UNIT_WARPS + lane % UNIT_WARPS;
+        if (unit < end) x = fmaxf(x, __ldg(of_head)), y = fmaxf(y, __ldg(of_head + HEADS * UNIT_WARPS));
+      }
 #pragma unroll
       for (u32 lanes = 16; lanes > 0; lanes /= 2) {
-        if (lanes < SUBSPACES && !is_of_clusters) break;
+        if (lanes >= WARPS_OF_SUBSPACE && lanes < UNIT_WARPS && !is_of_clusters) continue;
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lanes)), y = fmaxf(y, __shfl_xor_sync(ALL_LANES, y, lanes));
       }
       float z = fmaxf(fmaxf(x, y), 0.0f);
       if (!is_of_clusters) {
 #pragma unroll
-        for (u32 lanes = SUBSPACES / 2; lanes > 0; lanes /= 2) {
+        for (u32 lanes = UNIT_WARPS / 2; lanes >= WARPS_OF_SUBSPACE; lanes /= 2) {
           x += __shfl_xor_sync(ALL_LANES, x, lanes), y += __shfl_xor_sync(ALL_LANES, y, lanes);
           z += __shfl_xor_sync(ALL_LANES, z, lanes);
         }

@@ -63,9 +63,10 @@ const GROUP: usize = 32;
 const SLICES: usize = 8;
 const TILE: usize = 8192;
 
-/// Subspaces, and centroids or clusters, of a unit of the tables: `kernels/tables.cuh`.
+/// Subspaces, centroids or clusters, and warps of a unit of the tables: `kernels/tables.cuh`.
 const SUBSPACES: usize = 8;
 const OF_UNIT: usize = 64;
+const UNIT_WARPS: usize = THREADS / 32;
 
 /// The tables that a step looks up.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -87,10 +88,15 @@ impl Tables {
         self.pq_dim / SUBSPACES * self.n_centroids.div_ceil(OF_UNIT) + self.n_clusters.div_ceil(OF_UNIT)
     }
 
+    /// Units of so many sequences.
+    pub(crate) fn all_units(&self, sequences: usize) -> usize {
+        self.units() * self.h_kv * self.bundles * sequences
+    }
+
     /// Floats of a sequence's tables, and of their bounds.
     pub(crate) fn lens(&self) -> [usize; 2] {
         let heads = self.h_kv * self.bundles * self.heads;
-        [heads * (self.pq_dim * self.n_centroids + self.n_clusters), heads * self.units() * 2 * SUBSPACES]
+        [heads * (self.pq_dim * self.n_centroids + self.n_clusters), heads * self.units() * 2 * UNIT_WARPS]
     }
 }
 
@@ -207,7 +213,8 @@ pub(crate) fn launch(
         params.pq_len = u32_of(OP, "pq_len", tables.head_dim / tables.pq_dim)?;
         params.n_centroids = u32_of(OP, "n_centroids", tables.n_centroids)?;
         params.n_clusters = u32_of(OP, "n_clusters", tables.n_clusters)?;
-        parts = parts.max(tables.units() * tables.h_kv * tables.bundles * sources.len());
+        // Beside those that append.
+        parts = parts.max(parts.min(gpu.multiprocessors) + tables.all_units(sources.len()));
     }
     // Behind the tile are a group's keys, as far apart as `stride_of` in the kernel says.
     let keys = if is_indexed { GROUP * (longest.next_multiple_of(4) | 4) } else { 0 };

@@ -87,6 +87,9 @@ const MAX_GROUP: usize = 64;
 /// The most bundles of a sequence: they are a grid's second dimension.
 const MAX_BUNDLES: usize = 65_535;
 
+/// The most units of a launch's tables: `divide` in `kernels/make_tables.cuh` is exact below.
+const MAX_UNITS: usize = 1 << 21;
+
 /// Bins of a row's histogram and of a query head's, and words of a `Search`: bins, ranks of two words, shifts and
 /// some numbers.
 const ROW_BINS: usize = 4096;
@@ -506,6 +509,7 @@ impl Shape {
             && self.head_dim.is_multiple_of(8)
             && self.group() <= MAX_GROUP
             && self.h_kv * self.bundles() <= MAX_BUNDLES
+            && self.tables().all_units(MAX_SEQUENCES) <= MAX_UNITS
             && self.histogram_at() + self.histogram_bytes() + STATIC_BYTES <= gpu.shared_bytes
             && attend.scale > 0.0
             && attend.scale.is_finite()
