@@ -16,7 +16,7 @@ __device__ inline u32 divide(u32 i, u32 n) {
   return __float2uint_rz(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(n)));
 }
 
-// A unit of a bundle's tables: begin() has on its way what it reads, finish() makes the entries. Rows, centroids of a subspace or of
+// A unit of a bundle's tables: begin(), or go_on() to the one behind it, has on its way what it reads, finish() makes the entries. Rows, centroids of a subspace or of
 // clusters, are read by four lanes each, or by a whole warp, four elements a lane; each lane has a part of ROWS of them.
 template <class T>
 struct TableUnit {
@@ -26,12 +26,15 @@ struct TableUnit {
   u32 unit;     // of the bundle
   u32 entry;    // where the lane's first one is in the tables
   u32 between;  // entries from one to the next
-  u32 n_rows;   // of the lane that are there
   u32 lanes;    // a row
-  u32 fours;    // left of a row, from the lane's first on
+  u32 fours;    // of a row, from the lane's first on
+  bool is_long; // a row is of up to two fours a lane
   u32 heads;    // that are there
   const float4* row;  // the lane's first four elements
   u32 row_stride;     // in fours
+  u32 left;           // rows from that on
+  u32 row_step;       // from one of the lane's to the next
+  u32 units_alike;    // behind this one, of the same subspaces or of clusters
   const T* query;     // as many elements
   u64 query_stride;
   float4 ahead[ROWS];
@@ -47,6 +50,7 @@ struct TableUnit {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 first, all, lane_of_row, step, element;
     if (unit >= chunks * of_codes) {
+      units_alike = units - 1 - unit;
       first = (unit - chunks * of_codes) * OF_UNIT + warp * ROWS, all = p.n_clusters, step = 1;
       lanes = 32, lane_of_row = lane, fours = p.head_dim / 4, element = 0;
       row = reinterpret_cast<const float4*>(source.coarse) + (kv * p.n_clusters + first) * fours;
@@ -54,34 +58,52 @@ struct TableUnit {
     } else {
       const u32 chunk = divide(unit, of_codes), m = chunk * SUBSPACES + warp / WARPS_OF_SUBSPACE;
       constexpr u32 OF_WARP = OF_UNIT / WARPS_OF_SUBSPACE;
-      step = 32 / OF_SUBSPACE;
+      step = 32 / OF_SUBSPACE, units_alike = (chunk + 1) * of_codes - 1 - unit;
       first = (unit - chunk * of_codes) * OF_UNIT + warp % WARPS_OF_SUBSPACE * OF_WARP + lane / OF_SUBSPACE, all = p.n_centroids;
       lanes = OF_SUBSPACE, lane_of_row = lane % OF_SUBSPACE, fours = p.pq_len / 4, element = m * p.pq_len;
       row = reinterpret_cast<const float4*>(source.centroids) + ((kv * p.pq_dim + m) * p.n_centroids + first) * u64{fours};
       entry = (chunk * p.n_centroids + first) * SUBSPACES + m % SUBSPACES, between = step * SUBSPACES;
       static_assert(OF_WARP == ROWS * 32 / OF_SUBSPACE);
     }
-    n_rows = first < all ? (all - first + step - 1) / step : 0;
+    left = all - min(first, all), row_step = step;
     row += lane_of_row, row_stride = step * fours;
+    is_long = fours > lanes;
     fours -= min(lane_of_row, fours);
     const u32 first_head = kv * p.group + (bundle - of_row * p.bundles) * p.heads;
     heads = min(p.heads, (kv + 1) * p.group - first_head);
     query_stride = source.query_stride;
     query = static_cast<const T*>(source.query) + first_head * query_stride + element + lane_of_row * 4;
-    load(0);
+    load_queries(0);
+    load_rows(0);
+  }
+
+  // The next unit.
+  template <class P>
+  __device__ void go_on(const P& p) {
+    if (units_alike == 0) {
+      begin(bundle * table_units(p) + unit + 1, p);
+      return;
+    }
+    units_alike--, unit++;
+    left -= min(OF_UNIT, left), row += OF_UNIT / row_step * row_stride, entry += OF_UNIT / row_step * between;
+    if (is_long) load_queries(0);
+    load_rows(0);
   }
 
   // The lane's fours from the `begin`-th of their rows on.
-  __device__ void load(u32 begin) {
-    const bool has_fours = begin < fours;
+  __device__ void load_rows(u32 begin) {
 #pragma unroll
     for (u32 k = 0; k < ROWS; k++) {
-      ahead[k] = has_fours && k < n_rows ? __ldg(row + k * row_stride + begin) : float4{};
+      ahead[k] = begin < fours && k * row_step < left ? __ldg(row + k * row_stride + begin) : float4{};
     }
+  }
+  __device__ void load_queries(u32 begin) {
 #pragma unroll
     for (u32 h = 0; h < MAX_HEADS; h++) {
 #pragma unroll
-      for (u32 e = 0; e < 4; e++) queries[h][e] = has_fours && h < heads ? widen(query[h * query_stride + begin * 4 + e]) : 0;
+      for (u32 e = 0; e < 4; e++) {
+        queries[h][e] = begin < fours && h < heads ? widen(query[h * query_stride + begin * 4 + e]) : 0;
+      }
     }
   }
 
@@ -100,8 +122,9 @@ struct TableUnit {
         }
       }
       begin += lanes;
-      if (!__any_sync(ALL_LANES, begin < fours)) break;
-      load(begin);
+      if (!is_long || begin >= lanes * 2) break;
+      load_queries(begin);
+      load_rows(begin);
     }
     // Of four lanes each has a head's sum in the end.
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = lane % HEADS;
@@ -127,7 +150,7 @@ struct TableUnit {
 #pragma unroll
         for (u32 other = OF_SUBSPACE; other < 32; other *= 2) y += __shfl_xor_sync(ALL_LANES, y, other);
       }
-      if (k < n_rows) {
+      if (k * row_step < left) {
         if (lane % lanes < HEADS) to[k * between * HEADS + head] = y;
         high = fmaxf(high, y), low = fmaxf(low, -y);
       }

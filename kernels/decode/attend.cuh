@@ -12,8 +12,9 @@ constexpr int ATTEND_THREADS = D > 128 ? 256 : 512;
 template <int D>
 constexpr int ATTEND_BLOCKS = D > 128 ? 2 : 0;
 
-// Positions of a list whose places a block finds before it attends.
-constexpr u32 RESOLVED = 256;
+// Positions of a list whose places a block finds before it attends, and has their keys and values on their way.
+template <bool BY_KV, int D>
+constexpr u32 RESOLVED = BY_KV && D <= 128 ? 512 : 256;
 
 // A list's keys as they are ranked: masses of a row, or scores of one head of a bundle.
 template <int HEADS, bool BY_KV>
@@ -59,9 +60,9 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __shared__ u32 tail_counts[MAX_CLUSTERS];
   __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
   __shared__ u64 pivots[LISTS];
-  __shared__ u32 places[LISTS][RESOLVED];
+  __shared__ u32 places[LISTS][RESOLVED<BY_KV, D>];
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(places);
-  static_assert(RESOLVED >= 256);
+  static_assert(RESOLVED<BY_KV, D> >= 256);
   const u32 kv = blockIdx.y / p.bundles;
   const Part part(blockIdx.z, kv, blockIdx.y - kv * p.bundles, blockIdx.x, HEADS, p);
   const Sequence& sequence = p.sequences[part.sequence];
@@ -74,6 +75,24 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const bool is_list = list < n_lists;
   const T* const query = static_cast<const T*>(sequence.query) + part.first_head * sequence.query_stride;
   const u8* const clusters = sequence.clusters + part.kv * sequence.clusters_stride;
+  const T* const keys = static_cast<const T*>(sequence.keys) + part.kv * sequence.key_stride;
+  const T* const values = static_cast<const T*>(sequence.values) + part.kv * sequence.key_stride;
+  const T* const prefix_keys = static_cast<const T*>(sequence.prefix_keys) + part.kv * sequence.prefix_stride;
+  const T* const prefix_values = static_cast<const T*>(sequence.prefix_values) + part.kv * sequence.prefix_stride;
+  const auto place = [&](u32 position) { return static_cast<u32>(place_of(position, sequence.pages)); };
+  // Has the key and the value at a place come to the second-level cache.
+  const auto fetch = [&](u32 at) {
+    const bool is_own = at >= sequence.shared;  // of which there are none in pages
+    const u64 first = static_cast<u64>(at) * p.head_dim;
+    const T* const key = (is_own ? keys : prefix_keys) + first;
+    const T* const value = (is_own ? values : prefix_values) + first;
+    constexpr u32 LINE = 128 / sizeof(T);
+    for (u32 i = 0; i < p.head_dim; i += LINE) prefetch(key + i), prefetch(value + i);
+  };
+  // Sinks and keys of the window, of which this block has every so many-th.
+  const u32 edges = part.sink + (part.n - part.window_start);
+  const auto edge_position = [&](u32 edge) { return edge < part.sink ? edge : part.window_start + (edge - part.sink); };
+  for (u32 edge = split + tid * splits; edge < edges; edge += BLOCK * splits) fetch(place(edge_position(edge)));
   // For the next step.
   for (u32 i = split * BLOCK + tid; i < n_lists * BINS<BY_KV>; i += splits * BLOCK) {
     searches[first_list + i / BINS<BY_KV>].histogram[i % BINS<BY_KV>] = 0;
@@ -178,9 +197,12 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     const u32 segment = segment_of<WARPS>(before_sure[list], row);
     return own[segment * per_warp + (row - before_sure[list][segment])];
   };
-  const auto place = [&](u32 position) { return static_cast<u32>(place_of(position, sequence.pages)); };
   const auto resolve = [&] {
-    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED); i += LIST_THREADS) places[list][i] = place(sure_position(i));
+    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED<BY_KV, D>); i += LIST_THREADS) {
+      const u32 at = place(sure_position(i));
+      places[list][i] = at;
+      fetch(at);
+    }
   };
   // Where an open key counts in the tail: its cluster, and its shares or scores.
   struct OpenKey {
@@ -247,12 +269,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     if (is_early) add_open(open[0], early);
     if (!compares) each_open([&](u64 rank) { add_open(rank, load_open(rank)); });
   }
-  const u32 edges = part.sink + (part.n - part.window_start);
   const u32 n_rows = n_sure + n_open + (edges > split ? (edges - split + splits - 1) / splits : 0);
-  const T* const keys = static_cast<const T*>(sequence.keys) + part.kv * sequence.key_stride;
-  const T* const values = static_cast<const T*>(sequence.values) + part.kv * sequence.key_stride;
-  const T* const prefix_keys = static_cast<const T*>(sequence.prefix_keys) + part.kv * sequence.prefix_stride;
-  const T* const prefix_values = static_cast<const T*>(sequence.prefix_values) + part.kv * sequence.prefix_stride;
   float acc[PER_GROUP][8], top[PER_GROUP], sum[PER_GROUP];
 #pragma unroll
   for (int h = 0; h < PER_GROUP; h++) {
@@ -269,15 +286,14 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       u32 row = i + u * LIST_GROUPS, at = 0;  // where its key is
       is_attended[u] = row < n_rows;
       if (row < n_sure) {
-        at = row < RESOLVED ? places[list][row] : place(sure_position(row));
+        at = row < RESOLVED<BY_KV, D> ? places[list][row] : place(sure_position(row));
       } else if ((row -= n_sure) < n_open) {
         const u32 segment = segment_of<WARPS>(before_open[list], row);
         const u32 position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
         is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
         at = place(position);
       } else {
-        const u32 edge = split + (row - n_open) * splits;
-        at = place(edge < part.sink ? edge : part.window_start + (edge - part.sink));
+        at = place(edge_position(split + (row - n_open) * splits));
       }
       key[u] = value[u] = {};
       if (is_attended[u] && e < p.head_dim) {

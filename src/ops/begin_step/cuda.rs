@@ -7,9 +7,9 @@ use crate::cuda::{self, u32_of, Addresses, Kernel, Module, Params};
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Sequence {
-    /// Of [`tensors`], in this order; then of what there is in [`Lens`](crate::cuda::Lens): the length, the counts of blocks that
+    /// Of the keys, and of [`tensors_of`] in their order, of which the first is that of the values; then of what there is in [`Lens`](crate::cuda::Lens): the length, the counts of blocks that
     /// are done and that met, and what they leave each other.
-    addresses: [u64; TENSORS + 4],
+    addresses: [u64; TENSORS + 5],
     /// Between heads, and between elements.
     new_key_strides: [u64; 2],
     new_value_strides: [u64; 2],
@@ -51,7 +51,7 @@ struct BeginStep {
     n_clusters: u32,
 }
 
-const TENSORS: usize = 14;
+const TENSORS: usize = 13;
 
 /// The most sequences of a launch.
 pub(crate) const MAX_SEQUENCES: usize = 16;
@@ -110,8 +110,8 @@ pub(crate) struct Launches {
 }
 
 /// The tensors of all caches, for [`cuda::lock`].
-pub(crate) fn tensors<'a>(appending: &'a Appending, plans: &'a Plans) -> Vec<Option<&'a Tensor>> {
-    plans.each.iter().zip(&appending.new).flat_map(|(plan, new)| tensors_of(plan, new)).collect()
+pub(crate) fn tensors<'a>(appending: &'a Appending) -> Vec<Option<&'a Tensor>> {
+    appending.new.iter().flat_map(tensors_of).collect()
 }
 
 impl Launches {
@@ -136,7 +136,7 @@ impl Launches {
 
 /// Appends alone, in as many launches as it takes.
 pub(super) fn run(appending: &Appending, plans: &Plans) -> Result<()> {
-    let (storages, places) = cuda::lock(&tensors(appending, plans));
+    let (storages, places) = cuda::lock(&tensors(appending));
     let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
     let Some((dtype, device)) = storages.first().map(|storage| cuda::kind(storage)) else { return Ok(()) };
     let stream = device.cuda_stream();
@@ -236,14 +236,12 @@ impl Source {
     const NONE: Self = Self { query: 0, centroids: 0, coarse: 0, query_stride: 0 };
 }
 
-/// The tensors of a cache, in the order of `Sequence` in `kernels/begin_step.cu`.
-fn tensors_of<'a>(plan: &'a Plan, (new, index): &'a (New, Option<Indexed>)) -> [Option<&'a Tensor>; TENSORS] {
-    let [keys, values] = &plan.kv;
+/// The tensors of a cache: keys and values, and then in the order of `Sequence` in `kernels/begin_step.cu`.
+fn tensors_of<'a>((new, index): &'a (New, Option<Indexed>)) -> [Option<&'a Tensor>; TENSORS] {
     let (index, encoder) = (index.as_ref(), index.as_ref().map(|index| &index.encoder));
     let clusters = index.and_then(|index| index.clusters);
     [
-        Some(keys),
-        Some(values),
+        Some(new.cache),
         index.map(|index| &index.codes),
         index.and_then(|index| index.coarse_codes.as_ref()),
         Some(&new.keys),
@@ -261,7 +259,7 @@ fn tensors_of<'a>(plan: &'a Plan, (new, index): &'a (New, Option<Indexed>)) -> [
 
 impl Sequence {
     const NONE: Self = Self {
-        addresses: [0; TENSORS + 4],
+        addresses: [0; TENSORS + 5],
         new_key_strides: [0; 2],
         new_value_strides: [0; 2],
         key_stride: 0,
@@ -272,31 +270,37 @@ impl Sequence {
 
     /// The `b`-th of a cache; `starts` are addresses of the storages of its tensors.
     fn new(plan: &Plan, new: &(New, Option<Indexed>), starts: &[Option<u64>], lens: u64, key_bytes: usize, b: usize) -> Self {
-        let Plan { append, kv: [keys, _], index } = plan;
-        let mut addresses = [0; TENSORS + 4];
-        for (i, (tensor, start)) in tensors_of(plan, new).into_iter().zip(starts).enumerate() {
+        let Plan { append, index } = plan;
+        let [which, batch, key_stride, ..] = append.cache.strides;
+        let mut addresses = [0; TENSORS + 5];
+        for (i, (tensor, start)) in tensors_of(new).into_iter().zip(starts).enumerate() {
             let (Some(layout), Some(start)) = (tensor.map(Tensor::layout), start) else { continue };
             // Those along positions as if they began with position 0.
-            let before = if i < 4 { new.0.first * layout.stride()[2] } else { 0 };
-            let element = match i {
-                0 | 1 | 4 | 5 => key_bytes,
-                2 | 3 => size_of::<u8>(),
-                _ => size_of::<u32>(),
+            let (of_sequence, before, element) = match i {
+                0 => (b * batch, new.0.first * append.cache.strides[3], key_bytes),
+                1 | 2 => (b * layout.stride()[0], new.0.first * layout.stride()[2], size_of::<u8>()),
+                3 | 4 => (b * layout.stride()[0], 0, key_bytes),
+                // Pages serve all sequences of a cache.
+                _ if i >= TENSORS - 2 => (0, 0, size_of::<u32>()),
+                _ => (b * layout.stride()[0], 0, size_of::<u32>()),
             };
-            // Pages serve all sequences of a cache.
-            let of_sequence = if i < TENSORS - 2 { b * layout.stride()[0] } else { 0 };
-            let at = (layout.start_offset() + of_sequence).wrapping_sub(before);
-            addresses[i] = start.wrapping_add(at.wrapping_mul(element) as u64);
+            let address = |at: usize| {
+                start.wrapping_add((layout.start_offset() + at).wrapping_sub(before).wrapping_mul(element) as u64)
+            };
+            addresses[i + 1] = address(of_sequence);
+            if i == 0 {
+                addresses[..2].copy_from_slice(&[address(of_sequence), address(of_sequence + which)]);
+            }
         }
         let (counts, h_kv) = (new.0.lens, append.keys.dims[1]);
         let at = [b, counts.appended_at(b), counts.met_at(b), counts.nearest_at(b, h_kv)];
-        addresses[TENSORS..].copy_from_slice(&at.map(|at| lens + (at * size_of::<u32>()) as u64));
+        addresses[TENSORS + 1..].copy_from_slice(&at.map(|at| lens + (at * size_of::<u32>()) as u64));
         let strides = |[_, head, _, element]: [usize; 4]| [head as u64, element as u64];
         Self {
             addresses,
             new_key_strides: strides(append.keys.strides),
             new_value_strides: strides(append.values.strides),
-            key_stride: keys.stride()[1] as u64,
+            key_stride: key_stride as u64,
             codes_stride: index.as_ref().map_or(0, |into| into.codes.strides[1]) as u64,
             clusters_stride: index.as_ref().and_then(|into| into.coarse).map_or(0, |(codes, _)| codes.strides[1])
                 as u64,

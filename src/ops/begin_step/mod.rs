@@ -115,19 +115,18 @@ struct Sizes {
 /// What is checked of a cache.
 struct Plan {
     append: append::Plan,
-    /// Keys and values of all positions, `[b, h_kv, capacity, head_dim]`.
-    kv: [Tensor; 2],
     index: Option<IntoPlan>,
 }
 
 impl Plan {
     fn new((new, index): &(New, Option<Indexed>)) -> Result<Self> {
-        let kv = [new.cache.get(0)?, new.cache.get(1)?];
-        let index = index.as_ref().map(|index| Self::check(&kv, index)).transpose()?;
-        Ok(Self { append: append::Plan::new(new)?, kv, index })
+        let append = append::Plan::new(new)?;
+        let index = index.as_ref().map(|index| Self::check(new.cache, index)).transpose()?;
+        Ok(Self { append, index })
     }
 
-    fn check([keys, values]: &[Tensor; 2], index: &Indexed) -> Result<IntoPlan> {
+    fn check(cache: &Tensor, index: &Indexed) -> Result<IntoPlan> {
+        let (keys, values) = (&cache.get(0)?, &cache.get(1)?);
         let Indexed { codes, coarse_codes, encoder, clusters, .. } = index;
         let Encoder { centroids, phi, weights, coarse } = encoder;
         if let (Some(codes), Some(clusters)) = (coarse_codes, clusters) {

@@ -157,7 +157,7 @@ impl Fused {
         let stream = device.cuda_stream();
         let mut all: Vec<_> = caches.iter().flat_map(tensors).collect();
         let of_caches = all.len();
-        all.extend(appending.iter().flat_map(|(appending, plans)| begin_step::tensors(appending, plans)));
+        all.extend(appending.iter().flat_map(|(appending, _)| begin_step::tensors(appending)));
         let (storages, places) = cuda::lock(&all);
         let mut addresses = Addresses::new(&stream);
         let of_query = addresses.of(query)?;
