@@ -732,12 +732,15 @@ fn decode_of_many_shapes() -> Result<()> {
     Ok(())
 }
 
-/// Keys that are all alike, whose scores tie, and keys that outweigh all others: more ties than are ranked at once.
+/// Keys that are all alike, whose scores tie, and keys that outweigh all others: more ties than are ranked at once. And one key far
+/// against the queries, beside which rounding leaves no difference between all others.
 #[test]
 fn decode_of_ties_and_peaks() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
     for selection in [Selection::PerQueryHead, Selection::PerKvHead] {
-        for (factor, same) in [(1.0, true), (40.0, false), (0.0, false)] {
+        for (factor, same, against) in
+            [(1.0, true, 0.0), (40.0, false, 0.0), (0.0, false, 0.0), (1e-3, true, 1e5), (1e-3, true, 1e8)]
+        {
             let mut rng = Rng(5);
             let config = PqConfig { heavy: Heavy::Keys(50), pq_bits: 6, coarse: 32, selection, ..PqConfig::default() };
             let attn = PqAttention::new(config, 0.125)?;
@@ -746,6 +749,11 @@ fn decode_of_ties_and_peaks() -> Result<()> {
             let keys = if same { keys.narrow(2, 0, 1)?.broadcast_as(keys.shape())?.contiguous()? } else { keys };
             let [values, cpu_values] = pair(&mut rng, &gpu, &[1, 2, n, 64], DType::F32, Strides::Contiguous)?;
             let keys = (keys * factor)?;
+            let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 64], DType::F32, Strides::Contiguous)?;
+            if against > 0.0 {
+                let of_group = query.reshape((1, 2, 4, 64))?.sum_keepdim(2)?;
+                keys.slice_set(&(of_group * -against)?, 2, 1000)?;
+            }
             let cpu_keys = keys.to_device(&Device::Cpu)?;
             let mut caches = [
                 attn.new_cache([1, 2, 64], n + 1, DType::F32, &gpu)?,
@@ -753,11 +761,11 @@ fn decode_of_ties_and_peaks() -> Result<()> {
             ];
             caches[0].append(&keys, &values)?;
             caches[1].append(&cpu_keys, &cpu_values)?;
-            let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 8, 1, 64], DType::F32, Strides::Contiguous)?;
             let last = |x: &Tensor| x.narrow(2, n - 1, 1);
             let got = attn.forward(&query, &last(&keys)?, &last(&values)?, &mut caches[0])?;
             let want = attn.forward(&cpu_query, &last(&cpu_keys)?, &last(&cpu_values)?, &mut caches[1])?;
-            assert_close(&format!("{selection:?} times {factor}, all alike: {same}"), &got, &want, 2e-3);
+            let what = format!("{selection:?} times {factor}, all alike: {same}, one against: {against}");
+            assert_close(&what, &got, &want, 2e-3);
         }
     }
     Ok(())
