@@ -36,7 +36,10 @@ mod cuda {
         // Compute capability 8.0 whatever the machine here has: its PTX runs on that and all later devices.
         let ptx = KernelBuilder::new()
             .source_dir(kernels)
-            .watch(["common.cuh", "make_tables.cuh", "nearest.cuh", "tables.cuh", "decode"].map(|headers| kernels.join(headers)))
+            .watch(
+                ["common.cuh", "make_tables.cuh", "nearest.cuh", "tables.cuh", "decode"]
+                    .map(|headers| kernels.join(headers)),
+            )
             .compute_cap_arch(&CAPABILITY.to_string())
             .args(["-std=c++17", "-O3"])
             .build_ptx()

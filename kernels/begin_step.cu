@@ -417,18 +417,17 @@ __device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
   __shared__ u32 lengths[MAX_SEQUENCES];
   const u32 units = p.n_sources ? p.n_sources * p.h_kv * p.bundles * table_units(p) : 0;
   TableUnit<T> unit;
-  // A block's follow each other.
-  const u32 most = (units + gridDim.x - 1) / gridDim.x, end = min((blockIdx.x + 1) * most, units);
-  u32 i = blockIdx.x * most, all_due = 0, before = 0;
-  if (i < end) unit.begin(i, p);
+  u32 i = blockIdx.x, all_due = 0, before = 0;
+  if (i < units) unit.begin(i, p);
   if (p.n_sequences) {
     all_due = append<T>(lengths, p);
     // Counts the blocks that know the lengths; what the count was is asked for later.
     if (threadIdx.x == 0) before = arrive(p.sequences[0].appended, gridDim.x);
   }
-  while (i < end) {
+  while (i < units) {
     unit.finish(tables, bounds, p);
-    if (++i < end) unit.go_on(p);
+    i += gridDim.x;
+    if (i < units) unit.begin(i, p);
   }
   if (p.n_sequences == 0) return;
   if (threadIdx.x < 32 && __shfl_sync(ALL_LANES, before, 0) == gridDim.x - 1) {

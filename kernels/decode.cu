@@ -1,4 +1,4 @@
-// A decode step over an index, in two launches.
+// A decode step over an index, in two launches behind the one that makes its tables (begin_step.cu).
 //
 // A row is a KV head of a sequence; its query heads come in bundles of HEADS, whose numbers lie side by side in tables and
 // scores, so that one look-up or load serves all of them. A list is what is selected together: a row's keys by KV head,
@@ -7,12 +7,11 @@
 //
 // Sequences are each in memory of their own and as long as they are; longer ones have larger teams.
 //
-// `search` runs all blocks at once, a block a multiprocessor. Scores stay where they are made, in shared memory as far as
-// there is room; a team meets where one of its blocks needs what others found:
-// 1. tables: query . centroid, an entry for each centroid and cluster. Each block makes some.
-// 2. scores: entries added up for each key. By KV head a block's softmax statistics, by query head the histograms.
-// 3. shares, by KV head: each head's softmax, whose sum over the group is a key's mass, and the masses' histogram.
-// 4. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, those in lower ones add
+// `search` runs all blocks at once, a block a multiprocessor, each with the tables in its shared memory. Scores stay where they are
+// made, there too as far as there is room; a team meets where one of its blocks needs what others found:
+// 1. scores: entries added up for each key. By KV head a block's softmax statistics, by query head the histograms.
+// 2. shares, by KV head: each head's softmax, whose sum over the group is a key's mass, and the masses' histogram.
+// 3. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, those in lower ones add
 //    to the tail's mass of their cluster, and those in the bin stay open.
 //
 // `attend`: each block ranks the open keys of its lists, which says at which of them the selection ends. Then it attends to

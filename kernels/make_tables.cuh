@@ -16,27 +16,27 @@ __device__ inline u32 divide(u32 i, u32 n) {
   return __float2uint_rz(__fdividef(static_cast<float>(i) + 0.5f, static_cast<float>(n)));
 }
 
-// A unit of a bundle's tables: begin(), or go_on() to the one behind it, has on its way what it reads, finish() makes the entries. Rows, centroids of a subspace or of
-// clusters, are read by four lanes each, or by a whole warp, four elements a lane; each lane has a part of ROWS of them.
+// A unit of a bundle's tables, of which each warp makes some entries for itself: begin() has on its way what they are made of,
+// finish() makes them. Rows, which are the centroids of a subspace or of the clusters, are read by four lanes each, or by all, four
+// elements a lane: so lanes read side by side, and a lane's part of the queries serves ROWS of them.
 template <class T>
 struct TableUnit {
   static constexpr u32 ROWS = 4, OF_SUBSPACE = 4;
 
-  u32 bundle;   // of all sequences'
-  u32 unit;     // of the bundle
-  u32 entry;    // where the lane's first one is in the tables
-  u32 between;  // entries from one to the next
-  u32 lanes;    // a row
-  u32 fours;    // of a row, from the lane's first on
-  bool is_long; // a row is of up to two fours a lane
-  u32 heads;    // that are there
-  const float4* row;  // the lane's first four elements
-  u32 row_stride;     // in fours
-  u32 left;           // rows from that on
-  u32 row_step;       // from one of the lane's to the next
-  u32 units_alike;    // behind this one, of the same subspaces or of clusters
-  const T* query;     // as many elements
+  u32 bundle;         // of all sequences'
+  u32 unit;           // of the bundle
+  u32 entry;          // where the lane's first one is in the tables
+  u32 between;        // entries from one to the next
+  const float4* row;  // the lane's part of its first one
+  u32 row_stride;     // fours from one of its rows to the next
+  u32 row_step;       // rows as well
+  u32 left;           // rows from the first on
+  u32 lanes;          // of a row
+  u32 fours;          // of a row, from the lane's part on
+  bool is_long;       // a lane has up to two of them, not one
+  const T* query;     // of the first head, what is multiplied with the lane's part
   u64 query_stride;
+  u32 heads;          // that are there
   float4 ahead[ROWS];
   float queries[MAX_HEADS][4];
 
@@ -50,7 +50,6 @@ struct TableUnit {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 first, all, lane_of_row, step, element;
     if (unit >= chunks * of_codes) {
-      units_alike = units - 1 - unit;
       first = (unit - chunks * of_codes) * OF_UNIT + warp * ROWS, all = p.n_clusters, step = 1;
       lanes = 32, lane_of_row = lane, fours = p.head_dim / 4, element = 0;
       row = reinterpret_cast<const float4*>(source.coarse) + (kv * p.n_clusters + first) * fours;
@@ -58,7 +57,7 @@ struct TableUnit {
     } else {
       const u32 chunk = divide(unit, of_codes), m = chunk * SUBSPACES + warp / WARPS_OF_SUBSPACE;
       constexpr u32 OF_WARP = OF_UNIT / WARPS_OF_SUBSPACE;
-      step = 32 / OF_SUBSPACE, units_alike = (chunk + 1) * of_codes - 1 - unit;
+      step = 32 / OF_SUBSPACE;
       first = (unit - chunk * of_codes) * OF_UNIT + warp % WARPS_OF_SUBSPACE * OF_WARP + lane / OF_SUBSPACE, all = p.n_centroids;
       lanes = OF_SUBSPACE, lane_of_row = lane % OF_SUBSPACE, fours = p.pq_len / 4, element = m * p.pq_len;
       row = reinterpret_cast<const float4*>(source.centroids) + ((kv * p.pq_dim + m) * p.n_centroids + first) * u64{fours};
@@ -74,19 +73,6 @@ struct TableUnit {
     query_stride = source.query_stride;
     query = static_cast<const T*>(source.query) + first_head * query_stride + element + lane_of_row * 4;
     load_queries(0);
-    load_rows(0);
-  }
-
-  // The next unit.
-  template <class P>
-  __device__ void go_on(const P& p) {
-    if (units_alike == 0) {
-      begin(bundle * table_units(p) + unit + 1, p);
-      return;
-    }
-    units_alike--, unit++;
-    left -= min(OF_UNIT, left), row += OF_UNIT / row_step * row_stride, entry += OF_UNIT / row_step * between;
-    if (is_long) load_queries(0);
     load_rows(0);
   }
 

@@ -153,7 +153,10 @@ impl PqAttention {
         let (query, new) = (&query.detach(), [keys.detach(), values.detach()]);
         let out = match query.dims()[2] {
             1 => step(self, query, new, cache),
-            _ => cache.append(&new[0], &new[1]).and_then(|()| cache.observe(query)).and_then(|()| self.prefill(query, cache)),
+            _ => cache
+                .append(&new[0], &new[1])
+                .and_then(|()| cache.observe(query))
+                .and_then(|()| self.prefill(query, cache)),
         };
         if out.is_err() {
             cache.restore(before)?;

@@ -269,7 +269,14 @@ impl Sequence {
     };
 
     /// The `b`-th of a cache; `starts` are addresses of the storages of its tensors.
-    fn new(plan: &Plan, new: &(New, Option<Indexed>), starts: &[Option<u64>], lens: u64, key_bytes: usize, b: usize) -> Self {
+    fn new(
+        plan: &Plan,
+        new: &(New, Option<Indexed>),
+        starts: &[Option<u64>],
+        lens: u64,
+        key_bytes: usize,
+        b: usize,
+    ) -> Self {
         let Plan { append, index } = plan;
         let [which, batch, key_stride, ..] = append.cache.strides;
         let mut addresses = [0; TENSORS + 5];

@@ -222,7 +222,8 @@ impl Fused {
         let listed = buffers.list_lens.of(device, 2 * lists * splits * WARPS, DType::U32)?;
         let lists = buffers.indices.of(device, list_room, DType::U32)?;
         let tail = buffers.tail_masses.of(device, heads * splits * MAX_CLUSTERS, DType::U32)?;
-        let launch = self.search.launch().input(tables)?.input(bounds)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
+        let launch =
+            self.search.launch().input(tables)?.input(bounds)?.output(scores)?.output_or_null(masses.as_deref_mut())?;
         let launch = launch.output(stats)?.output(searches)?.output(lists)?.output(listed)?.output(tail)?;
         let launch = launch.value(params);
         let shared = decode.histogram_at as usize
