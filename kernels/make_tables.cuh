@@ -38,7 +38,7 @@ struct TableUnit {
   u64 query_stride;
   u32 heads;          // that are there
   float4 ahead[ROWS];
-  float queries[MAX_HEADS][4];
+  T queries[MAX_HEADS][4];
 
   // The `i`-th of all.
   template <class P>
@@ -88,7 +88,7 @@ struct TableUnit {
     for (u32 h = 0; h < MAX_HEADS; h++) {
 #pragma unroll
       for (u32 e = 0; e < 4; e++) {
-        queries[h][e] = begin < fours && h < heads ? widen(query[h * query_stride + begin * 4 + e]) : 0;
+        queries[h][e] = begin < fours && h < heads ? query[h * query_stride + begin * 4 + e] : T{};
       }
     }
   }
@@ -103,8 +103,8 @@ struct TableUnit {
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
           const float4 a = ahead[k];
-          const float(&b)[4] = queries[h];
-          x[k][h] += a.x * b[0] + a.y * b[1] + a.z * b[2] + a.w * b[3];
+          const T(&b)[4] = queries[h];
+          x[k][h] += a.x * widen(b[0]) + a.y * widen(b[1]) + a.z * widen(b[2]) + a.w * widen(b[3]);
         }
       }
       begin += lanes;

@@ -100,12 +100,12 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   if (split == 0 && tid == 0) searches[first_list].arrived = 0;
   // All loads that wait for nothing, before the first that is waited for.
   constexpr u32 QUERIES = (HEADS * D + BLOCK - 1) / BLOCK;
-  float query_values[QUERIES];
+  T query_values[QUERIES];
 #pragma unroll
   for (u32 i = 0; i < QUERIES; i++) {
     const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
     const bool is_there = head < part.heads && j < p.head_dim;
-    query_values[i] = is_there ? widen(query[head * sequence.query_stride + j]) : 0;
+    query_values[i] = is_there ? query[head * sequence.query_stride + j] : T{};
   }
   u32 own_sure = 0, own_open = 0;
   if (warp < n_lists && lane < WARPS) {
@@ -152,7 +152,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
 #pragma unroll
   for (u32 i = 0; i < QUERIES; i++) {
     const u32 head = (i * BLOCK + tid) / D, j = (i * BLOCK + tid) % D;
-    if (head < HEADS) queries[head][j] = query_values[i];
+    if (head < HEADS) queries[head][j] = widen(query_values[i]);
   }
   if (warp < LISTS) {
 #pragma unroll
