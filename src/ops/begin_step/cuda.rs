@@ -83,6 +83,11 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
+    /// None, of caches of these sizes.
+    fn of(Sizes { append: [_, head_dim, h_kv], index: [pq_dim, n_centroids, _, n_clusters] }: Sizes) -> Self {
+        Self { h_kv, group: 0, heads: 0, bundles: 0, head_dim, pq_dim, n_centroids, n_clusters }
+    }
+
     /// Units of a bundle.
     fn units(&self) -> usize {
         self.pq_dim / SUBSPACES * self.n_centroids.div_ceil(OF_UNIT) + self.n_clusters.div_ceil(OF_UNIT)
@@ -159,76 +164,54 @@ pub(crate) fn launch(
 ) -> Result<()> {
     let gpu = cuda::prepare(device)?;
     let kernel = Kernel::new(device, Module::BeginStep, format!("begin_step_{}", cuda::suffix(dtype)))?;
+    let (together, sizes, due) = match appended {
+        Some((all, i)) => (all.sequences.chunks(MAX_SEQUENCES).nth(i).unwrap_or_default(), all.sizes, all.due),
+        None => Default::default(),
+    };
+    let is_indexed = appended.is_some_and(|(all, _)| all.is_indexed);
+    let (tables, sources, outputs) = match tables {
+        Some((tables, sources, outputs)) => (tables, sources, outputs.map(Some)),
+        None => (Tables::of(sizes), Default::default(), [None, None]),
+    };
+    let Tables { h_kv, group, heads, bundles, head_dim, pq_dim, n_centroids, n_clusters } = tables;
     let mut params = BeginStep {
         sequences: [Sequence::NONE; MAX_SEQUENCES],
         sources: [Source::NONE; MAX_SEQUENCES],
-        init_offset: 0,
-        block: 0,
-        n_sequences: 0,
-        n_sources: 0,
-        h_kv: 0,
-        group: 0,
-        bundles: 0,
-        heads: 0,
-        head_dim: 0,
-        pq_dim: 0,
-        pq_len: 0,
-        n_centroids: 0,
-        n_clusters: 0,
+        init_offset: due.init_offset as u64,
+        block: due.block as u64,
+        n_sequences: u32_of(OP, "sequences", together.len())?,
+        n_sources: u32_of(OP, "sequences", sources.len())?,
+        h_kv: u32_of(OP, "h_kv", h_kv)?,
+        group: u32_of(OP, "group", group)?,
+        bundles: u32_of(OP, "bundles", bundles)?,
+        heads: u32_of(OP, "heads", heads)?,
+        head_dim: u32_of(OP, "head_dim", head_dim)?,
+        pq_dim: u32_of(OP, "pq_dim", pq_dim)?,
+        pq_len: u32_of(OP, "pq_len", head_dim.checked_div(pq_dim).unwrap_or(0))?,
+        n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
+        n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
     };
-    // As many parts as there can be at a time, but a block on each multiprocessor.
-    let (mut parts, mut longest) = (1, 0);
-    let is_indexed = appended.is_some_and(|(launches, _)| launches.is_indexed);
-    if let Some((launches, i)) = appended {
-        let together = launches.sequences.chunks(MAX_SEQUENCES).nth(i).unwrap_or_default();
-        params.sequences[..together.len()].copy_from_slice(together);
-        let Sizes { append: [_, head_dim, h_kv], index: [pq_dim, n_centroids, columns, n_clusters] } = launches.sizes;
-        params.n_sequences = u32_of(OP, "sequences", together.len())?;
-        params.h_kv = u32_of(OP, "h_kv", h_kv)?;
-        params.head_dim = u32_of(OP, "head_dim", head_dim)?;
-        parts = (2 * h_kv * head_dim * together.len()).div_ceil(THREADS);
-        if is_indexed {
-            (params.init_offset, params.block) = (launches.due.init_offset as u64, launches.due.block as u64);
-            params.pq_dim = u32_of(OP, "pq_dim", pq_dim)?;
-            params.pq_len = u32_of(OP, "pq_len", head_dim / pq_dim)?;
-            params.n_centroids = u32_of(OP, "n_centroids", n_centroids)?;
-            params.n_clusters = u32_of(OP, "n_clusters", n_clusters)?;
-            longest = if n_clusters > 0 { head_dim.max(columns) } else { columns };
-            parts = parts.max(launches.due.block.div_ceil(GROUP).min(2) * pq_dim.max(SLICES) * h_kv * together.len());
-        }
+    params.sequences[..together.len()].copy_from_slice(together);
+    params.sources[..sources.len()].copy_from_slice(sources);
+    // A block on each multiprocessor, as far as there is something to do: those that append beside those that make tables.
+    let appending = (2 * h_kv * head_dim * together.len()).div_ceil(THREADS).min(gpu.multiprocessors);
+    let making = if sources.is_empty() { 0 } else { tables.all_units(sources.len()) };
+    let (mut blocks, mut shared) = (appending + making, TILE);
+    if is_indexed {
+        // As many parts as there can be at a time.
+        blocks = blocks.max(due.block.div_ceil(GROUP).min(2) * pq_dim.max(SLICES) * h_kv * together.len());
+        // Behind the tile are a group's keys, as far apart as `stride_of` in the kernel says.
+        let [_, _, columns, _] = sizes.index;
+        let longest = if n_clusters > 0 { head_dim.max(columns) } else { columns };
+        shared += GROUP * (longest.next_multiple_of(4) | 4);
     }
-    let (sources, outputs) = match tables {
-        None => (None, None),
-        Some((tables, sources, outputs)) => (Some((tables, sources)), Some(outputs)),
-    };
-    if let Some((tables, sources)) = sources {
-        params.sources[..sources.len()].copy_from_slice(sources);
-        params.n_sources = u32_of(OP, "sequences", sources.len())?;
-        params.h_kv = u32_of(OP, "h_kv", tables.h_kv)?;
-        params.group = u32_of(OP, "group", tables.group)?;
-        params.bundles = u32_of(OP, "bundles", tables.bundles)?;
-        params.heads = u32_of(OP, "heads", tables.heads)?;
-        params.head_dim = u32_of(OP, "head_dim", tables.head_dim)?;
-        params.pq_dim = u32_of(OP, "pq_dim", tables.pq_dim)?;
-        params.pq_len = u32_of(OP, "pq_len", tables.head_dim / tables.pq_dim)?;
-        params.n_centroids = u32_of(OP, "n_centroids", tables.n_centroids)?;
-        params.n_clusters = u32_of(OP, "n_clusters", tables.n_clusters)?;
-        // Beside those that append.
-        parts = parts.max(parts.min(gpu.multiprocessors) + tables.all_units(sources.len()));
-    }
-    // Behind the tile are a group's keys, as far apart as `stride_of` in the kernel says.
-    let keys = if is_indexed { GROUP * (longest.next_multiple_of(4) | 4) } else { 0 };
-    let shared_bytes = (TILE + keys) * size_of::<f32>();
-    let [tables, bounds] = match outputs {
-        None => [None, None],
-        Some(outputs) => outputs.map(Some),
-    };
+    let [tables, bounds] = outputs;
     let params = Params(params);
     let launch = kernel.launch().output_or_null(tables)?.output_or_null(bounds)?.value(&params);
-    let grid = [parts.min(gpu.multiprocessors), 1, 1];
+    let (grid, shared) = ([blocks.min(gpu.multiprocessors), 1, 1], shared * size_of::<f32>());
     match is_indexed {
-        true => launch.run_cooperatively(grid, THREADS as u32, shared_bytes),
-        false => launch.run(grid, THREADS as u32, shared_bytes),
+        true => launch.run_cooperatively(grid, THREADS as u32, shared),
+        false => launch.run(grid, THREADS as u32, shared),
     }
 }
 

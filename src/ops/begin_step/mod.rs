@@ -39,7 +39,7 @@ pub(crate) struct Encoder<'a> {
 
 /// Where blocks of keys lie: they follow each other from `init_offset` on, and one that ends with a sequence's last key is
 /// due.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Due {
     pub(crate) init_offset: usize,
     pub(crate) block: usize,
@@ -104,7 +104,7 @@ impl Plans {
 }
 
 /// What all caches of a launch have in common.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Sizes {
     /// Added keys, elements of a row, KV heads.
     append: [usize; 3],
