@@ -259,18 +259,23 @@ impl PqKvCache {
 
     /// As an [`append`](Self::append) to each of some caches on a GPU, in one launch, of what [`check_new`](Self::check_new) has
     /// found to fit; all of them have as many new keys. Encodes the blocks that these fill, now, or in each replay of the graph
-    /// that is being captured. Where one has to move before and cannot, none has grown.
+    /// that is being captured. Where it fails none has grown.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_together(caches: &mut [(&mut Self, [Tensor; 2])]) -> Result<()> {
+        let before: Vec<_> = caches.iter().map(|(cache, _)| cache.checkpoint()).collect();
         let launch = |_: &[&Self], appending: &ops::Appending| match appending.has_index() {
             true => ops::begin_step(appending).map(Some),
             false => ops::append(&appending.new.iter().map(|(new, _)| new).collect::<Vec<_>>()).map(Some),
         };
-        Self::append_together_by(caches, launch).map(drop)
+        let done = Self::append_together_by(caches, launch).map(drop);
+        if done.is_err() {
+            caches.iter_mut().zip(before).try_for_each(|((cache, _), before)| cache.restore(before))?;
+        }
+        done
     }
 
     /// The same where `launch`, which is given the caches and what is new in each, launches it. Nothing is appended where it returns
-    /// None.
+    /// None. Where it fails a part of it may have run: [`restore`](Self::restore) takes back what there is.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_together_by<T>(
         caches: &mut [(&mut Self, [Tensor; 2])],
@@ -293,7 +298,10 @@ impl PqKvCache {
         }
         let indexed: Vec<_> = new.iter().map(|(_, index)| index.is_some()).collect();
         let views: Vec<_> = caches.iter().map(|(cache, _)| &**cache).collect();
-        let Some(launched) = launch(&views, &ops::Appending { new, due })? else { return Ok(None) };
+        let launched = launch(&views, &ops::Appending { new, due });
+        if matches!(launched, Ok(None)) {
+            return Ok(None);
+        }
         for ((cache, [keys, _]), is_indexed) in caches.iter_mut().zip(indexed) {
             cache.len += keys.dims()[2];
             let end = cache.blocks_end(cache.len);
@@ -301,7 +309,7 @@ impl PqKvCache {
                 (cache.encoded, trained.summed) = (end, end);
             }
         }
-        Ok(Some(launched))
+        launched
     }
 
     /// What is written behind its last keys and values, which are on a GPU.

@@ -137,6 +137,45 @@ fn a_step_without_memory_leaves_the_cache_as_it_was() -> Result<()> {
     Ok(())
 }
 
+/// A step that has memory for its first launch, which appends and indexes a block of keys, but not for the others.
+#[test]
+fn a_step_that_fails_behind_its_first_launch_leaves_the_cache_as_it_was() -> Result<()> {
+    let Some((_guard, gpu)) = gpu() else { return Ok(()) };
+    let config = PqConfig { refresh: 1e9, ..with_tail() };
+    let keys = config.init_offset() + 100 * config.window - 1;
+    // An attention of its own has no buffers yet; their size is that of the room.
+    let attn = || PqAttention::new(config.clone(), 0.125);
+    let new = || -> Result<PqKvCache> {
+        let mut cache = attn()?.new_cache([1, H_KV, D], 1 << 20, DType::BF16, &gpu)?;
+        let [_, k, v] = positions(0, keys, DType::BF16, &gpu)?;
+        cache.append(&k, &v)?;
+        cache.build_index()?;
+        Ok(cache)
+    };
+    let [q, k, v] = positions(keys, 1, DType::BF16, &gpu)?;
+    let (mut cache, mut other) = (new()?, new()?);
+    let want = numbers(&attn()?.forward(&q, &k, &v, &mut other)?);
+    let before = state(&cache)?;
+    let failing = attn()?;
+    gpu.synchronize()?;
+    let (mut fillers, mut room) = (fill(&gpu), 0);
+    while let Some(filler) = fillers.pop_if(|_| room < 8 << 20) {
+        room += filler.elem_count();
+    }
+    gpu.synchronize()?;
+    let errors = [(); 2].map(|()| failing.forward(&q, &k, &v, &mut cache).map(drop));
+    drop(fillers);
+    gpu.synchronize()?;
+    for error in errors {
+        let error = error.expect_err("a step without memory").to_string().to_lowercase();
+        assert!(error.contains("memory"), "{error}");
+    }
+    assert!(state(&cache)? == before, "the cache changed");
+    assert!(numbers(&failing.forward(&q, &k, &v, &mut cache)?) == want, "the next step");
+    assert!(state(&cache)? == state(&other)?, "the cache after it");
+    Ok(())
+}
+
 #[test]
 #[ignore = "takes minutes"]
 fn steps_without_end() -> Result<()> {
