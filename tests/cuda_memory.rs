@@ -141,7 +141,7 @@ fn a_step_without_memory_leaves_the_cache_as_it_was() -> Result<()> {
 #[test]
 fn a_step_that_fails_behind_its_first_launch_leaves_the_cache_as_it_was() -> Result<()> {
     let Some((_guard, gpu)) = gpu() else { return Ok(()) };
-    let config = PqConfig { refresh: 1e9, ..with_tail() };
+    let config = PqConfig { pq_dim: 8, refresh: 1e9, ..with_tail() };
     let keys = config.init_offset() + 100 * config.window - 1;
     // An attention of its own has no buffers yet; their size is that of the room.
     let attn = || PqAttention::new(config.clone(), 0.125);
