@@ -75,17 +75,18 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const bool is_list = list < n_lists;
   const T* const query = static_cast<const T*>(sequence.query) + part.first_head * sequence.query_stride;
   const u8* const clusters = sequence.clusters + part.kv * sequence.clusters_stride;
-  const T* const keys = static_cast<const T*>(sequence.keys) + part.kv * sequence.key_stride;
-  const T* const values = static_cast<const T*>(sequence.values) + part.kv * sequence.key_stride;
-  const T* const prefix_keys = static_cast<const T*>(sequence.prefix_keys) + part.kv * sequence.prefix_stride;
-  const T* const prefix_values = static_cast<const T*>(sequence.prefix_values) + part.kv * sequence.prefix_stride;
+  // The key at a place, and the value.
+  const auto row_at = [&](const void* own, const void* prefix, u32 at) {
+    const bool is_own = at >= sequence.shared;  // of which there are none in pages
+    return static_cast<const T*>(is_own ? own : prefix) +
+           (part.kv * (is_own ? sequence.key_stride : sequence.prefix_stride) + u64{at} * p.head_dim);
+  };
+  const auto key_at = [&](u32 at) { return row_at(sequence.keys, sequence.prefix_keys, at); };
+  const auto value_at = [&](u32 at) { return row_at(sequence.values, sequence.prefix_values, at); };
   const auto place = [&](u32 position) { return static_cast<u32>(place_of(position, sequence.pages)); };
   // Has the key and the value at a place come to the second-level cache.
   const auto fetch = [&](u32 at) {
-    const bool is_own = at >= sequence.shared;  // of which there are none in pages
-    const u64 first = static_cast<u64>(at) * p.head_dim;
-    const T* const key = (is_own ? keys : prefix_keys) + first;
-    const T* const value = (is_own ? values : prefix_values) + first;
+    const T *const key = key_at(at), *const value = value_at(at);
     constexpr u32 LINE = 128 / sizeof(T);
     for (u32 i = 0; i < p.head_dim; i += LINE) prefetch(key + i), prefetch(value + i);
   };
@@ -297,10 +298,8 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       }
       key[u] = value[u] = {};
       if (is_attended[u] && e < p.head_dim) {
-        const bool is_own = at >= sequence.shared;  // of which there are none in pages
-        const u64 first = static_cast<u64>(at) * p.head_dim + e;
-        key[u] = load_chunk((is_own ? keys : prefix_keys) + first);
-        value[u] = load_chunk((is_own ? values : prefix_values) + first);
+        key[u] = load_chunk(key_at(at) + e);
+        value[u] = load_chunk(value_at(at) + e);
       }
     }
     float product[AHEAD][PER_GROUP];
