@@ -41,7 +41,7 @@ struct Sequence {
   const u32* pages;        // of keys and values, or null
   const u32* code_pages;   // of codes and clusters, or null
   u32* len;
-  u32* appended;  // blocks of threads that are done
+  u32* appended;  // blocks of threads that know the lengths
   u32* met;       // blocks of threads that came to a meeting
   Nearest* nearest;        // [h_kv, SLICES, KEYS], clusters
   u64 new_key_strides[2];  // between heads and elements

@@ -148,6 +148,7 @@ impl PqAttention {
     ) -> Result<Tensor> {
         let _span = trace_span!("pq-attn").entered();
         self.check(query, keys, cache)?;
+        cache.check_new(keys, values)?;
         let before = cache.checkpoint();
         // Inference only: the ops in place and the cache are invisible to Candle's backward pass.
         let (query, new) = (&query.detach(), [keys.detach(), values.detach()]);
@@ -208,7 +209,7 @@ impl PqAttention {
     }
 
     /// Sparse steps of several caches on a GPU, of a key and a value and a position of `query` each, in the launches of one; None,
-    /// with nothing done, where one of them takes more than these.
+    /// with nothing appended, where one of them takes more than these.
     #[cfg(feature = "cuda")]
     fn steps_together(&self, query: &Tensor, caches: &mut [(&mut PqKvCache, [Tensor; 2])]) -> Result<Option<Tensor>> {
         if !query.device().is_cuda() {

@@ -206,7 +206,7 @@ impl Step {
 /// graph serves a sequence that grows.
 #[derive(Debug)]
 pub(crate) struct Lens {
-    /// A length each; then, which are 0 between launches, a count each of blocks that are done and of those that met; then what
+    /// A length each; then, which are 0 between launches, a count each of blocks that know it and of those that met; then what
     /// is left for these.
     storage: CudaStorage,
     sequences: usize,

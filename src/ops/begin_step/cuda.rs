@@ -8,7 +8,7 @@ use crate::cuda::{self, u32_of, Addresses, Kernel, Module, Params};
 #[derive(Clone, Copy)]
 pub(crate) struct Sequence {
     /// Of the keys, and of [`tensors_of`] in their order, of which the first is that of the values; then of what there is in [`Lens`](crate::cuda::Lens): the length, the counts of blocks that
-    /// are done and that met, and what they leave each other.
+    /// know it and that met, and what they leave each other.
     addresses: [u64; TENSORS + 5],
     /// Between heads, and between elements.
     new_key_strides: [u64; 2],
