@@ -6,8 +6,6 @@
 #include "make_tables.cuh"
 #include "nearest.cuh"
 
-constexpr u32 MAX_SEQUENCES = 16;  // of a launch
-
 constexpr u32 THREADS = UNIT_THREADS;
 constexpr u32 WARPS = THREADS / 32;
 
@@ -443,7 +441,7 @@ __device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
 #define KERNEL(suffix, type)                                                          \
   extern "C" __global__ __launch_bounds__(THREADS, 1) void begin_step_##suffix(       \
       float* tables, /* [sources, h_kv, bundles, entries, heads] */                   \
-      float* bounds, /* [sources, h_kv, bundles, units, UNIT_BOUNDS<heads>] */     \
+      float* bounds, /* [sources, h_kv, bundles, units, UNIT_BOUNDS<heads>] */        \
       const __grid_constant__ BeginStep p) {                                          \
     begin_step<type>(tables, bounds, p);                                              \
   }

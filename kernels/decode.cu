@@ -26,7 +26,7 @@
 #define SEARCH(name, HEADS, BY_KV)                                                                         \
   extern "C" __global__ __launch_bounds__(THREADS, 1) void decode_search_h##HEADS##name(                   \
       const float* tables,  /* [sequences, h_kv, bundles, entries, HEADS] */                               \
-      const float* bounds,  /* [sequences, h_kv, bundles, units, UNIT_BOUNDS<HEADS>] */                 \
+      const float* bounds,  /* [sequences, h_kv, bundles, units, UNIT_BOUNDS<HEADS>] */                    \
       float* scores,      /* of each sequence [h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */ \
       float* masses,      /* of each [h_kv, room], of the open keys; null by query head */                 \
       Stats* stats,       /* [sequences, h_kv, bundles, MAX_SPLITS, HEADS] */                              \
@@ -35,7 +35,7 @@
       Listed* listed,     /* [lists, splits, WARPS] */                                                     \
       u32* tail,          /* [sequences, lists of heads, splits, heads of a list, MAX_CLUSTERS] */         \
       const __grid_constant__ Decode p) {                                                                  \
-    search<HEADS, BY_KV>(tables, bounds, scores, masses, stats, searches, lists, listed, tail, p);           \
+    search<HEADS, BY_KV>(tables, bounds, scores, masses, stats, searches, lists, listed, tail, p);         \
   }
 #define ATTEND(suffix, type, D, name, HEADS, BY_KV)                                                        \
   extern "C" __global__ __launch_bounds__(ATTEND_THREADS<D>, ATTEND_BLOCKS<D>) void decode_attend_##suffix##_d##D##_h##HEADS##name( \

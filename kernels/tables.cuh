@@ -12,6 +12,9 @@ struct alignas(4 * HEADS) Entry {
   float x[HEADS];
 };
 
+// The most sequences of a launch, whose parameters must fit 4 KB.
+constexpr u32 MAX_SEQUENCES = 16;
+
 constexpr u32 MAX_CLUSTERS = 256;
 constexpr u32 MAX_HEADS = 4;  // of a bundle
 

@@ -30,9 +30,6 @@ constexpr u32 MAX_KEPT = 1024;
 template <bool BY_KV>
 constexpr u32 KEPT = BY_KV ? MAX_KEPT : 256;
 
-// The most sequences of a launch, whose parameters must fit 4 KB.
-constexpr u32 MAX_SEQUENCES = 16;
-
 // A sequence of a step, in memory of its own. What there is of a position lies without gaps; strides are between heads.
 struct Sequence {
   const void* query;          // [h, head_dim]

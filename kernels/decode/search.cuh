@@ -18,8 +18,8 @@ __device__ inline Part part_of_block(const Decode& p) {
 
 // Grid: the blocks of all sequences.
 template <int HEADS, bool BY_KV>
-__device__ void search(const float* tables, const float* bounds, float* all_scores, float* masses, Stats* stats, Search* searches, u32* lists,
-                       Listed* listed, u32* tail, const Decode& p) {
+__device__ void search(const float* tables, const float* bounds, float* all_scores, float* masses, Stats* stats,
+                       Search* searches, u32* lists, Listed* listed, u32* tail, const Decode& p) {
   constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
   extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
   __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];

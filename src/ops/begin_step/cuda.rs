@@ -64,7 +64,7 @@ const SLICES: usize = 8;
 const TILE: usize = 8192;
 
 /// Subspaces, centroids or clusters, and warps of a unit of the tables: `kernels/tables.cuh`.
-const SUBSPACES: usize = 8;
+pub(crate) const SUBSPACES: usize = 8;
 const OF_UNIT: usize = 64;
 const UNIT_WARPS: usize = THREADS / 32;
 

@@ -5,7 +5,7 @@ mod cuda;
 
 use candle_core::{bail, Result, Tensor};
 
-pub(super) use cuda::{launch, tensors, Launches, Source, Tables, MAX_SEQUENCES};
+pub(super) use cuda::{launch, tensors, Launches, Source, Tables, MAX_SEQUENCES, SUBSPACES};
 
 use super::append::{self, New};
 use super::arg::{Arg, View};

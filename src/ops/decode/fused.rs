@@ -6,7 +6,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, View, OP};
 use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
-use crate::ops::begin_step::{self, Appending, Source, Tables, MAX_SEQUENCES};
+use crate::ops::begin_step::{self, Appending, Source, Tables, MAX_SEQUENCES, SUBSPACES};
 use crate::ops::PAGE;
 
 /// `kernels/decode/layout.cuh`
@@ -70,8 +70,7 @@ const WARPS: usize = THREADS / 32;
 /// Keys that a warp takes at a time, of one page.
 const CHUNK: usize = PAGE;
 
-/// Subspaces of a row of the tables, and its bytes.
-const SUBSPACES: usize = 8;
+/// Bytes of a row of the tables, which has SUBSPACES subspaces.
 const ROW_BYTES: usize = 128;
 
 /// The most heads of a bundle: one 16-byte look-up.
@@ -153,7 +152,7 @@ impl Fused {
         buffers: &mut Buffers,
         out: &mut CudaStorage,
     ) -> Result<()> {
-        let (dtype, device) = cuda::kind(query);
+        let (_, device) = cuda::kind(query);
         let stream = device.cuda_stream();
         let mut all: Vec<_> = caches.iter().flat_map(tensors).collect();
         let of_caches = all.len();
@@ -180,20 +179,16 @@ impl Fused {
                     *address = start.map_or(0, |start| address.wrapping_add(start));
                 }
             }
-            let sources: Vec<_> = params.sequences[..caches.len()].iter().map(Sequence::source).collect();
-            let (made, [tables, bounds]) = (self.shape.tables(), self.shape.tables().lens());
-            let tables = buffers.tables.of(device, sources.len() * tables, DType::F32)?;
-            let bounds = buffers.bounds.of(device, sources.len() * bounds, DType::F32)?;
-            let appended = appended.as_ref().map(|appended| (appended, i));
-            begin_step::launch(device, dtype, appended, Some((made, &sources, [tables, bounds])))?;
-            self.launch(&Params(params), device, buffers, out)?;
+            self.launch(&Params(params), appended.as_ref().map(|all| (all, i)), device, buffers, out)?;
         }
         Ok(())
     }
 
+    /// The launches of some sequences, to which `appended` is appended.
     fn launch(
         &self,
         params: &Params<Decode>,
+        appended: Option<(&begin_step::Launches, usize)>,
         device: &CudaDevice,
         buffers: &mut Buffers,
         out: &mut CudaStorage,
@@ -209,9 +204,14 @@ impl Fused {
             blocks += shape.teams() * sequence.splits as usize;
         }
 
-        let [tables, bounds] = shape.tables().lens();
+        let made = shape.tables();
+        let [tables, bounds] = made.lens();
         let tables = buffers.tables.of(device, n * tables, DType::F32)?;
         let bounds = buffers.bounds.of(device, n * bounds, DType::F32)?;
+        let sources: Vec<_> = decode.sequences[..n].iter().map(Sequence::source).collect();
+        let (dtype, _) = cuda::kind(out);
+        begin_step::launch(device, dtype, appended, Some((made, &sources, [&mut *tables, &mut *bounds])))?;
+
         let scores = buffers.scores.of(device, room * heads / n, DType::F32)?;
         let mut masses = match shape.by_kv {
             true => Some(buffers.mass.of(device, room * shape.h_kv, DType::F32)?),
