@@ -431,6 +431,7 @@ __device__ void begin_step(float* tables, float* bounds, const BeginStep& p) {
   if (threadIdx.x < 32 && __shfl_sync(ALL_LANES, before, 0) == gridDim.x - 1) {
     // The last one that needed the old lengths moves them on.
     __threadfence();
+    __syncwarp();
     if (threadIdx.x < p.n_sequences && lengths[threadIdx.x] < p.sequences[threadIdx.x].capacity) {
       *p.sequences[threadIdx.x].len += 1;
     }

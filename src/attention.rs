@@ -212,15 +212,14 @@ impl PqAttention {
     /// with nothing appended, where one of them takes more than these.
     #[cfg(feature = "cuda")]
     fn steps_together(&self, query: &Tensor, caches: &mut [(&mut PqKvCache, [Tensor; 2])]) -> Result<Option<Tensor>> {
-        if !query.device().is_cuda() {
+        if !query.device().is_cuda() || !caches.iter().all(|(cache, _)| cache.has_index_of_next()) {
             return Ok(None);
         }
         let _span = trace_span!("pq-attn-sparse").entered();
         PqKvCache::append_together_by(caches, |caches, appending| {
             let mut sequences = Vec::new();
             for cache in caches {
-                let Some(index) = cache.index_of_next()? else { return Ok(None) };
-                sequences.extend(cache.on_gpu(Some(index), 0)?);
+                sequences.extend(cache.on_gpu(Some(cache.last_index()?), 0)?);
             }
             self.decode_together(query, &sequences, Some(appending))
         })

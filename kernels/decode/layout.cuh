@@ -39,8 +39,6 @@ struct Sequence {
   const void* prefix_values;  // as these
   const u8* codes;            // [h_kv, capacity, pq_dim]
   const u8* clusters;         // [h_kv, capacity], or null
-  const float* centroids;     // [h_kv, pq_dim, n_centroids, pq_len]
-  const float* coarse;        // [h_kv, n_clusters, head_dim], or null
   const float* sums;          // [h_kv, n_clusters, head_dim], or null
   const u32* counts;          // [h_kv, n_clusters], or null
   const u32* pages;           // of keys and values, or null
@@ -76,7 +74,6 @@ struct Decode {
   u32 shared_chunks;  // of scores, which come behind it
   u32 head_dim;
   u32 pq_dim;
-  u32 pq_len;
   u32 n_centroids;
   u32 n_clusters;  // 0 for none
   u32 has_tail;

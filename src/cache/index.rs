@@ -62,7 +62,7 @@ impl PqKvCache {
 
     /// What a step searches: all candidates, or on a GPU, which finds out their number for itself, all positions that there
     /// is room for; where they are in pages, all of the pool.
-    fn last_index(&self) -> Result<Index> {
+    pub(crate) fn last_index(&self) -> Result<Index> {
         let (start, candidates) = (self.config.init_offset(), self.config.candidates(self.len));
         let of_positions = |codes: &Tensor| match (&self.pages, self.kv.device().is_cuda()) {
             (Some(_), true) => codes.narrow(2, start, codes.dims()[2] - start),
@@ -256,16 +256,13 @@ impl PqKvCache {
         Ok(())
     }
 
-    /// What the step of the next key searches, where its index is up to date once that is appended: without training, and with no
-    /// codes but those of the block that it may fill. None where that is not so, or the step is dense.
+    /// Whether the step of the next key is sparse and finds the index up to date once that is appended: without training, and with
+    /// no codes but those of the block that it may fill.
     #[cfg(feature = "cuda")]
-    pub(crate) fn index_of_next(&self) -> Result<Option<Index>> {
+    pub(crate) fn has_index_of_next(&self) -> bool {
         let len = self.len + 1;
         let is_up_to_date = self.trained.is_some() && (self.is_indexed(len) || self.fills_block());
-        match is_up_to_date && !self.is_training_due_at(len) && !self.config.is_dense(len) {
-            true => self.last_index().map(Some),
-            false => Ok(None),
-        }
+        is_up_to_date && !self.is_training_due_at(len) && !self.config.is_dense(len)
     }
 
     /// Whether the next key fills a block, which is then all that has no codes.

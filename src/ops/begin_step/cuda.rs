@@ -7,8 +7,8 @@ use crate::cuda::{self, u32_of, Addresses, Kernel, Module, Params};
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Sequence {
-    /// Of the keys, and of [`tensors_of`] in their order, of which the first is that of the values; then of what there is in [`Lens`](crate::cuda::Lens): the length, the counts of blocks that
-    /// know it and that met, and what they leave each other.
+    /// Of the keys, and of [`tensors_of`] in their order, of which the first is that of the values; then of what there is in
+    /// [`Lens`](crate::cuda::Lens): the length, the counts of blocks that know it and that met, and what they leave each other.
     addresses: [u64; TENSORS + 5],
     /// Between heads, and between elements.
     new_key_strides: [u64; 2],
@@ -23,10 +23,8 @@ pub(crate) struct Sequence {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Source {
-    /// Addresses.
-    pub(crate) query: u64,
-    pub(crate) centroids: u64,
-    pub(crate) coarse: u64,
+    /// Of the query, of the centroids and of those of the clusters.
+    pub(crate) addresses: [u64; 3],
     pub(crate) query_stride: u64,
 }
 
@@ -216,7 +214,7 @@ pub(crate) fn launch(
 }
 
 impl Source {
-    const NONE: Self = Self { query: 0, centroids: 0, coarse: 0, query_stride: 0 };
+    const NONE: Self = Self { addresses: [0; 3], query_stride: 0 };
 }
 
 /// The tensors of a cache: keys and values, and then in the order of `Sequence` in `kernels/begin_step.cu`.

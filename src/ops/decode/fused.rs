@@ -4,7 +4,7 @@
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
-use super::{Plan, SelectionPlan, Sequences, View, OP};
+use super::{score, Plan, SelectionPlan, Sequences, View, OP};
 use crate::cuda::{self, u32_of, Addresses, DeviceView, Gpu, Kernel, Module, Params, Step};
 use crate::ops::begin_step::{self, Appending, Source, Tables, MAX_SEQUENCES, SUBSPACES};
 use crate::ops::PAGE;
@@ -13,7 +13,7 @@ use crate::ops::PAGE;
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Sequence {
-    /// Of the query, of [`tensors`] and of the length; until a launch, bytes from the beginnings of their storages.
+    /// Of the query, of the first [`tensors`], and of the length; until a launch, bytes from the beginnings of their storages.
     addresses: [u64; ADDRESSES],
     query_stride: u64,
     key_stride: u64,
@@ -48,20 +48,16 @@ struct Decode {
     shared_chunks: u32,
     head_dim: u32,
     pq_dim: u32,
-    pq_len: u32,
     n_centroids: u32,
     n_clusters: u32,
     has_tail: u32,
     scale: f32,
 }
 
-/// Those of a cache, and with the query and the length what a sequence has addresses of.
-const TENSORS: usize = 12;
-const ADDRESSES: usize = TENSORS + 2;
-
-/// Which of the addresses are those of the centroids and of the clusters'.
-const CENTROIDS: usize = 7;
-const COARSE: usize = 8;
+/// Tensors of a cache that a sequence has addresses of, beside the query and the length; and all with those of its tables.
+const OF_SEQUENCE: usize = 10;
+const ADDRESSES: usize = OF_SEQUENCE + 2;
+const TENSORS: usize = OF_SEQUENCE + 2;
 
 /// Of a block of `search`.
 const THREADS: usize = 512;
@@ -106,8 +102,17 @@ pub(super) struct Fused {
 /// Sequences that are launched together.
 struct Together {
     params: Decode,
-    /// The cache that each is of.
-    caches: Vec<usize>,
+    members: Vec<Member>,
+}
+
+/// A sequence of a step.
+#[derive(Clone, Copy)]
+struct Member {
+    /// The cache that it is of, and roughly its length.
+    cache: usize,
+    len: usize,
+    sequence: Sequence,
+    source: Source,
 }
 
 impl Fused {
@@ -116,7 +121,7 @@ impl Fused {
     pub(super) fn new(plans: &[Plan], caches: &[Sequences], dtype: DType, device: &CudaDevice) -> Result<Option<Self>> {
         let gpu = cuda::prepare(device)?;
         let mut shape = None;
-        let mut sequences = Vec::new();
+        let mut members = Vec::new();
         for (i, (plan, cache)) in plans.iter().zip(caches).enumerate() {
             let Some(selection) = &plan.selection else { return Ok(None) };
             let own = Shape::new(plan, selection);
@@ -124,17 +129,19 @@ impl Fused {
                 return Ok(None);
             }
             for b in 0..plan.attend.query.dims[0] {
-                sequences.push((i, cache.len, Sequence::new(plan, selection, cache.ahead, dtype, b)?));
+                let sequence = Sequence::new(plan, selection, cache.ahead, dtype, b)?;
+                let source = source_of(&selection.score, dtype, b);
+                members.push(Member { cache: i, len: cache.len, sequence, source });
             }
         }
         let (Some(shape), Some(plan)) = (shape, plans.first()) else { return Ok(None) };
         let (heads, suffix, name) = (shape.heads(), cuda::suffix(dtype), if shape.by_kv { "_by_kv" } else { "" });
         let kernel = |name: String| Kernel::new(device, Module::Decode, name);
-        let together = |(i, sequences): (usize, &[(usize, usize, Sequence)])| {
-            let params = shape.params(plan, i * MAX_SEQUENCES, sequences, &gpu)?;
-            Ok(Together { params, caches: sequences.iter().map(|(cache, ..)| *cache).collect() })
+        let together = |(i, members): (usize, &[Member])| {
+            let params = shape.params(plan, i * MAX_SEQUENCES, members, &gpu)?;
+            Ok(Together { params, members: members.to_vec() })
         };
-        let launches = sequences.chunks(MAX_SEQUENCES).enumerate().map(together).collect::<Result<Vec<_>>>()?;
+        let launches = members.chunks(MAX_SEQUENCES).enumerate().map(together).collect::<Result<Vec<_>>>()?;
         Ok(Some(Self {
             search: kernel(format!("decode_search_h{heads}{name}"))?,
             attend: kernel(format!("decode_attend_{suffix}_d{}_h{heads}{name}", shape.padded_dim()))?,
@@ -146,40 +153,46 @@ impl Fused {
     /// Writes the output, `[caches, b, h, head_dim]`.
     pub(super) fn run(
         &self,
-        query: &CudaStorage,
+        query: &Tensor,
         caches: &[Sequences],
         appending: Option<&(&Appending, begin_step::Plans)>,
         buffers: &mut Buffers,
         out: &mut CudaStorage,
     ) -> Result<()> {
-        let (_, device) = cuda::kind(query);
+        let device = query.device().as_cuda_device()?;
         let stream = device.cuda_stream();
-        let mut all: Vec<_> = caches.iter().flat_map(tensors).collect();
+        let mut all = vec![Some(query)];
+        all.extend(caches.iter().flat_map(tensors));
         let of_caches = all.len();
         all.extend(appending.iter().flat_map(|(appending, _)| begin_step::tensors(appending)));
         let (storages, places) = cuda::lock(&all);
         let mut addresses = Addresses::new(&stream);
-        let of_query = addresses.of(query)?;
         let of_storages = storages.iter().map(|storage| addresses.of(cuda::storage_of(OP, storage)?));
         let of_storages = of_storages.collect::<Result<Vec<_>>>()?;
         let starts: Vec<_> = places.into_iter().map(|place| place.map(|place| of_storages[place])).collect();
         let (starts, of_new) = starts.split_at(of_caches);
+        let (of_query, starts) = (starts[0].unwrap_or(0), &starts[1..]);
         let of_lens = caches.iter().map(|cache| addresses.of(cache.lens.storage())).collect::<Result<Vec<_>>>()?;
         let appended = match appending {
             None => None,
             Some((appending, plans)) => Some(begin_step::Launches::new(appending, plans, of_new, &mut addresses)?),
         };
-        for (i, Together { params, caches }) in self.launches.iter().enumerate() {
-            let mut params = *params;
-            for (sequence, &cache) in params.sequences.iter_mut().zip(caches) {
+        for (i, Together { params, members }) in self.launches.iter().enumerate() {
+            let (mut params, mut sources) = (*params, Vec::new());
+            for (sequence, member) in params.sequences.iter_mut().zip(members) {
+                let mut source = member.source;
                 let [query, tensors @ .., len] = &mut sequence.addresses;
-                *query = query.wrapping_add(of_query);
-                *len = len.wrapping_add(of_lens[cache]);
-                for (address, start) in tensors.iter_mut().zip(&starts[cache * TENSORS..]) {
+                let [query_of_tables, made_of @ ..] = &mut source.addresses;
+                for (address, start) in tensors.iter_mut().chain(made_of).zip(&starts[member.cache * TENSORS..]) {
                     *address = start.map_or(0, |start| address.wrapping_add(start));
                 }
+                *query = query.wrapping_add(of_query);
+                *query_of_tables = query_of_tables.wrapping_add(of_query);
+                *len = len.wrapping_add(of_lens[member.cache]);
+                sources.push(source);
             }
-            self.launch(&Params(params), appended.as_ref().map(|all| (all, i)), device, buffers, out)?;
+            let appended = appended.as_ref().map(|all| (all, i));
+            self.launch(&Params(params), &sources, appended, device, buffers, out)?;
         }
         Ok(())
     }
@@ -188,6 +201,7 @@ impl Fused {
     fn launch(
         &self,
         params: &Params<Decode>,
+        sources: &[Source],
         appended: Option<(&begin_step::Launches, usize)>,
         device: &CudaDevice,
         buffers: &mut Buffers,
@@ -208,9 +222,8 @@ impl Fused {
         let [tables, bounds] = made.lens();
         let tables = buffers.tables.of(device, n * tables, DType::F32)?;
         let bounds = buffers.bounds.of(device, n * bounds, DType::F32)?;
-        let sources: Vec<_> = decode.sequences[..n].iter().map(Sequence::source).collect();
         let (dtype, _) = cuda::kind(out);
-        begin_step::launch(device, dtype, appended, Some((made, &sources, [&mut *tables, &mut *bounds])))?;
+        begin_step::launch(device, dtype, appended, Some((made, sources, [&mut *tables, &mut *bounds])))?;
 
         let scores = buffers.scores.of(device, room * heads / n, DType::F32)?;
         let mut masses = match shape.by_kv {
@@ -244,7 +257,7 @@ impl Fused {
     }
 }
 
-/// The tensors of a cache, in the order of `Sequence` in `kernels/decode/layout.cuh`.
+/// The tensors of a cache: in the order of `Sequence` in `kernels/decode/layout.cuh`, and then what tables are made of.
 fn tensors<'a>(cache: &'a Sequences) -> [Option<&'a Tensor>; TENSORS] {
     let (index, prefix) = (cache.index.as_ref(), cache.prefix.as_ref());
     let coarse = index.and_then(|index| index.coarse.as_ref());
@@ -256,12 +269,12 @@ fn tensors<'a>(cache: &'a Sequences) -> [Option<&'a Tensor>; TENSORS] {
         prefix.map(|[_, values]| values),
         index.map(|index| &index.codes),
         coarse.map(|coarse| &coarse.codes),
-        index.map(|index| &index.centroids),
-        coarse.map(|coarse| &coarse.centroids),
         clusters.map(|clusters| &clusters.sums),
         clusters.map(|clusters| &clusters.counts),
         cache.pages.as_ref().map(|[kv, _]| kv),
         cache.pages.as_ref().map(|[_, codes]| codes),
+        index.map(|index| &index.centroids),
+        coarse.map(|coarse| &coarse.centroids),
     ]
 }
 
@@ -305,8 +318,6 @@ impl Sequence {
                 bytes_to(prefix_values, b, key_bytes),
                 bytes_to(codes, b, 1),
                 bytes_to(clusters, b, 1),
-                bytes_to(score.centroids.device(), b, size_of::<f32>()),
-                coarse.map_or(0, |coarse| bytes_to(coarse.centroids.device(), b, size_of::<f32>())),
                 tail.map_or(0, |tail| bytes_to(tail.sums.device(), b, size_of::<f32>())),
                 tail.map_or(0, |tail| bytes_to(tail.counts.device(), b, size_of::<u32>())),
                 0, // pages serve all sequences of a cache
@@ -326,15 +337,22 @@ impl Sequence {
         })
     }
 
-    /// What its tables are made of.
-    fn source(&self) -> Source {
-        let Self { addresses, query_stride, .. } = *self;
-        Source { query: addresses[0], centroids: addresses[CENTROIDS], coarse: addresses[COARSE], query_stride }
-    }
-
     /// Positions of a list.
     fn list_room(&self) -> usize {
         self.per_warp as usize * WARPS * self.splits as usize
+    }
+}
+
+/// What the tables of a cache's `b`-th sequence are made of.
+fn source_of(score: &score::Plan, dtype: DType, b: usize) -> Source {
+    let (query, floats) = (score.query.device(), size_of::<f32>());
+    Source {
+        addresses: [
+            bytes_to(query, b, dtype.size_in_bytes()),
+            bytes_to(score.centroids.device(), b, floats),
+            score.coarse.as_ref().map_or(0, |coarse| bytes_to(coarse.centroids.device(), b, floats)),
+        ],
+        query_stride: query.strides[1],
     }
 }
 
@@ -444,18 +462,17 @@ impl Shape {
         CHUNK * self.heads() * size_of::<f32>()
     }
 
-    /// The parameters of a launch of some sequences, of which `first` are launched before: of each its cache, its length,
-    /// and what is known of it.
-    fn params(&self, plan: &Plan, first: usize, sequences: &[(usize, usize, Sequence)], gpu: &Gpu) -> Result<Decode> {
+    /// The parameters of a launch of some sequences, of which `first` are launched before.
+    fn params(&self, plan: &Plan, first: usize, members: &[Member], gpu: &Gpu) -> Result<Decode> {
         let bundles = self.bundles();
         // A block a multiprocessor, where each has keys for all of its warps.
         let useful = |sequence: &Sequence| (sequence.capacity as usize).div_ceil(CHUNK * WARPS).clamp(1, MAX_SPLITS);
-        let wanted: Vec<_> = sequences.iter().map(|(_, len, sequence)| (*len, useful(sequence))).collect();
+        let wanted: Vec<_> = members.iter().map(|member| (member.len, useful(&member.sequence))).collect();
         let shares = share(gpu.multiprocessors / self.teams(), &wanted);
         let mut decode = Decode {
             sequences: [Sequence::NONE; MAX_SEQUENCES],
             step: plan.step,
-            n_sequences: sequences.len() as u32,
+            n_sequences: members.len() as u32,
             first_sequence: u32_of(OP, "b", first)?,
             h: u32_of(OP, "h", self.h)?,
             h_kv: u32_of(OP, "h_kv", self.h_kv)?,
@@ -466,14 +483,13 @@ impl Shape {
             shared_chunks: 0,
             head_dim: u32_of(OP, "head_dim", self.head_dim)?,
             pq_dim: u32_of(OP, "pq_dim", self.pq_dim)?,
-            pq_len: u32_of(OP, "pq_len", self.head_dim / self.pq_dim)?,
             n_centroids: u32_of(OP, "n_centroids", self.n_centroids)?,
             n_clusters: u32_of(OP, "n_clusters", self.n_clusters)?,
             has_tail: u32::from(self.has_tail),
             scale: plan.attend.scale,
         };
         let (mut room_before, mut lists_before, mut first_block, mut chunks) = (0, 0, 0, 0);
-        for ((to, (_, _, from)), splits) in decode.sequences.iter_mut().zip(sequences).zip(shares) {
+        for ((to, Member { sequence: from, .. }), splits) in decode.sequences.iter_mut().zip(members).zip(shares) {
             let list_room = (from.capacity as usize).next_multiple_of(CHUNK * WARPS * splits);
             *to = Sequence {
                 room_before,

@@ -9,8 +9,8 @@ mod fused;
 mod single;
 mod workspace;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::op::BackpropOp;
+use candle_core::{bail, Result, Storage, Tensor};
 
 use super::arg::{with_unit_rows, View};
 use super::begin_step::{self, Appending};
@@ -51,8 +51,7 @@ pub(crate) struct Sequences<'a> {
 /// Attends with each position of `query`, `[b, h, caches, head_dim]`, to a cache: to all keys, or by its index to those that
 /// matter to it. Returns `[b, h, caches, head_dim]`.
 ///
-/// With `appending` a key and a value are appended to each cache before, in the first of the launches; `caches` are then as they
-/// will be.
+/// With `appending` a key and a value are appended to each cache before, in the first of the launches.
 ///
 /// None, with nothing done, where the fused launches do not suit, which alone serve several caches, those with a prefix or in
 /// pages, runs, and what is appended.
@@ -72,7 +71,8 @@ pub(crate) fn decode(
     let (b, h, _, head_dim) = query.dims4()?;
     let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);
     let plans = caches.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
-    let fused = Fused::new(&plans, caches, query.dtype(), query.device().as_cuda_device()?)?;
+    let device = query.device().as_cuda_device()?;
+    let fused = Fused::new(&plans, caches, query.dtype(), device)?;
     let is_one = matches!(caches, [Sequences { prefix: None, pages: None, ahead: 0, .. }]) && appending.is_none();
     if fused.is_none() && !is_one {
         return Ok(None);
@@ -81,7 +81,21 @@ pub(crate) fn decode(
         None => None,
         Some(appending) => begin_step::Plans::new(appending)?.map(|plans| (appending, plans)),
     };
-    let out = query.apply_op1_no_bwd(&Decode { plans, fused, caches, appending, workspace })?;
+    // No custom op: it would hold the query's storage, which new keys and values may share, and `cuda::lock` locks each once.
+    let dims = (caches.len(), b, h, head_dim);
+    let mut out = cuda::output(device, dims, query.dtype())?;
+    workspace.with(device, |buffers| match (&fused, &*plans, caches) {
+        (Some(fused), ..) => {
+            let done = fused.run(&query, caches, appending.as_ref(), buffers, &mut out);
+            if done.is_err() {
+                buffers.forget_counts();
+            }
+            done
+        }
+        (None, [plan], [cache]) => single::run(plan, cache, &query, buffers, &mut out),
+        _ => bail!("{OP}: caches: expected one without the fused launches, got {}", caches.len()),
+    })?;
+    let out = Tensor::from_storage(Storage::Cuda(out), dims, BackpropOp::none(), false);
     match caches.len() {
         1 => out.reshape((b, h, 1, head_dim)).map(Some),
         _ => out.permute((1, 2, 0, 3)).map(Some),
@@ -165,32 +179,5 @@ impl SelectionPlan {
         let [b, lists, _] = self.lists.heavy.dims;
         let dims = [b, lists, self.lists.list_len];
         Lists { indices: View::contiguous(dims), lens: View::contiguous([b, lists]), weights: View::contiguous(dims) }
-    }
-}
-
-struct Decode<'a> {
-    /// A cache each.
-    plans: Vec<Plan>,
-    fused: Option<Fused>,
-    caches: &'a [Sequences<'a>],
-    appending: Option<(&'a Appending<'a>, begin_step::Plans)>,
-    workspace: &'a Workspace,
-}
-
-impl CustomOp1 for Decode<'_> {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        bail!("{OP}: query: expected a tensor on a GPU, got a CPU tensor")
-    }
-
-    fn cuda_fwd(&self, query: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (b, h, _, head_dim) = layout.shape().dims4()?;
-        let dims = (self.caches.len(), b, h, head_dim);
-        let mut out = cuda::output(query.device(), dims, query.dtype())?;
-        self.run(query, &mut out)?;
-        Ok((out, dims.into()))
     }
 }

@@ -1,47 +1,32 @@
 //! A step over one cache in the launches of the single ops, for what the fused ones do not suit.
 
-use candle_core::{bail, CudaStorage, DType, Result};
+use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::workspace::Buffers;
-use super::{Decode, Plan, SelectionPlan, Sequences, OP};
+use super::{Plan, SelectionPlan, Sequences, OP};
 use crate::cache::Index;
 use crate::cuda::{self, Step};
 use crate::ops::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 
-impl Decode<'_> {
-    /// Writes the output, `[caches, b, h, head_dim]`.
-    pub(super) fn run(&self, query: &CudaStorage, out: &mut CudaStorage) -> Result<()> {
-        let (_, device) = cuda::kind(query);
-        self.workspace.with(device, |buffers| match (&self.fused, &*self.plans, self.caches) {
-            (Some(fused), _, caches) => {
-                let done = fused.run(query, caches, self.appending.as_ref(), buffers, out);
-                if done.is_err() {
-                    buffers.forget_counts();
-                }
-                done
-            }
-            (None, [plan], [cache]) => run_single(plan, cache, query, buffers, out),
-            _ => bail!("{OP}: caches: expected one without the fused launches, got {}", self.caches.len()),
-        })
-    }
-}
-
-fn run_single(
+/// Writes the output, `[1, b, h, head_dim]`.
+pub(super) fn run(
     plan: &Plan,
     cache: &Sequences,
-    query: &CudaStorage,
+    query: &Tensor,
     buffers: &mut Buffers,
     out: &mut CudaStorage,
 ) -> Result<()> {
+    let guard = query.storage_and_layout().0;
+    let query = cuda::storage_of(OP, &guard)?;
     let (_, device) = cuda::kind(query);
     let [b, h, ..] = plan.attend.query.dims;
     let lens = Some(cache.lens.storage());
     // Keys and values share a storage.
-    let guard = cache.keys.storage_and_layout().0;
-    let keys = cuda::storage_of(OP, &guard)?;
+    let of_cache = cache.keys.storage_and_layout().0;
+    let keys = cuda::storage_of(OP, &of_cache)?;
     let attend = sparse_attend::Kernels::new(&plan.attend, query)?;
     if let (Some(selection), Some(index)) = (&plan.selection, &cache.index) {
-        select(selection, plan.step, lens, query, index, buffers)?;
+        list_keys(selection, plan.step, lens, query, index, buffers)?;
     }
     let lists = match &plan.selection {
         None => None,
@@ -58,7 +43,7 @@ fn run_single(
 }
 
 /// Scores the candidates and leaves the lists of what to attend to in `buffers`, and the attention to all others.
-fn select(
+fn list_keys(
     plan: &SelectionPlan,
     step: Step,
     lens: Option<&CudaStorage>,
@@ -69,6 +54,10 @@ fn select(
     let (_, device) = cuda::kind(query);
     let (codes, centroids) = (index.codes.storage_and_layout().0, index.centroids.storage_and_layout().0);
     let inputs = [query, cuda::storage_of(OP, &codes)?, cuda::storage_of(OP, &centroids)?];
+    let entries = plan.topk.rows * plan.lists.list_len;
+    let indices = buffers.indices.of(device, entries, DType::U32)?;
+    let list_lens = buffers.list_lens.of(device, plan.topk.rows, DType::U32)?;
+    let weights = buffers.weights.of(device, entries, DType::F32)?;
     let kernels = score::Kernels::new(&plan.score, query)?;
     let ([b, h, ..], room) = (plan.score.query.dims, plan.topk.n);
     let tables = buffers.tables.of(device, kernels.tables_len(), DType::F32)?;
@@ -94,11 +83,7 @@ fn select(
     };
     kernels.run(step, lens, (ranked, 0, room), plan.topk.rows / b, workspace, heavy)?;
 
-    let entries = plan.topk.rows * plan.lists.list_len;
-    let indices = buffers.indices.of(device, entries, DType::U32)?;
-    let list_lens = buffers.list_lens.of(device, plan.topk.rows, DType::U32)?;
-    let weights = buffers.weights.of(device, entries, DType::F32)?;
-    indices_and_weights::launch(&plan.lists, step, lens, heavy, [indices, list_lens, weights])?;
+    indices_and_weights::launch(&plan.lists, step, lens, heavy, [&mut *indices, &mut *list_lens, &mut *weights])?;
 
     let (Some(tail), Some(coarse), Some(clusters)) = (&plan.tail, &index.coarse, &index.clusters) else {
         return Ok(());
