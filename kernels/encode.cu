@@ -42,8 +42,8 @@ __device__ void encode(const T* keys, const float* centroids, const float* phi, 
   nearest<LEN>(vectors, table, blockIdx.x, [&](u64 t, u8 code) { codes[p.codes.at(b, h, t, m)] = code; });
 }
 
-#define KERNEL(suffix, type, LEN)                                                      \
-  extern "C" __global__ __launch_bounds__(NEAREST_THREADS) void encode_##suffix##_len##LEN( \
+#define KERNEL_NAMED(suffix, type, LEN, name)                                          \
+  extern "C" __global__ __launch_bounds__(NEAREST_THREADS) void encode_##suffix##_##name( \
       const type* keys,        /* [b, h_kv, n, head_dim] */                            \
       const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, columns] */           \
       const float* phi,        /* [b, h_kv, pq_dim], read where augmented */           \
@@ -54,5 +54,6 @@ __device__ void encode(const T* keys, const float* centroids, const float* phi, 
       const Encode p) {                                                                \
     encode<LEN>(keys, centroids, phi, weights, clusters, coarse, codes, p);            \
   }
-#define KERNELS(suffix, type) FOR_EACH_LENGTH(KERNEL, suffix, type)
+#define KERNEL(suffix, type, LEN) KERNEL_NAMED(suffix, type, LEN, len##LEN)
+#define KERNELS(suffix, type) FOR_EACH_LENGTH(KERNEL, suffix, type) KERNEL_NAMED(suffix, type, -1, few)
 FOR_EACH_FLOAT(KERNELS)

@@ -70,6 +70,12 @@ struct Centroids {
   u32 count;
 
   __device__ float at(u32 c, u32 j) const { return data[c * row_stride + j * column_stride]; }
+
+  // Whether rows of so many columns can be read four floats at a time.
+  __device__ bool have_fours(u32 columns) const {
+    return columns % 4 == 0 && column_stride == 1 && row_stride % 4 == 0 && reinterpret_cast<u64>(data) % sizeof(float4) == 0;
+  }
+  __device__ float4 four_at(u32 c, u32 j) const { return __ldg(reinterpret_cast<const float4*>(data + c * row_stride + j)); }
 };
 
 constexpr int NEAREST_THREADS = 128;
@@ -161,41 +167,67 @@ __device__ inline Nearest nearest_of_lanes(Nearest own) {
   return {__uint_as_float(least), __reduce_min_sync(ALL_LANES, bits == least ? own.index : UINT32_MAX)};
 }
 
-constexpr int MAX_COLUMNS = 257;
+constexpr int MAX_COLUMNS = 260;  // a multiple of four
 
-// As `nearest_by_thread`, for any length; a block covers one sub-vector a warp.
-template <class T, class Write>
+// As `nearest_by_thread`, for any length; a block covers one sub-vector a warp, or `ALL` warps share one.
+template <bool ALL, class T, class Write>
 __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& centroids, u64 block, Write write) {
-  constexpr int WARPS = NEAREST_THREADS / 32;
-  __shared__ float coordinates[WARPS][MAX_COLUMNS];
-  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const u64 i = block * WARPS + warp;
+  constexpr u32 WARPS = NEAREST_THREADS / 32, THREADS = ALL ? NEAREST_THREADS : 32;  // of a sub-vector
+  __shared__ alignas(16) float coordinates[WARPS][MAX_COLUMNS];
+  const u32 warp = threadIdx.x / 32, own = threadIdx.x % THREADS;
+  const u64 i = ALL ? block : block * WARPS + warp;
+  const u32 columns = vectors.columns();
   if (i >= vectors.count) return;
 
-  float* x = coordinates[warp];
-  for (u32 j = lane; j < vectors.columns(); j += 32) x[j] = vectors.coordinate(i, j);
-  __syncwarp();
+  const bool have_fours = centroids.have_fours(columns);
+  if (ALL && have_fours && own < centroids.count) {
+    // On its way while x is waited for.
+    for (u32 j = 0; j < columns; j += 32) prefetch(centroids.data + own * centroids.row_stride + j);
+  }
+  float* x = coordinates[ALL ? 0 : warp];
+  for (u32 j = own; j < columns; j += THREADS) x[j] = vectors.coordinate(i, j);
+  ALL ? __syncthreads() : __syncwarp();
 
   float best = INFINITY;
   u32 index = UINT32_MAX;
-  for (u32 c = lane; c < centroids.count; c += 32) {
+  for (u32 c = own; c < centroids.count; c += THREADS) {
     float distance = 0;
+    if (have_fours) {
+      // As many loads on their way as a row of 64 has: one key's time is that of waiting for them.
 #pragma unroll 16
-    for (u32 j = 0; j < vectors.columns(); j++) distance = add_square(distance, x[j] - centroids.at(c, j));
+      for (u32 j = 0; j < columns; j += 4) {
+        const float4 a = *reinterpret_cast<const float4*>(x + j), b = centroids.four_at(c, j);
+        distance = add_square(distance, a.x - b.x);
+        distance = add_square(distance, a.y - b.y);
+        distance = add_square(distance, a.z - b.z);
+        distance = add_square(distance, a.w - b.w);
+      }
+    } else {
+#pragma unroll 8
+      for (u32 j = 0; j < columns; j++) distance = add_square(distance, x[j] - centroids.at(c, j));
+    }
     if (distance < best) {
       best = distance;
       index = c;
     }
   }
-  const u8 code = nearest_of_lanes({best, index}).code();
-  if (lane == 0) write(i, code);
+  Nearest nearest = nearest_of_lanes({best, index});
+  if constexpr (ALL) {
+    __shared__ Nearest of_warps[WARPS];
+    if (threadIdx.x % 32 == 0) of_warps[warp] = nearest;
+    __syncthreads();
+    nearest = of_warps[0];
+#pragma unroll
+    for (u32 w = 1; w < WARPS; w++) nearest = nearer(nearest, of_warps[w]);
+  }
+  if (own == 0) write(i, nearest.code());
 }
 
-// Either way: by warp where LEN is 0.
+// Any way: by warp where LEN is 0, by all warps of a block where it is negative.
 template <int LEN, class T, class Write>
 __device__ void nearest(const SubVectors<T>& vectors, const Centroids& centroids, u64 block, Write write) {
-  if constexpr (LEN == 0) {
-    nearest_by_warp(vectors, centroids, block, write);
+  if constexpr (LEN <= 0) {
+    nearest_by_warp<(LEN < 0)>(vectors, centroids, block, write);
   } else {
     nearest_by_thread<LEN>(vectors, centroids, block, write);
   }

@@ -26,6 +26,9 @@ struct Encode {
 /// Threads of a block of the kernels of `kernels/nearest.cuh`.
 pub(crate) const THREADS: u32 = 128;
 
+/// Keys of which each has a block of threads for its sub-vector.
+const FEW: usize = 4;
+
 /// Which of those kernels to take: the length it is compiled for, 0 for any, and the sub-vectors that a block covers.
 ///
 /// With less to do than a block of threads has hands, a warp a sub-vector is sooner done.
@@ -81,8 +84,11 @@ pub(super) fn launch(
         n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
         augmented: u32::from(plan.phi.is_some()),
     });
-    let (len, tile) = nearest_kernel(plan.pq_len, n);
-    let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_len{len}", cuda::suffix(dtype)))?;
+    let (name, tile) = match nearest_kernel(plan.pq_len, n) {
+        _ if n <= FEW => ("few".to_string(), 1),
+        (len, tile) => (format!("len{len}"), tile),
+    };
+    let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_{name}", cuda::suffix(dtype)))?;
     let launch = kernel.launch().input(keys)?.input(centroids)?.input(phi)?;
     let launch = launch.input_or_null(weights.map(|(weights, _)| weights))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.codes))?;
