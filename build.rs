@@ -37,7 +37,7 @@ mod cuda {
         let ptx = KernelBuilder::new()
             .source_dir(kernels)
             .watch(
-                ["common.cuh", "make_tables.cuh", "nearest.cuh", "tables.cuh", "decode"]
+                ["common.cuh", "histogram.cuh", "make_tables.cuh", "nearest.cuh", "tables.cuh", "decode"]
                     .map(|headers| kernels.join(headers)),
             )
             .compute_cap_arch(&CAPABILITY.to_string())

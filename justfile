@@ -39,8 +39,8 @@ sanitize:
     set -euo pipefail
     for tool in memcheck synccheck initcheck racecheck; do
         case $tool in
-            initcheck) tests="append cluster_sums decode_of encode group_mass long_sequences --skip begin_step" ;;
-            racecheck) tests="append begin_step cluster_sums decode_of encode group_mass --test-threads 1" ;;
+            initcheck) tests="append cluster_sums decode_of encode group_mass long_sequences select --skip begin_step" ;;
+            racecheck) tests="append begin_step cluster_sums decode_of encode group_mass select --test-threads 1" ;;
             *) tests="--skip four_million" ;;
         esac
         CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="compute-sanitizer --tool $tool --kernel-regex-exclude kns=nvjet --error-exitcode 1" \

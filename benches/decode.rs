@@ -230,11 +230,19 @@ impl Case {
         if self.as_seed {
             ops::encode(&layer.keys.narrow(2, self.n - 1, 1)?, &layer.centroids, None)?;
         }
-        let selected = ops::indices_and_weights(&self.select(&self.score(layer)?)?, self.geometry())?;
-        if self.as_seed {
-            ops::dense_weights(&selected, self.h, self.n)?;
+        match (self.as_seed, self.selection) {
+            (true, _) => {
+                let (selected, _) =
+                    ops::select_dense(&layer.query, &layer.codes, &layer.centroids, self.heavy, self.geometry())?;
+                Ok(selected)
+            }
+            (false, Selection::PerQueryHead) => {
+                ops::select(&layer.query, &layer.codes, &layer.centroids, self.heavy, self.geometry())
+            }
+            (false, Selection::PerKvHead) => {
+                ops::indices_and_weights(&self.select(&self.score(layer)?)?, self.geometry())
+            }
         }
-        Ok(selected)
     }
 
     fn attend(&self, layer: &Layer, selected: &Selected) -> Result<Tensor> {

@@ -120,6 +120,20 @@ __device__ inline u32 rank_of(float score) {
   return isnan(score) ? 0 : bits ^ (sign | 0x80000000u);
 }
 
+// The score of a rank, NaN for that of NaN.
+__device__ inline float score_of(u32 rank) {
+  return __uint_as_float(rank & 0x80000000u ? rank ^ 0x80000000u : ~rank);
+}
+
+// The segment with the `i`-th of their elements, if `before` counts those in front of each.
+template <u32 SEGMENTS>
+__device__ inline u32 segment_of(const u32* before, u32 i) {
+  u32 segment = 0;
+#pragma unroll
+  for (u32 half = SEGMENTS / 2; half > 0; half /= 2) segment += before[segment + half] <= i ? half : 0;
+  return segment;
+}
+
 // Reductions over a block of `WARPS` full warps; every thread gets the result. The order is fixed.
 template <int WARPS, class Combine>
 __device__ float block_reduce(float x, Combine combine) {

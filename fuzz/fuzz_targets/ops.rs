@@ -50,6 +50,7 @@ enum Op {
     CausalSoftmax,
     IndicesAndWeights,
     DenseWeights,
+    Select,
     DenseAttend,
     SparseAttend,
     SparseAttendWithTail,
@@ -167,6 +168,19 @@ impl Call {
                 let selected = self.selected(&mut args, [b, h_kv, n], k)?;
                 let weights = ops::dense_weights(&selected, h, n)?;
                 assert_eq!(weights.dims(), [selected.indices.dim(0)?, h, n]);
+            }
+            Op::Select => {
+                let query = args.floats(&[b, h, 1, d], dtype)?;
+                let codes = args.below(centroids, &[b, h_kv, n, pq_dim], u8)?;
+                let table = args.floats(&[b, h_kv, pq_dim, centroids, pq_len], f32)?;
+                let (sink, window, init_offset) = (sizes[0], sizes[1], sizes[2] % 16);
+                let geometry = Geometry { n: n + sizes[0], sink, window: huge(window), init_offset };
+                let (selected, dense) = ops::select_dense(&query, &codes, &table, huge(k), geometry)?;
+                // What it is documented to be.
+                let best = ops::topk(&ops::score(&query, &codes, &table)?, huge(k))?;
+                let slowly = ops::indices_and_weights(&best, geometry)?;
+                assert_eq!(selected.indices.to_vec3::<u32>()?, slowly.indices.to_vec3::<u32>()?);
+                assert_eq!(dense.dims(), [query.dim(0)?, query.dim(1)?, geometry.n]);
             }
             Op::DenseAttend => {
                 let [query, keys, values] = qkv(&mut args, [b, h, h_kv, n, d], dtype)?;

@@ -29,15 +29,6 @@ struct Ranked {
   }
 };
 
-// The segment with the `i`-th of their elements, if `before` counts those in front of each.
-template <u32 SEGMENTS>
-__device__ inline u32 segment_of(const u32* before, u32 i) {
-  u32 segment = 0;
-#pragma unroll
-  for (u32 half = SEGMENTS / 2; half > 0; half /= 2) segment += before[segment + half] <= i ? half : 0;
-  return segment;
-}
-
 // Grid: (the most splits, bundles of a sequence, sequences). Groups of LANES threads take a key each, eight elements a thread.
 template <int HEADS, bool BY_KV, int D, class T>
 __device__ void attend(const float* scores, const float* masses, Search* searches, const u32* lists, const Listed* listed,
@@ -293,7 +284,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
         const u32 position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
         is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
         at = place(position);
-      } else {
+      } else if (is_attended[u]) {
         at = place(edge_position(split + (row - n_open) * splits));
       }
       key[u] = value[u] = {};

@@ -1,6 +1,7 @@
 // What the launches of a decode step share: its sizes, a block's part of it, and what they leave each other.
 #pragma once
 
+#include "../histogram.cuh"
 #include "../tables.cuh"
 
 // Of a block of `search`.
@@ -21,7 +22,6 @@ __device__ inline u32 score_slot(u32 position) {
 }
 
 // Bins of a histogram. Masses want more: their bins are not as even.
-constexpr u32 MAX_BINS = 4096;
 template <bool BY_KV>
 constexpr u32 BINS = BY_KV ? MAX_BINS : 2048;
 

@@ -92,7 +92,7 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
 
   for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
   const auto counts = [&](u32 list) { return searches[first_list + min(list, n_lists - 1)].histogram; };
-  find_bins<LISTS, N_BINS>(counts, k, found_bin, found_wanted);
+  find_bins<THREADS, LISTS, N_BINS>(counts, k, found_bin, found_wanted);
   u32 bin[LISTS];
   float top[LISTS], edge[LISTS];
   ScoreBins bins[LISTS];

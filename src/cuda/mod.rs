@@ -72,6 +72,7 @@ modules! {
     IndicesAndWeights = INDICES_AND_WEIGHTS,
     Kmeans = KMEANS,
     Score = SCORE,
+    Select = SELECT,
     SparseAttend = SPARSE_ATTEND,
     TailAttend = TAIL_ATTEND,
     TopK = TOPK,

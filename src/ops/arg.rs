@@ -69,7 +69,6 @@ pub(crate) struct View<const N: usize> {
 
 impl<const N: usize> View<N> {
     /// Of elements that lie in order, without a gap.
-    #[cfg(feature = "cuda")]
     pub(crate) fn contiguous(dims: [usize; N]) -> Self {
         let mut strides = [1; N];
         for i in (1..N).rev() {

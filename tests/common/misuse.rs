@@ -55,6 +55,7 @@ pub fn all(on: On) -> Result<()> {
     config(on)?;
     cache_and_attention(on)?;
     prefill_and_budget(on)?;
+    full_cache(on)?;
     pages(on)?;
     packed(on)?;
     drop_in(on)?;
@@ -233,6 +234,11 @@ fn selection(on: On) -> Result<()> {
     let geometry = |n| Geometry { n, sink: 1, window: 1, init_offset: 2 };
     let list =
         |heavy: &[u32], n| ops::indices_and_weights(&on.u32s(heavy, &[1, 1, heavy.len()]), geometry(n)).map(drop);
+    let select = |query: &[usize], candidates, n| {
+        let (codes, centroids) = (on.zeros(&[1, 2, candidates, 4], DType::U8), on.f32s(&[1, 2, 4, 16, 4]));
+        let geometry = Geometry { n, sink: 1, window: 1, init_offset: 4 };
+        ops::select_dense(&on.f32s(query), &codes, &centroids, 3, geometry).map(drop)
+    };
     let selected = |index, len| Selected {
         indices: on.u32s(&[0, index], &[1, 1, 2]),
         lens: on.u32s(&[len], &[1, 1]),
@@ -276,6 +282,10 @@ fn selection(on: On) -> Result<()> {
             ops::dense_weights(&Selected { lens: on.u32s(&[], &[1, 0]), indices: on.u32s(&[], &[1, 0, 2]), weights: on.f32s(&[1, 0, 2]) }, 1, 9).map(drop),
             "dense_weights: h: expected a multiple of 0 lists, got 1",
         ),
+        (select(&[1, 4, 1, 16], 6, 9), "select: codes: expected at most the 9 keys (n) from init_offset 4 on, got 6"),
+        (select(&[1, 3, 1, 16], 5, 9), "select: codes: expected an h_kv that divides h 3, got 2"),
+        (select(&[1, 4, 16], 5, 9), "select: query: expected [b, h, 1, head_dim], got [1, 4, 16]"),
+        (select(&[1, 4, 1, 16], 5, 1 << 33), "select: n: expected at most u32::MAX keys, got 8589934592"),
         (list(&[], 1 << 33), "indices_and_weights: n: expected at most u32::MAX keys, got 8589934592"),
         (
             ops::dense_weights(&selected(9, 2), 1, 9).map(drop),
@@ -808,6 +818,30 @@ fn with_index(on: On) -> Result<(PqAttention, PqKvCache)> {
     attn.forward(&q?, &kv, &kv, &mut cache)?;
     cache.build_index()?;
     Ok((attn, cache))
+}
+
+/// A cache that is full makes room only for what it can take.
+fn full_cache(on: On) -> Result<()> {
+    let (attn, mut cache) = with_index(on)?;
+    let (q, kv) = (on.f32s(&[1, 4, 1, 16]), on.f32s(&[1, 2, 1, 16]));
+    while cache.len() < cache.capacity() {
+        attn.forward(&q, &kv, &kv, &mut cache)?;
+    }
+    let before = state(&cache)?;
+    let mut forward = |k: &Tensor, v: &Tensor| attn.forward(&q, k, v, &mut cache).map(drop);
+    on.assert_errors(vec![
+        (forward(&on.f32s(&[2, 16]), &kv), "PqKvCache: keys: expected [1, 2, s, 16], got [2, 16]"),
+        (forward(&on.f32s(&[16]), &kv), "PqKvCache: keys: expected [1, 2, s, 16], got [16]"),
+        (forward(&on.f32s(&[1, 2, 1, 8]), &kv), "PqKvCache: keys: expected [1, 2, s, 16], got [1, 2, 1, 8]"),
+        (forward(&kv, &on.f32s(&[2, 16])), "PqKvCache: values: expected [1, 2, s, 16], got [2, 16]"),
+        (forward(&kv, &on.f32s(&[1, 2, 2, 16])), "PqKvCache: values: expected as many as keys (1), got 2"),
+        (forward(&kv, &on.zeros(&[1, 2, 1, 16], DType::F16)), "PqKvCache: values: expected dtype f32, got f16"),
+    ]);
+    assert_eq!(state(&cache)?, before);
+    let capacity = cache.capacity();
+    attn.forward(&q, &kv, &kv, &mut cache)?;
+    assert_eq!((cache.len(), cache.capacity() > capacity), (capacity + 1, true));
+    Ok(())
 }
 
 fn prefill_and_budget(on: On) -> Result<()> {

@@ -6,7 +6,7 @@ use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, OP};
 use crate::cache::Index;
 use crate::cuda::{self, Step};
-use crate::ops::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
+use crate::ops::{group_mass, indices_and_weights, score, select, sparse_attend, tail_attend, topk};
 
 /// Writes the output, `[1, b, h, head_dim]`.
 pub(super) fn run(
@@ -51,13 +51,22 @@ fn list_keys(
     index: &Index,
     buffers: &mut Buffers,
 ) -> Result<()> {
-    let (_, device) = cuda::kind(query);
+    let (dtype, device) = cuda::kind(query);
     let (codes, centroids) = (index.codes.storage_and_layout().0, index.centroids.storage_and_layout().0);
     let inputs = [query, cuda::storage_of(OP, &codes)?, cuda::storage_of(OP, &centroids)?];
     let entries = plan.topk.rows * plan.lists.list_len;
     let indices = buffers.indices.of(device, entries, DType::U32)?;
     let list_lens = buffers.list_lens.of(device, plan.topk.rows, DType::U32)?;
     let weights = buffers.weights.of(device, entries, DType::F32)?;
+    let together = match plan.mass.is_none() && plan.tail.is_none() {
+        true => select::Kernels::new(&plan.score, &plan.lists, plan.topk.k, dtype, device)?,
+        false => None,
+    };
+    if let Some(kernels) = together {
+        let finalists = buffers.finalists.of(device, kernels.finalists_len(), DType::U32)?;
+        return kernels.run((step, plan.topk.n), lens, inputs, finalists, [indices, list_lens, weights], None);
+    }
+
     let kernels = score::Kernels::new(&plan.score, query)?;
     let ([b, h, ..], room) = (plan.score.query.dims, plan.topk.n);
     let tables = buffers.tables.of(device, kernels.tables_len(), DType::F32)?;

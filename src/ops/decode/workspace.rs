@@ -63,7 +63,7 @@ macro_rules! buffers {
 
 buffers! {
     tables bounds scores mass_stats mass histograms heavy indices list_lens weights tail_masses tail_shifts tail_out tail_lse
-    partials attend_stats lse searches arrived
+    finalists partials attend_stats lse searches arrived
 }
 
 impl Buffers {

@@ -84,7 +84,11 @@ pub struct Geometry {
 /// ```
 pub fn indices_and_weights(heavy: &Tensor, geometry: Geometry) -> Result<Selected> {
     let heavy = with_unit_rows(heavy)?;
-    let plan = Plan::new(&heavy, geometry)?;
+    of_plan(Plan::new(&heavy, geometry)?, &heavy)
+}
+
+/// What a [`Plan`] of the same `heavy` says.
+pub(super) fn of_plan(plan: Plan, heavy: &Tensor) -> Result<Selected> {
     let op = IndicesAndWeights { plan, lens: SideOutput::default(), weights: SideOutput::default() };
     let indices = heavy.apply_op1_no_bwd(&op)?;
     Ok(Selected { indices, lens: op.lens.take(OP)?, weights: op.weights.take(OP)? })
@@ -103,15 +107,20 @@ impl Plan {
         let arg = Arg::new(OP, "heavy", heavy);
         arg.is(DType::U32)?;
         let heavy: View<3> = arg.view("[b, lists, k]")?;
-        let n = geometry.n;
-        if u32::try_from(n).is_err() {
-            bail!("{OP}: n: expected at most u32::MAX keys, got {n}");
-        }
-        if n == 0 && heavy.dims[2] > 0 {
+        let plan = Self::checked(OP, heavy, geometry)?;
+        if geometry.n == 0 && heavy.dims[2] > 0 {
             return arg.fail("no positions for n 0", format_args!("{} a list", heavy.dims[2]));
         }
+        Ok(plan)
+    }
+
+    /// For `heavy` as it will be.
+    pub(super) fn checked(op: &str, heavy: View<3>, geometry: Geometry) -> Result<Self> {
+        if u32::try_from(geometry.n).is_err() {
+            bail!("{op}: n: expected at most u32::MAX keys, got {}", geometry.n);
+        }
         let plan = Self::of(heavy, geometry);
-        check_count(OP, [heavy.dims[0], heavy.dims[1], plan.list_len])?;
+        check_count(op, [heavy.dims[0], heavy.dims[1], plan.list_len])?;
         Ok(plan)
     }
 
@@ -224,7 +233,7 @@ impl CustomOp3 for DenseWeights {
 }
 
 /// Fails where a result of `[b, heads, n]` numbers is more than can be addressed.
-fn check_count(op: &str, dims: [usize; 3]) -> Result<()> {
+pub(super) fn check_count(op: &str, dims: [usize; 3]) -> Result<()> {
     let bytes = dims.iter().try_fold(size_of::<f32>(), |bytes, dim| bytes.checked_mul(*dim));
     match bytes.filter(|bytes| isize::try_from(*bytes).is_ok()) {
         Some(_) => Ok(()),

@@ -29,6 +29,9 @@ const SCORE_THREADS: usize = 512;
 /// The most heads a table entry serves: one 16-byte look-up.
 const MAX_LANES: usize = 4;
 
+/// The most code bytes that a thread loads at once.
+const MAX_CODE_BYTES: usize = 16;
+
 /// Keys of a block, at least: fewer would not pay for the copy of its tables.
 const MIN_KEYS: usize = 4 * SCORE_THREADS;
 
@@ -74,7 +77,7 @@ impl Kernels {
             lanes /= 2;
         }
         let is_shared = table_bytes(lanes) <= gpu.shared_bytes;
-        let (place, bytes) = if is_shared { ("", code_bytes(plan)) } else { ("_global", 1) };
+        let (place, bytes) = if is_shared { ("", code_bytes(plan, MAX_CODE_BYTES)) } else { ("_global", 1) };
         let parts = plan.group.div_ceil(lanes);
         let tables = b * h_kv * parts;
         let params = Score {
@@ -144,9 +147,9 @@ impl Kernels {
     }
 }
 
-/// The most code bytes, up to 16, that can be loaded at once: every key's codes start at a multiple of them.
-fn code_bytes(plan: &Plan) -> usize {
+/// The most code bytes, a power of two up to `most`, that can be loaded at once: every key's codes start at a multiple of them.
+pub(crate) fn code_bytes(plan: &Plan, most: usize) -> usize {
     let DeviceView { offset, strides: [b, h, key, _] } = plan.codes.device();
     let pq_dim = plan.codes.dims[3] as u64;
-    1 << (offset | b | h | key | pq_dim | 16).trailing_zeros()
+    1 << (offset | b | h | key | pq_dim | most as u64).trailing_zeros()
 }

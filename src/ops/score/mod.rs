@@ -4,7 +4,7 @@ pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
-pub(super) use cuda::Kernels;
+pub(super) use cuda::{code_bytes, Kernels};
 
 #[cfg(feature = "cuda")]
 use candle_core::{bail, CudaStorage};
@@ -45,6 +45,11 @@ const OP: &str = "score";
 /// ```
 pub fn score(query: &Tensor, codes: &Tensor, centroids: &Tensor) -> Result<Tensor> {
     run(OP, query, codes, centroids, None, None)
+}
+
+/// What a [`Plan`] of a call without clusters says of the same tensors.
+pub(super) fn of_plan(plan: Plan, [query, codes, centroids]: [&Tensor; 3]) -> Result<Tensor> {
+    query.apply_op3_no_bwd(codes, centroids, &Score { plan, coarse: None, places: None })
 }
 
 /// As [`score`] or [`residual_score`], of the keys at `places` where there are any: on a CPU.
