@@ -41,7 +41,7 @@ sanitize:
         case $tool in
             initcheck) tests="append cluster_sums decode_of encode group_mass long_sequences select --skip begin_step" ;;
             racecheck) tests="append begin_step cluster_sums decode_of encode group_mass select --test-threads 1" ;;
-            *) tests="--skip four_million" ;;
+            *) tests="" ;;
         esac
         CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="compute-sanitizer --tool $tool --kernel-regex-exclude kns=nvjet --error-exitcode 1" \
             REQUIRE_CUDA=1 cargo test --release --features cuda --test cuda -- $tests

@@ -1,7 +1,7 @@
 //! Steps over indexes in three launches: that of [`begin_step`], and the two of `kernels/decode.cu`, whose scores stay where they
 //! are made.
 
-use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor};
 
 use super::workspace::Buffers;
 use super::{score, Plan, SelectionPlan, Sequences, View, OP};
@@ -255,6 +255,12 @@ impl Fused {
         let launch = launch.output(partials)?.output(partial_stats)?.output(arrived)?.output(out)?.value(params);
         launch.run([splits, bundles / n, n], if padded_dim > 128 { 256 } else { 512 }, 0)
     }
+}
+
+/// The layouts that the launches of a step over one cache follow from.
+pub(super) fn layouts<'a>(query: &'a Tensor, cache: &'a Sequences) -> impl Iterator<Item = Option<&'a Layout>> {
+    let of_cache = tensors(cache).into_iter().map(|tensor| tensor.map(Tensor::layout));
+    std::iter::once(Some(query.layout())).chain(of_cache)
 }
 
 /// The tensors of a cache: in the order of `Sequence` in `kernels/decode/layout.cuh`, and then what tables are made of.

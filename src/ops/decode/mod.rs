@@ -9,8 +9,10 @@ mod fused;
 mod single;
 mod workspace;
 
+use std::sync::Arc;
+
 use candle_core::op::BackpropOp;
-use candle_core::{bail, Result, Storage, Tensor};
+use candle_core::{Result, Storage, Tensor};
 
 use super::arg::{with_unit_rows, View};
 use super::begin_step::{self, Appending};
@@ -69,14 +71,21 @@ pub(crate) fn decode(
 ) -> Result<Option<Tensor>> {
     let query = with_unit_rows(query)?;
     let (b, h, _, head_dim) = query.dims4()?;
-    let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);
-    let plans = caches.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
     let device = query.device().as_cuda_device()?;
-    let fused = Fused::new(&plans, caches, query.dtype(), device)?;
-    let is_one = matches!(caches, [Sequences { prefix: None, pages: None, ahead: 0, .. }]) && appending.is_none();
-    if fused.is_none() && !is_one {
-        return Ok(None);
-    }
+    let launches = match workspace.with(device, |buffers| Ok(buffers.last_launches(&query, caches)))? {
+        Some(fused) => Launches::Fused(fused),
+        None => {
+            let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);
+            let plans = caches.iter().enumerate().map(plan).collect::<Result<Vec<_>>>()?;
+            match (Fused::new(&plans, caches, query.dtype(), device)?, caches, plans.into_iter().next()) {
+                (Some(fused), ..) => Launches::Fused(Arc::new(fused)),
+                (None, [Sequences { prefix: None, pages: None, ahead: 0, .. }], Some(plan)) if appending.is_none() => {
+                    Launches::Single(Box::new(plan))
+                }
+                _ => return Ok(None),
+            }
+        }
+    };
     let appending = match appending {
         None => None,
         Some(appending) => begin_step::Plans::new(appending)?.map(|plans| (appending, plans)),
@@ -84,22 +93,29 @@ pub(crate) fn decode(
     // No custom op: it would hold the query's storage, which new keys and values may share, and `cuda::lock` locks each once.
     let dims = (caches.len(), b, h, head_dim);
     let mut out = cuda::output(device, dims, query.dtype())?;
-    workspace.with(device, |buffers| match (&fused, &*plans, caches) {
-        (Some(fused), ..) => {
+    workspace.with(device, |buffers| match launches {
+        Launches::Fused(fused) => {
             let done = fused.run(&query, caches, appending.as_ref(), buffers, &mut out);
-            if done.is_err() {
-                buffers.forget_counts();
+            match done {
+                Ok(()) => buffers.keep_launches(&query, caches, fused),
+                Err(_) => buffers.forget_counts(),
             }
             done
         }
-        (None, [plan], [cache]) => single::run(plan, cache, &query, buffers, &mut out),
-        _ => bail!("{OP}: caches: expected one without the fused launches, got {}", caches.len()),
+        Launches::Single(plan) => single::run(&plan, &caches[0], &query, buffers, &mut out),
     })?;
     let out = Tensor::from_storage(Storage::Cuda(out), dims, BackpropOp::none(), false);
     match caches.len() {
         1 => out.reshape((b, h, 1, head_dim)).map(Some),
         _ => out.permute((1, 2, 0, 3)).map(Some),
     }
+}
+
+/// What a step launches.
+enum Launches {
+    Fused(Arc<Fused>),
+    /// Those of single ops, for one cache.
+    Single(Box<Plan>),
 }
 
 /// A checked call of [`decode`]: the plans of its ops, for as many keys as there is room for.

@@ -4,9 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 
 use candle_core::cuda_backend::DeviceId;
-use candle_core::{bail, CudaDevice, CudaStorage, DType, Result};
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Tensor};
 
-use super::OP;
+use super::fused::{self, Fused};
+use super::{Sequences, OP};
 use crate::cuda;
 
 /// What the launches of a step leave to each other, for each stream: all layers of a model share it, which keeps it in the
@@ -51,6 +52,7 @@ macro_rules! buffers {
         #[derive(Default)]
         pub(super) struct Buffers {
             $(pub(super) $name: Buffer,)*
+            last: Option<Last>,
         }
 
         impl Buffers {
@@ -66,7 +68,44 @@ buffers! {
     finalists partials attend_stats lse searches arrived
 }
 
+/// The fused launches of a step over one cache, and what they follow from: layers of a model, and a layer's steps one after the
+/// other, mostly have the same. Where tensors are, and how long the sequences, each step finds out anew.
+struct Last {
+    launches: Arc<Fused>,
+    layouts: Vec<Option<Layout>>,
+    dtype: DType,
+    sizes: [usize; 3],
+}
+
+impl Last {
+    fn suits(&self, query: &Tensor, cache: &Sequences) -> bool {
+        let layouts = self.layouts.iter().map(Option::as_ref);
+        self.dtype == query.dtype() && self.sizes == sizes(cache) && layouts.eq(fused::layouts(query, cache))
+    }
+}
+
+fn sizes(cache: &Sequences) -> [usize; 3] {
+    [cache.capacity, cache.shared, cache.ahead]
+}
+
 impl Buffers {
+    /// Those of the last step over one cache, if they are this step's as well.
+    pub(super) fn last_launches(&self, query: &Tensor, caches: &[Sequences]) -> Option<Arc<Fused>> {
+        match (caches, &self.last) {
+            ([cache], Some(last)) if last.suits(query, cache) => Some(last.launches.clone()),
+            _ => None,
+        }
+    }
+
+    /// Keeps those of a step over one cache; several share the device by their lengths.
+    pub(super) fn keep_launches(&mut self, query: &Tensor, caches: &[Sequences], launches: Arc<Fused>) {
+        let is_last = self.last.as_ref().is_some_and(|last| Arc::ptr_eq(&last.launches, &launches));
+        if let ([cache], false) = (caches, is_last) {
+            let layouts = fused::layouts(query, cache).map(|layout| layout.cloned()).collect();
+            self.last = Some(Last { launches, layouts, dtype: query.dtype(), sizes: sizes(cache) });
+        }
+    }
+
     /// After a step that failed on its way: what counts in `searches` and `arrived` is to be zero between steps.
     pub(super) fn forget_counts(&mut self) {
         for buffer in [&mut self.searches, &mut self.arrived] {
