@@ -3,8 +3,8 @@
 //! What a launch relies on, and who sees to it:
 //! 1. Arguments are those of the kernel, in order: each op pushes them in one place, next to the kernel of its name in
 //!    `kernels/`, and every kernel runs under compute-sanitizer in `just sanitize`.
-//! 2. Shapes and strides stay inside the tensors: the op's `Plan` was made from their layouts. So do places in pages, whose
-//!    tables have numbers of the pool's pages for as many positions as the cache has room.
+//! 2. Shapes and strides stay inside the tensors: the op's `Plan` was made from their layouts, or from equal ones. So do
+//!    places in pages, whose tables have numbers of the pool's pages for as many positions as the cache has room.
 //! 3. Memory outlives the launch: storages are borrowed until it is in the stream, by its arguments or by [`Addresses`], and
 //!    freed in stream order. Those of a cache are borrowed for reading even where a kernel writes to them: nothing of the host
 //!    looks into them, and the stream orders launches by itself.

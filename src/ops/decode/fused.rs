@@ -257,10 +257,10 @@ impl Fused {
     }
 }
 
-/// The layouts that the launches of a step over one cache follow from.
-pub(super) fn layouts<'a>(query: &'a Tensor, cache: &'a Sequences) -> impl Iterator<Item = Option<&'a Layout>> {
-    let of_cache = tensors(cache).into_iter().map(|tensor| tensor.map(Tensor::layout));
-    std::iter::once(Some(query.layout())).chain(of_cache)
+/// What the launches of a step over one cache follow from: layouts and dtypes of the query and of the cache's tensors.
+pub(super) fn forms<'a>(query: &'a Tensor, cache: &'a Sequences) -> impl Iterator<Item = Option<(&'a Layout, DType)>> {
+    let all = std::iter::once(Some(query)).chain(tensors(cache));
+    all.map(|tensor| tensor.map(|tensor| (tensor.layout(), tensor.dtype())))
 }
 
 /// The tensors of a cache: in the order of `Sequence` in `kernels/decode/layout.cuh`, and then what tables are made of.

@@ -72,7 +72,7 @@ pub(crate) fn decode(
     let query = with_unit_rows(query)?;
     let (b, h, _, head_dim) = query.dims4()?;
     let device = query.device().as_cuda_device()?;
-    let launches = match workspace.with(device, |buffers| Ok(buffers.last_launches(&query, caches)))? {
+    let launches = match workspace.last_launches(device, &query, caches) {
         Some(fused) => Launches::Fused(fused),
         None => {
             let plan = |(i, cache)| Plan::new(&query.narrow(2, i, 1)?, cache, config, scale);

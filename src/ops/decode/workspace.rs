@@ -45,6 +45,20 @@ impl Workspace {
         }
         launch(buffers)
     }
+
+    /// The launches of the last step over one cache, if they are this step's as well.
+    pub(super) fn last_launches(
+        &self,
+        device: &CudaDevice,
+        query: &Tensor,
+        caches: &[Sequences],
+    ) -> Option<Arc<Fused>> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match (caches, all.get(&stream_of(device)).and_then(|buffers| buffers.last.as_ref())) {
+            ([cache], Some(last)) if last.suits(query, cache) => Some(last.launches.clone()),
+            _ => None,
+        }
+    }
 }
 
 macro_rules! buffers {
@@ -72,15 +86,14 @@ buffers! {
 /// other, mostly have the same. Where tensors are, and how long the sequences, each step finds out anew.
 struct Last {
     launches: Arc<Fused>,
-    layouts: Vec<Option<Layout>>,
-    dtype: DType,
+    forms: Vec<Option<(Layout, DType)>>,
     sizes: [usize; 3],
 }
 
 impl Last {
     fn suits(&self, query: &Tensor, cache: &Sequences) -> bool {
-        let layouts = self.layouts.iter().map(Option::as_ref);
-        self.dtype == query.dtype() && self.sizes == sizes(cache) && layouts.eq(fused::layouts(query, cache))
+        let forms = self.forms.iter().map(|form| form.as_ref().map(|(layout, dtype)| (layout, *dtype)));
+        self.sizes == sizes(cache) && forms.eq(fused::forms(query, cache))
     }
 }
 
@@ -89,20 +102,13 @@ fn sizes(cache: &Sequences) -> [usize; 3] {
 }
 
 impl Buffers {
-    /// Those of the last step over one cache, if they are this step's as well.
-    pub(super) fn last_launches(&self, query: &Tensor, caches: &[Sequences]) -> Option<Arc<Fused>> {
-        match (caches, &self.last) {
-            ([cache], Some(last)) if last.suits(query, cache) => Some(last.launches.clone()),
-            _ => None,
-        }
-    }
-
     /// Keeps those of a step over one cache; several share the device by their lengths.
     pub(super) fn keep_launches(&mut self, query: &Tensor, caches: &[Sequences], launches: Arc<Fused>) {
         let is_last = self.last.as_ref().is_some_and(|last| Arc::ptr_eq(&last.launches, &launches));
         if let ([cache], false) = (caches, is_last) {
-            let layouts = fused::layouts(query, cache).map(|layout| layout.cloned()).collect();
-            self.last = Some(Last { launches, layouts, dtype: query.dtype(), sizes: sizes(cache) });
+            let owned = |form: Option<(&Layout, DType)>| form.map(|(layout, dtype)| (layout.clone(), dtype));
+            let forms = fused::forms(query, cache).map(owned).collect();
+            self.last = Some(Last { launches, forms, sizes: sizes(cache) });
         }
     }
 

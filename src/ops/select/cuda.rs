@@ -117,7 +117,9 @@ impl Kernels {
         let finalists_len = rows.saturating_mul(runs).saturating_mul(1 + 2 * room);
         let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes && rows <= 65_535 && finalists_len <= MAX_NUMBERS;
         let share = lists.geometry.n.div_ceil(runs).checked_next_multiple_of(4).map(u32::try_from);
-        let suits = plan.coarse.is_none() && is_few && fits && rows > 0;
+        // Positions are counted by all threads of a block at once.
+        let is_counted = lists.geometry.n <= u32::MAX as usize - THREADS as usize;
+        let suits = plan.coarse.is_none() && is_few && fits && is_counted && rows > 0;
         let (Ok(key_stride), Some(Ok(share)), true) = (u32::try_from(plan.codes.strides[2]), share, suits) else {
             return Ok(None);
         };
