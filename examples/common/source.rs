@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::BufReader;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -48,7 +49,9 @@ impl Checkpoint {
     fn gguf(path: &Path) -> Result<Self> {
         let open = || -> Result<Gguf> {
             let mut file = BufReader::new(File::open(path)?);
-            let content = Content::read(&mut file)?;
+            // Candle divides by the alignment that the file gives, and 0 makes it panic.
+            let content = catch_unwind(AssertUnwindSafe(|| Content::read(&mut file)))
+                .map_err(|_| anyhow!("its header makes the reader of GGUF files panic"))??;
             for (name, info) in &content.tensor_infos {
                 // As f32. Candle compares with the size of the file, but by a product that may overflow.
                 let bytes = info
@@ -177,6 +180,8 @@ fn shards(index: &str) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::quantized::gguf_file::{self, Value};
+
     use super::*;
 
     fn error(model: &str) -> String {
@@ -224,6 +229,9 @@ mod tests {
             std::fs::write(&file, bytes)?;
             assert!(error(file.to_str().unwrap()).contains("as GGUF; give another --model"));
         }
+        let alignment = Value::U32(0);
+        gguf_file::write(&mut File::create(&file)?, &[("general.alignment", &alignment)], &[])?;
+        assert!(error(file.to_str().unwrap()).contains("as GGUF; give another --model: its header"));
         Ok(())
     }
 
