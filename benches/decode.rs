@@ -230,18 +230,11 @@ impl Case {
         if self.as_seed {
             ops::encode(&layer.keys.narrow(2, self.n - 1, 1)?, &layer.centroids, None)?;
         }
-        match (self.as_seed, self.selection) {
-            (true, _) => {
-                let (selected, _) =
-                    ops::select_dense(&layer.query, &layer.codes, &layer.centroids, self.heavy, self.geometry())?;
-                Ok(selected)
-            }
-            (false, Selection::PerQueryHead) => {
-                ops::select(&layer.query, &layer.codes, &layer.centroids, self.heavy, self.geometry())
-            }
-            (false, Selection::PerKvHead) => {
-                ops::indices_and_weights(&self.select(&self.score(layer)?)?, self.geometry())
-            }
+        let Layer { query, codes, centroids, .. } = layer;
+        match self.selection {
+            _ if self.as_seed => Ok(ops::select_dense(query, codes, centroids, self.heavy, self.geometry())?.0),
+            Selection::PerQueryHead => ops::select(query, codes, centroids, self.heavy, self.geometry()),
+            Selection::PerKvHead => ops::indices_and_weights(&self.select(&self.score(layer)?)?, self.geometry()),
         }
     }
 

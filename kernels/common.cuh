@@ -61,6 +61,9 @@ struct Step {
   }
 };
 
+// What fills a list behind its positions. Rust: PADDING in src/ops.
+constexpr u32 PADDING = UINT32_MAX;
+
 // Positions of a page. Rust: PAGE in src/ops.
 constexpr u32 PAGE = 128;
 

@@ -2,7 +2,6 @@
 #include "common.cuh"
 
 constexpr int THREADS = 256;
-constexpr u32 PADDING = UINT32_MAX;
 
 struct List {
   View<3> heavy;

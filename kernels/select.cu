@@ -10,7 +10,6 @@
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
 constexpr u32 BINS = 2048;
-constexpr u32 PADDING = UINT32_MAX;
 
 // Candidates of a thread of `select_finalists`, and of its block. Rust: RUN in ops/select/cuda.rs, and so the next two.
 constexpr u32 EACH = 16;

@@ -35,6 +35,7 @@ use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, WrapErr};
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Error, Result, Shape, Storage};
 
 use crate::config::{Heavy, PqConfig};
+use crate::ops::Geometry;
 
 mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
@@ -197,9 +198,16 @@ impl Step {
         }
     }
 
+    /// `heavy` keys of a sequence of as many as its geometry says.
+    pub(crate) fn of_geometry(geometry: Geometry, heavy: usize) -> Self {
+        let Geometry { n, sink, window, init_offset } = geometry;
+        let [n, sink, window, init_offset, heavy] = [n, sink, window, init_offset, heavy].map(|x| x as u64);
+        Self { n, sink, window, init_offset, heavy, share: 0.0 }
+    }
+
     /// `n` candidates, of which `heavy` are selected.
     pub(crate) fn of_candidates(n: usize, heavy: usize) -> Self {
-        Self { n: n as u64, sink: 0, window: 0, init_offset: 0, heavy: heavy as u64, share: 0.0 }
+        Self::of_geometry(Geometry { n, sink: 0, window: 0, init_offset: 0 }, heavy)
     }
 }
 

@@ -1,6 +1,6 @@
 use candle_core::{CudaStorage, DType, Result};
 
-use super::{Geometry, Lists, Plan, DENSE_OP, OP};
+use super::{Lists, Plan, DENSE_OP, OP};
 use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
 
 /// `kernels/indices_and_weights.cu`
@@ -40,15 +40,7 @@ pub(super) struct Output {
 pub(super) fn run(plan: &Plan, heavy: &CudaStorage) -> Result<Output> {
     let (_, device) = cuda::kind(heavy);
     let [b, lists, k] = plan.heavy.dims;
-    let Geometry { n, sink, window, init_offset } = plan.geometry;
-    let step = Step {
-        n: n as u64,
-        sink: sink as u64,
-        window: window as u64,
-        init_offset: init_offset as u64,
-        heavy: k as u64,
-        share: 0.0,
-    };
+    let step = Step::of_geometry(plan.geometry, k);
     let mut out = Output {
         indices: cuda::output(device, (b, lists, plan.list_len), DType::U32)?,
         lens: cuda::output(device, (b, lists), DType::U32)?,

@@ -56,14 +56,7 @@ pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<O
     };
     let ([b, h, ..], candidates) = (plan.score.query.dims, plan.score.codes.dims[2]);
     let geometry = plan.lists.geometry;
-    let step = Step {
-        n: geometry.n as u64,
-        sink: geometry.sink as u64,
-        window: geometry.window as u64,
-        init_offset: geometry.init_offset as u64,
-        heavy: plan.k as u64,
-        share: 0.0,
-    };
+    let step = Step::of_geometry(geometry, plan.k);
     let lists = [b, h, plan.lists.list_len];
     let mut finalists = cuda::output(device, kernels.finalists_len(), DType::U32)?;
     let mut indices = cuda::output(device, lists.as_slice(), DType::U32)?;
