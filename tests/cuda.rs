@@ -764,6 +764,59 @@ fn steps_of_one_tensor() -> Result<()> {
     Ok(())
 }
 
+/// Caches that differ in as little as what the launches of a step follow from: each step of one attention against that of another,
+/// which has no launches of a step before.
+#[test]
+fn caches_take_turns() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    let mut rng = Rng(41);
+    let config = PqConfig { coarse: 16, pq_bits: 4, ..PqConfig::default() };
+    let attn = PqAttention::new(config.clone(), 0.125)?;
+    let all_numbers = rng.tensor(&[1, 12, 1000, 64], DType::F32);
+    // The first so many positions, or one: a query, keys and values.
+    let draw = |numbers: &Tensor, positions: usize, dtype: DType| -> Result<[Tensor; 3]> {
+        let of_heads = |first, heads| {
+            numbers.narrow(1, first, heads)?.narrow(2, 0, positions)?.contiguous()?.to_dtype(dtype)?.to_device(&gpu)
+        };
+        Ok([of_heads(0, 8)?, of_heads(8, 2)?, of_heads(10, 2)?])
+    };
+    let pool = PagePool::new(config.clone(), [1, 2, 64], 2 * (6 + 7), DType::BF16, &gpu)?;
+    let mut origins = Vec::new();
+    let mut make = || -> Result<Vec<(PqKvCache, DType)>> {
+        let mut all = Vec::new();
+        for dtype in [DType::F16, DType::BF16] {
+            all.push((attn.new_cache([1, 2, 64], 1000, dtype, &gpu)?, dtype, 700));
+        }
+        for len in [700, 800] {
+            all.push((pool.new_cache()?, DType::BF16, len));
+        }
+        for len in [700, 800] {
+            all.push((attn.new_cache([1, 2, 64], 1000, DType::BF16, &gpu)?, DType::BF16, len));
+        }
+        for (cache, dtype, len) in &mut all {
+            let [_, keys, values] = draw(&all_numbers, *len, *dtype)?;
+            cache.append(&keys, &values)?;
+            cache.build_index()?;
+        }
+        for (cache, ..) in &mut all[4..] {
+            let fork = cache.fork()?;
+            origins.push(std::mem::replace(cache, fork));
+        }
+        Ok(all.into_iter().map(|(cache, dtype, _)| (cache, dtype)).collect())
+    };
+    let (mut caches, mut others) = (make()?, make()?);
+    for step in 0..40 {
+        let numbers = rng.tensor(&[1, 12, 1, 64], DType::F32);
+        for (i, ((cache, dtype), (other, _))) in caches.iter_mut().zip(&mut others).enumerate() {
+            let [q, k, v] = draw(&numbers, 1, *dtype)?;
+            let got = attn.forward(&q, &k, &v, cache)?;
+            let want = PqAttention::new(config.clone(), 0.125)?.forward(&q, &k, &v, other)?;
+            assert_same_bits(&format!("step {step} of cache {i}"), &got, &want.to_device(&Device::Cpu)?)?;
+        }
+    }
+    Ok(())
+}
+
 /// Decode steps of many shapes against the CPU's, each twice, and to the bit the second time.
 #[test]
 fn decode_of_many_shapes() -> Result<()> {

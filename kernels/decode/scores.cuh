@@ -59,10 +59,30 @@ struct Scores {
   }
 };
 
-// Adds up the entries of this block's keys. By KV head returns a thread's statistics of the softmax, by query head counts
-// in `histogram`.
+// Codes of a lane's keys on their way: those of what comes next.
+struct CodesAhead {
+  const u8* codes;
+  const u8* clusters;
+  const u32* pages;
+  uint2 next[EACH];
+  u32 next_clusters;
+  u64 place;
+
+  // Those of the keys from `at` on, of the `chunk`-th subspaces.
+  __device__ void load(u32 at, u32 chunk, const Part& part, const Decode& p) {
+    if (at >= part.end) return;
+    if (chunk == 0) place = place_of(at, pages);
+    const u8* const from = codes + place * p.pq_dim + chunk * SUBSPACES;
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
+    if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + place));
+  }
+};
+
+// Adds up the entries of this block's keys, of which the codes of the first are on their way. By KV head returns a thread's
+// statistics of the softmax, by query head counts in `histogram`.
 template <int HEADS, bool BY_KV>
-__device__ void add_entries(const u8* codes, const u8* clusters, const u32* pages, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
+__device__ void add_entries(CodesAhead& ahead, const u8* rows, const Scores<HEADS>& scores, u32 bundle,
                             Stats (&stats)[HEADS], u32* histogram, const ScoreBins* bins, const Part& part,
                             const Decode& p) {
   constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>);
@@ -81,27 +101,14 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
   const float scale = p.scale * LOG2_E;
 #pragma unroll
   for (int h = 0; h < HEADS; h++) stats[h] = {-INFINITY, 0};
-  // Codes of what comes next are on their way.
-  uint2 next[EACH];
-  u32 next_clusters = 0;
-  u64 place = 0;
-  const auto load = [&](u32 at, u32 chunk) {
-    if (at >= part.end) return;
-    if (chunk == 0) place = place_of(at, pages);
-    const u8* const from = codes + place * p.pq_dim + chunk * SUBSPACES;
-#pragma unroll
-    for (u32 j = 0; j < EACH; j++) next[j] = __ldg(reinterpret_cast<const uint2*>(from + j * p.pq_dim));
-    if (chunk == 0 && p.n_clusters) next_clusters = __ldg(reinterpret_cast<const u32*>(clusters + place));
-  };
   u32 at = part.position(0);
-  load(at, 0);
   for (u32 i = 0; at - lane * EACH < part.end; i++) {
     const u32 later = part.position(i + 1);
     Entry<HEADS> x[EACH] = {};
     if (p.n_clusters) {
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) {
-        x[j] = reinterpret_cast<const Entry<HEADS>*>(coarse_rows + (next_clusters >> j * 8 & cluster_mask) * ROW_BYTES)[slot];
+        x[j] = reinterpret_cast<const Entry<HEADS>*>(coarse_rows + (ahead.next_clusters >> j * 8 & cluster_mask) * ROW_BYTES)[slot];
       }
     }
 #pragma unroll 1
@@ -109,9 +116,9 @@ __device__ void add_entries(const u8* codes, const u8* clusters, const u32* page
       const u8* const table = rows + chunk * p.n_centroids * ROW_BYTES;
       uint2 bytes[EACH];
 #pragma unroll
-      for (u32 j = 0; j < EACH; j++) bytes[j] = next[j];
+      for (u32 j = 0; j < EACH; j++) bytes[j] = ahead.next[j];
       const bool is_last = chunk + 1 == chunks;
-      load(is_last ? later : at, is_last ? 0 : chunk + 1);
+      ahead.load(is_last ? later : at, is_last ? 0 : chunk + 1, part, p);
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) {
         const u32 turned[2] = {__byte_perm(bytes[j].x, bytes[j].y, order[0]),

@@ -44,20 +44,16 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
       reinterpret_cast<const Entry<HEADS>*>(tables) + first_bundle * u64{table_entries(p)};
   constexpr u32 BOUNDS = UNIT_BOUNDS<HEADS>;
   const float* const own_bounds = bounds + first_bundle * u64{table_units(p)} * BOUNDS;
-  // Codes are on their way to the second-level cache while the tables are loaded.
+  CodesAhead ahead = {codes, clusters, sequence.code_pages};
   u32 at = part.position(0);
-  for (u32 i = 0; at < part.end; at = part.position(++i)) {
-    const u64 place = place_of(at, sequence.code_pages);
-    prefetch(codes + place * p.pq_dim);
-    if (p.n_clusters && lane % 8 == 0) prefetch(clusters + place);
-  }
   const u32 k = static_cast<u32>(p.step.selected(part.n));
   for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   for (u32 bundle = 0; bundle < bundles; bundle++) {
+    ahead.load(at, 0, part, p);
     load_tables<HEADS>(own_tables + bundle * table_entries(p), own_bounds + bundle * table_units(p) * BOUNDS, rows,
                        BY_KV ? nullptr : score_bins, p);
     Stats own[HEADS];
-    add_entries<HEADS, BY_KV>(codes, clusters, sequence.code_pages, rows, scores, bundle, own, histogram, score_bins, part, p);
+    add_entries<HEADS, BY_KV>(ahead, rows, scores, bundle, own, histogram, score_bins, part, p);
     if constexpr (BY_KV) {
       __shared__ Stats of_warps[HEADS][WARPS];
 #pragma unroll
