@@ -8,6 +8,8 @@
 //   the few keys of a decode step, where a thread's walk through all centroids would be all the time there is.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "common.cuh"
 
 // Sub-vectors of one (batch, KV head, subspace).
@@ -180,28 +182,41 @@ __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& c
   if (i >= vectors.count) return;
 
   const bool have_fours = centroids.have_fours(columns);
-  if (ALL && have_fours && own < centroids.count) {
-    // On its way while x is waited for.
-    for (u32 j = 0; j < columns; j += 32) prefetch(centroids.data + own * centroids.row_stride + j);
+  // A block that has one sub-vector reads rows side by side, and waits once for them and for x.
+  __shared__ alignas(16) float table[ALL ? NEAREST_SHARED : 1];
+  const u32 fours = columns / 4, stride = columns | 4;  // threads that read four floats of a row each meet in no bank
+  const bool is_staged = ALL && have_fours && centroids.count * stride <= NEAREST_SHARED;
+  if (is_staged) {
+    const u32 at_once = THREADS / fours, column = own % fours * 4;
+    for (u32 c = own / fours; c < centroids.count && own < at_once * fours; c += at_once) {
+      __pipeline_memcpy_async(&table[c * stride + column], centroids.data + c * centroids.row_stride + column, sizeof(float4));
+    }
+    __pipeline_commit();
   }
   float* x = coordinates[ALL ? 0 : warp];
   for (u32 j = own; j < columns; j += THREADS) x[j] = vectors.coordinate(i, j);
+  if (is_staged) __pipeline_wait_prior(0);
   ALL ? __syncthreads() : __syncwarp();
 
   float best = INFINITY;
   u32 index = UINT32_MAX;
   for (u32 c = own; c < centroids.count; c += THREADS) {
     float distance = 0;
-    if (have_fours) {
+    const auto add_fours = [&](auto four_at) {
       // As many loads on their way as a row of 64 has: one key's time is that of waiting for them.
 #pragma unroll 16
       for (u32 j = 0; j < columns; j += 4) {
-        const float4 a = *reinterpret_cast<const float4*>(x + j), b = centroids.four_at(c, j);
+        const float4 a = *reinterpret_cast<const float4*>(x + j), b = four_at(j);
         distance = add_square(distance, a.x - b.x);
         distance = add_square(distance, a.y - b.y);
         distance = add_square(distance, a.z - b.z);
         distance = add_square(distance, a.w - b.w);
       }
+    };
+    if (is_staged) {
+      add_fours([&](u32 j) { return *reinterpret_cast<const float4*>(&table[c * stride + j]); });
+    } else if (have_fours) {
+      add_fours([&](u32 j) { return centroids.four_at(c, j); });
     } else {
 #pragma unroll 8
       for (u32 j = 0; j < columns; j++) distance = add_square(distance, x[j] - centroids.at(c, j));

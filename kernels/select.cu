@@ -17,7 +17,7 @@ constexpr u32 RUN = EACH * THREADS;
 constexpr u32 MAX_RUNS = 64;
 
 // Floats of products with centroids in shared memory.
-constexpr u32 TILE = 8192;
+constexpr u32 TILE = 9216;
 
 constexpr u32 MAX_SUBSPACES = 256;
 
@@ -228,8 +228,9 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   const u64 length = p.step.length(lens, b);
   const u32 n = p.candidates_of(length, lens), k = p.selected_of(length, lens);
   const u32 end = min((run + 1) * RUN, n), entries = p.pq_dim * p.n_centroids;
-  if (dense) {
-    // This block's share of the weights by position.
+  // This block's share of the weights by position.
+  const auto clear_dense = [&] {
+    if (!dense) return;
     const u32 all = static_cast<u32>(p.step.n), begin = static_cast<u32>(min(u64{run} * p.share, p.step.n));
     const u32 count = min(p.share, all - begin);
     float* const own = dense + u64{row} * all + begin;
@@ -238,9 +239,10 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
     } else {
       for (u32 i = threadIdx.x; i < count; i += THREADS) own[i] = 0;
     }
-  }
+  };
   const u32 own_run = row * p.runs + run;
   if (run * RUN >= end || k == 0) {
+    clear_dense();
     if (threadIdx.x == 0) finalists.counts[own_run] = 0;
     return;
   }
@@ -263,6 +265,7 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   load(0);
   for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;
   const EvenBins<BINS> bins = of_head.make(tables);
+  clear_dense();
 
   const u32 mask = p.n_centroids - 1;  // keeps a byte that is no code inside its table
   float x[EACH] = {};

@@ -31,7 +31,7 @@ const THREADS: u32 = 512;
 /// Candidates of a block, the most blocks a list, and floats of products in shared memory, as in `kernels/select.cu`.
 const RUN: usize = 16 * THREADS as usize;
 const MAX_RUNS: usize = 64;
-const TILE: usize = 8192;
+const TILE: usize = 9216;
 
 /// Shared memory that a block has beside what the launch asks for, at most.
 const STATIC_BYTES: usize = 12 << 10;
