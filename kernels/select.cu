@@ -1,8 +1,8 @@
-// What a decode step attends to by plain PQ codes, a list a query head, in two launches:
+// What a decode step attends to by plain PQ codes, a list a query head, in one launch:
 //
-// 1. `select_finalists`: a block makes its head's tables, scores its run of the candidates, and leaves those that may be among the
-//    k best of all: its own k best, and what shares the last of these one's bin in a histogram.
-// 2. `select_lists`: a block a list finds the k best of the finalists of all runs, and lists them between sink and window.
+// 1. A block makes its head's tables, scores its run of the candidates, and leaves those that may be among the k best of all: its
+//    own k best, and what shares the last of these one's bin in a histogram.
+// 2. The last block of a head finds the k best of the finalists of all runs, and lists them between sink and window.
 //
 // Scores have the bits of score.cu, and ties go to the lower position: the lists are those that topk.cu leads to.
 #include "histogram.cuh"
@@ -11,7 +11,7 @@ constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
 constexpr u32 BINS = 2048;
 
-// Candidates of a thread of `select_finalists`, and of its block. Rust: RUN in ops/select/cuda.rs, and so the next two.
+// Candidates of a thread, and of its block. Rust: RUN in ops/select/cuda.rs, and so the next two and SLACK.
 constexpr u32 EACH = 16;
 constexpr u32 RUN = EACH * THREADS;
 constexpr u32 MAX_RUNS = 64;
@@ -21,8 +21,9 @@ constexpr u32 TILE = 9216;
 
 constexpr u32 MAX_SUBSPACES = 256;
 
-// Finalists that `select_lists` has in shared memory; it reads others where they are.
+// Finalists that the last block has in shared memory, where products were; it reads others where they are.
 constexpr u32 KEPT = 4096;
+static_assert(2 * KEPT <= TILE);
 
 // So many finalists are compared with each other; among more a histogram says where the selection ends.
 constexpr u32 MAX_OPEN = 32;
@@ -45,11 +46,13 @@ struct Select {
   u32 list_len;
   u32 share;       // of the weights by position, a multiple of four
   u32 key_stride;  // of the codes
-  u32 room;        // for a run's finalists: RUN, or all candidates of a shorter one
+  u32 room;        // for a run's finalists
 
   __device__ u32 candidates_of(u64 length, const u32* lens) const {
     return static_cast<u32>(lens ? step.candidates(length) : candidates);
   }
+  // Runs that there are of so many candidates: blocks of other runs have nothing to do, and nobody waits for them.
+  __device__ u32 runs_of(u32 candidates) const { return max((candidates + RUN - 1) / RUN, 1); }
   __device__ u32 selected_of(u64 length, const u32* lens) const {
     return static_cast<u32>(lens ? step.selected(length) : min(step.heavy, candidates));
   }
@@ -215,14 +218,12 @@ struct Tables {
   }
 };
 
-// Grid: (runs, b * h).
+extern __shared__ __align__(16) float shared[];  // the tile and the tables
+
 template <int BYTES, class T>
-__device__ void find_finalists(const T* query, const u8* codes, const float* centroids, const u32* lens, u32* buffer,
-                               float* dense, const Select& p) {
-  extern __shared__ __align__(16) float shared[];  // the tile and the tables
-  __shared__ alignas(16) u32 histogram[BINS];
+__device__ void find_finalists(const T* query, const u8* codes, const float* centroids, const u32* lens, const Finalists& finalists,
+                               float* dense, u32* histogram, const Select& p) {
   __shared__ u32 found[1], wanted[1], counts[WARPS];
-  const Finalists finalists(buffer, gridDim.y, p);
   const u32 row = blockIdx.y, run = blockIdx.x, b = row / p.h, head = row - b * p.h, kv = head / p.group;
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u64 length = p.step.length(lens, b);
@@ -336,45 +337,47 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   }
 }
 
-// Grid: b * h.
-__device__ void write_lists(const u32* lens, u32* buffer, u32* indices, float* weights, u32* list_lens, float* dense,
-                            const Select& p) {
-  __shared__ alignas(16) u32 histogram[BINS];
-  __shared__ u32 kept_ranks[KEPT], kept_keys[KEPT];
+// What is behind those that are kept in shared memory, of the finalists of a list: seldom any, so that its code is out of the way.
+__device__ __noinline__ u32 load_far(const u32* of_runs, const u32* before, u32 room, u32 i) {
+  const u32 run = segment_of<MAX_RUNS>(before, i);
+  return __ldcg(&of_runs[u64{run} * room + (i - before[run])]);
+}
+
+__device__ void write_lists(const u32* lens, const Finalists& all, u32* indices, float* weights, u32* list_lens, float* dense,
+                            u32* histogram, const Select& p) {
+  u32 *const kept_ranks = reinterpret_cast<u32*>(shared), *const kept_keys = kept_ranks + KEPT;
   __shared__ u32 before[MAX_RUNS + 1], counts[WARPS];
   __shared__ u32 least, most, n_open;
   __shared__ u64 open[MAX_OPEN];
-  const u32 row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u64 n = p.step.length(lens, row / p.h);
-  const Finalists all(buffer, gridDim.x, p);
+  const u32 row = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u32 n = static_cast<u32>(p.step.length(lens, row / p.h)), runs = p.runs_of(p.candidates_of(n, lens));
   const u64 first_run = static_cast<u64>(row) * p.runs;
   const u32* const ranks = all.ranks + first_run * p.room;
   const u32* const keys = all.keys + first_run * p.room;
-  const u32 in_run = threadIdx.x < p.runs ? all.counts[first_run + threadIdx.x] : 0;
+  const u32 in_run = threadIdx.x < runs ? __ldcg(&all.counts[first_run + threadIdx.x]) : 0;
   for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;
   if (threadIdx.x == 0) least = UINT32_MAX, most = n_open = 0;
   const u32 before_run = sum_before<THREADS, 1>(in_run);
   if (threadIdx.x <= MAX_RUNS) before[threadIdx.x] = before_run;
   __syncthreads();
   const u32 total = before[MAX_RUNS];
-  const auto place = [&](u32 i) {
-    const u32 run = segment_of<MAX_RUNS>(before, i);
-    return u64{run} * p.room + (i - before[run]);
-  };
-  const auto order = [&](u32 i) { return order_of(i < KEPT ? kept_ranks[i] : ranks[place(i)], i); };
   u32 lowest = UINT32_MAX, highest = 0;
+#pragma unroll 1
   for (u32 i = threadIdx.x; i < total; i += THREADS) {
-    const u64 at = place(i);
-    const u32 rank = ranks[at];
-    if (i < KEPT) kept_ranks[i] = rank, kept_keys[i] = keys[at];
+    const u32 run = segment_of<MAX_RUNS>(before, i);
+    const u64 at = u64{run} * p.room + (i - before[run]);
+    const u32 rank = __ldcg(&ranks[at]), key = __ldcg(&keys[at]);
+    if (i < KEPT) kept_ranks[i] = rank, kept_keys[i] = key;
     lowest = min(lowest, rank), highest = max(highest, rank);
   }
   lowest = __reduce_min_sync(ALL_LANES, lowest), highest = __reduce_max_sync(ALL_LANES, highest);
   if (lane == 0) atomicMin(&least, lowest), atomicMax(&most, highest);
   __syncthreads();
 
+  const auto order = [&](u32 i) { return order_of(i < KEPT ? kept_ranks[i] : load_far(ranks, before, p.room, i), i); };
   End last = {order_of(least, UINT32_MAX), order_of(most, 0), p.selected_of(n, lens), total};
   const auto each_between = [&](auto f) {
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < total; i += THREADS) {
       const u64 x = order(i);
       if (x >= last.low && x <= last.high) f(x);
@@ -391,70 +394,81 @@ __device__ void write_lists(const u32* lens, u32* buffer, u32* indices, float* w
     last.low = __shfl_sync(ALL_LANES, own, __ffs(__ballot_sync(ALL_LANES, above + 1 == last.wanted)) - 1);
   }
 
-  // A warp's finalists follow each other, its lanes take turns at them.
-  const u32 of_warp = (total + THREADS - 1) / THREADS * 32, begin = warp * of_warp, end = min(begin + of_warp, total);
-  const u64 sink = min(p.step.sink, n), window_start = max(n - min(p.step.window, n), sink);
-  // Calls f with the position of each selected key that is neither in sink nor window, or PADDING, for all lanes at once.
-  const auto each_listed = [&](auto f) {
-    for (u32 i = begin + lane; i - lane < end; i += 32) {
-      u64 position = PADDING;
-      if (i < end && order(i) >= last.low) position = p.step.init_offset + (i < KEPT ? kept_keys[i] : keys[place(i)]);
-      const bool is_listed = position >= sink && position < window_start;
-      f(__ballot_sync(ALL_LANES, is_listed), position);
-    }
-  };
-  u32 listed = 0;
-  each_listed([&](u32 are_listed, u64) { listed += __popc(are_listed); });
-  if (lane == 0) counts[warp] = listed;
-  __syncthreads();
-  u32 heavy = 0;
-  u64 next = sink;
-#pragma unroll
-  for (u32 w = 0; w < WARPS; w++) {
-    if (w == warp) next += heavy;
-    heavy += counts[w];
-  }
-  const u64 window_from = sink + heavy, len = window_from + (n - window_start);
+  // Positions fit 32 bits, and so do sums of them with the threads of a block.
+  const u32 sink = static_cast<u32>(min(p.step.sink, u64{n})), window = static_cast<u32>(min(p.step.window, u64{n}));
+  const u32 window_start = max(n - window, sink), init_offset = static_cast<u32>(p.step.init_offset);
   indices += static_cast<u64>(row) * p.list_len;
   weights += static_cast<u64>(row) * p.list_len;
   if (dense) dense += row * p.step.n;
-  const auto put = [&](u64 i, u64 position) {
-    indices[i] = static_cast<u32>(position), weights[i] = position == PADDING ? 0.0f : 1.0f;
+  const auto put = [&](u32 i, u32 position) {
+    indices[i] = position, weights[i] = position == PADDING ? 0.0f : 1.0f;
     if (dense && position != PADDING) dense[position] = 1;
   };
-  each_listed([&](u32 are_listed, u64 position) {
-    if (are_listed >> lane & 1) put(next + __popc(are_listed & ((1u << lane) - 1)), position);
-    next += __popc(are_listed);
-  });
-  for (u64 i = threadIdx.x; i < p.list_len; i += THREADS) {
+  // A warp's finalists follow each other, its lanes take turns at them: they are counted, and then listed, by the same code, which
+  // runs sooner the second time.
+  const u32 of_warp = (total + THREADS - 1) / THREADS * 32, begin = warp * of_warp, end = min(begin + of_warp, total);
+  u32 next = 0, heavy = 0;
+#pragma unroll 1
+  for (bool lists = false;; lists = true) {
+#pragma unroll 1
+    for (u32 i = begin + lane; i - lane < end; i += 32) {
+      // That of a selected key which is neither in sink nor window.
+      u32 position = PADDING;
+      if (i < end && order(i) >= last.low) {
+        position = init_offset + (i < KEPT ? kept_keys[i] : load_far(keys, before, p.room, i));
+      }
+      const bool is_listed = position >= sink && position < window_start;
+      const u32 are_listed = __ballot_sync(ALL_LANES, is_listed);
+      if (lists && is_listed) put(next + __popc(are_listed & ((1u << lane) - 1)), position);
+      next += __popc(are_listed);
+    }
+    if (lists) break;
+    if (lane == 0) counts[warp] = next;
+    __syncthreads();
+    next = sink;
+#pragma unroll
+    for (u32 w = 0; w < WARPS; w++) {
+      if (w == warp) next += heavy;
+      heavy += counts[w];
+    }
+  }
+  const u32 window_from = sink + heavy, len = window_from + (n - window_start);
+#pragma unroll 1
+  for (u32 i = threadIdx.x; i < p.list_len; i += THREADS) {
     if (i < sink) put(i, i);
     if (i >= window_from) put(i, i < len ? window_start + (i - window_from) : PADDING);
   }
-  if (threadIdx.x == 0) list_lens[row] = static_cast<u32>(len);
+  if (threadIdx.x == 0) list_lens[row] = len;
 }
 
-#define FINALISTS(suffix, type, BYTES)                                                            \
-  extern "C" __global__ __launch_bounds__(THREADS, 1) void select_finalists_##suffix##_x##BYTES(  \
-      const type* query,       /* [b, h, 1, head_dim] */                                          \
-      const u8* codes,         /* [b, h_kv, candidates, pq_dim] */                                \
-      const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                       \
-      const u32* lens,         /* [b], or null */                                                 \
-      u32* finalists,          /* as Finalists */                                                 \
-      float* dense,            /* [b, h, step.n], or null */                                      \
-      const __grid_constant__ Select p) {                                                         \
-    find_finalists<BYTES>(query, codes, centroids, lens, finalists, dense, p);                    \
+// Grid: (runs, b * h).
+template <int BYTES, class T>
+__device__ void select(const T* query, const u8* codes, const float* centroids, const u32* lens, u32* buffer, u32* arrived,
+                       u32* indices, float* weights, u32* list_lens, float* dense, const Select& p) {
+  __shared__ alignas(16) u32 histogram[BINS];
+  const Finalists finalists(buffer, gridDim.y, p);
+  const u32 runs = p.runs_of(p.candidates_of(p.step.length(lens, blockIdx.y / p.h), lens));
+  if (blockIdx.x >= runs) return;
+  find_finalists<BYTES>(query, codes, centroids, lens, finalists, dense, histogram, p);
+  if (is_last(&arrived[blockIdx.y], runs)) {
+    write_lists(lens, finalists, indices, weights, list_lens, dense, histogram, p);
   }
-#define KERNELS(suffix, type) \
-  FINALISTS(suffix, type, 1) FINALISTS(suffix, type, 2) FINALISTS(suffix, type, 4)
-FOR_EACH_FLOAT(KERNELS)
-
-extern "C" __global__ __launch_bounds__(THREADS) void select_lists(
-    const u32* lens,   // [b], or null
-    u32* finalists,    // as Finalists
-    u32* indices,      // [b, h, list_len]
-    float* weights,    // [b, h, list_len]
-    u32* list_lens,    // [b, h]
-    float* dense,      // [b, h, step.n], or null
-    const __grid_constant__ Select p) {
-  write_lists(lens, finalists, indices, weights, list_lens, dense, p);
 }
+
+#define KERNEL(suffix, type, BYTES)                                                                           \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void select_##suffix##_x##BYTES(                        \
+      const type* query,       /* [b, h, 1, head_dim] */                                                      \
+      const u8* codes,         /* [b, h_kv, candidates, pq_dim] */                                            \
+      const float* centroids,  /* [b, h_kv, pq_dim, n_centroids, pq_len] */                                   \
+      const u32* lens,         /* [b], or null */                                                             \
+      u32* finalists,          /* as Finalists */                                                             \
+      u32* arrived,            /* [b, h] */                                                                   \
+      u32* indices,            /* [b, h, list_len] */                                                         \
+      float* weights,          /* [b, h, list_len] */                                                         \
+      u32* list_lens,          /* [b, h] */                                                                   \
+      float* dense,            /* [b, h, step.n], or null */                                                  \
+      const __grid_constant__ Select p) {                                                                     \
+    select<BYTES>(query, codes, centroids, lens, finalists, arrived, indices, weights, list_lens, dense, p);  \
+  }
+#define KERNELS(suffix, type) KERNEL(suffix, type, 1) KERNEL(suffix, type, 2) KERNEL(suffix, type, 4)
+FOR_EACH_FLOAT(KERNELS)

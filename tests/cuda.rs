@@ -1552,7 +1552,7 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     cache.append(&prompt, &prompt)?;
     cache.build_index()?;
     let unallocated = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
-    assert!(unallocated.contains("a step of these sizes before"), "{unallocated}");
+    assert!(unallocated.contains("a call of these sizes before"), "{unallocated}");
 
     let mut cache = attn.new_cache([1, 2, 64], 200, DType::F32, &gpu)?;
     cache.append(&prompt, &prompt)?;

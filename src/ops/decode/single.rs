@@ -6,7 +6,8 @@ use super::workspace::Buffers;
 use super::{Plan, SelectionPlan, Sequences, OP};
 use crate::cache::Index;
 use crate::cuda::{self, Step};
-use crate::ops::{group_mass, indices_and_weights, score, select, sparse_attend, tail_attend, topk};
+use crate::ops::select::Selector;
+use crate::ops::{group_mass, indices_and_weights, score, sparse_attend, tail_attend, topk};
 
 /// Writes the output, `[1, b, h, head_dim]`.
 pub(super) fn run(
@@ -58,13 +59,13 @@ fn list_keys(
     let indices = buffers.indices.of(device, entries, DType::U32)?;
     let list_lens = buffers.list_lens.of(device, plan.topk.rows, DType::U32)?;
     let weights = buffers.weights.of(device, entries, DType::F32)?;
-    let together = match plan.mass.is_none() && plan.tail.is_none() {
-        true => select::Kernels::new(&plan.score, &plan.lists, plan.topk.k, dtype, device)?,
+    let selector = match plan.mass.is_none() && plan.tail.is_none() {
+        true => Selector::new(&plan.score, &plan.lists, plan.topk.k, dtype, device)?,
         false => None,
     };
-    if let Some(kernels) = together {
-        let finalists = buffers.finalists.of(device, kernels.finalists_len(), DType::U32)?;
-        return kernels.run((step, plan.topk.n), lens, inputs, finalists, [indices, list_lens, weights], None);
+    if let Some(selector) = selector {
+        let between = [&mut buffers.finalists, &mut buffers.arrived];
+        return selector.run((step, plan.topk.n), lens, inputs, between, [indices, list_lens, weights], None);
     }
 
     let kernels = score::Kernels::new(&plan.score, query)?;

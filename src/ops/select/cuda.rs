@@ -1,8 +1,11 @@
+use std::sync::LazyLock;
+
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::{Plan, Selected, OP};
 use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
+use crate::ops::decode::{Buffer, Workspace};
 use crate::ops::{indices_and_weights, score};
 
 /// `kernels/select.cu`
@@ -28,10 +31,12 @@ struct Select {
 
 const THREADS: u32 = 512;
 
-/// Candidates of a block, the most blocks a list, and floats of products in shared memory, as in `kernels/select.cu`.
+/// Candidates of a block, the most blocks a list, floats of products in shared memory, and finalists of a run beyond those that are
+/// selected, as in `kernels/select.cu`.
 const RUN: usize = 16 * THREADS as usize;
 const MAX_RUNS: usize = 64;
 const TILE: usize = 9216;
+const SLACK: usize = 512;
 
 /// Shared memory that a block has beside what the launch asks for, at most.
 const STATIC_BYTES: usize = 12 << 10;
@@ -39,11 +44,14 @@ const STATIC_BYTES: usize = 12 << 10;
 /// The most code bytes that a thread loads at once: more take more registers than it has.
 const MAX_CODE_BYTES: usize = 4;
 
-/// Numbers between the launches, 256 MB; single launches need fewer where there are many lists.
+/// Numbers that blocks leave each other, 256 MB; single launches need fewer where there are many lists.
 const MAX_NUMBERS: usize = 1 << 26;
 
 /// Keys that are certain to be left of all runs, at most: with more, and with half of the candidates, single launches are faster.
 const MAX_FINALISTS: usize = 16_384;
+
+/// What the blocks of a call leave each other, for each stream. A call follows the one before, and what it counts in is zero again.
+static WORKSPACE: LazyLock<Workspace> = LazyLock::new(Workspace::default);
 
 pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<Option<(Selected, Option<Tensor>)>> {
     let [query, ..] = inputs;
@@ -51,26 +59,26 @@ pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<O
         return Ok(None);
     }
     let device = query.device().as_cuda_device()?;
-    let Some(kernels) = Kernels::new(&plan.score, &plan.lists, plan.k, query.dtype(), device)? else {
+    let Some(selector) = Selector::new(&plan.score, &plan.lists, plan.k, query.dtype(), device)? else {
         return Ok(None);
     };
     let ([b, h, ..], candidates) = (plan.score.query.dims, plan.score.codes.dims[2]);
     let geometry = plan.lists.geometry;
     let step = Step::of_geometry(geometry, plan.k);
     let lists = [b, h, plan.lists.list_len];
-    let mut finalists = cuda::output(device, kernels.finalists_len(), DType::U32)?;
     let mut indices = cuda::output(device, lists.as_slice(), DType::U32)?;
     let mut lens = cuda::output(device, (b, h), DType::U32)?;
     let mut weights = cuda::output(device, lists.as_slice(), DType::F32)?;
     let mut dense = is_dense.then(|| cuda::output(device, (b, h, geometry.n), DType::F32)).transpose()?;
-    {
+    WORKSPACE.with(device, |buffers| {
         let (storages, places) = cuda::lock(&inputs.map(Some));
         let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
         let of = |place: Option<usize>| storages[place.unwrap_or(0)];
         let inputs = [of(places[0]), of(places[1]), of(places[2])];
         let outputs = [&mut indices, &mut lens, &mut weights];
-        kernels.run((step, candidates), None, inputs, &mut finalists, outputs, dense.as_mut())?;
-    }
+        let between = [&mut buffers.finalists, &mut buffers.arrived];
+        selector.run((step, candidates), None, inputs, between, outputs, dense.as_mut())
+    })?;
     let tensor = |storage, dims: &[usize]| {
         Tensor::from_storage(Storage::Cuda(storage), dims.to_vec(), BackpropOp::none(), false)
     };
@@ -80,10 +88,9 @@ pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<O
     Ok(Some((selected, dense)))
 }
 
-/// Both launches of a plan.
-pub(crate) struct Kernels {
-    finalists: Kernel,
-    lists: Kernel,
+/// The launch of a plan.
+pub(crate) struct Selector {
+    kernel: Kernel,
     params: Select,
     rows: usize,
     runs: usize,
@@ -91,7 +98,7 @@ pub(crate) struct Kernels {
     shared_bytes: usize,
 }
 
-impl Kernels {
+impl Selector {
     /// For at most the candidates, `k` and list length of the plans; None where single launches do better, or alone can.
     pub(crate) fn new(
         plan: &score::Plan,
@@ -106,7 +113,7 @@ impl Kernels {
         let (rows, runs) = (b * h, n.div_ceil(RUN).max(1));
         let shared_bytes = (TILE + pq_dim * n_centroids) * size_of::<f32>();
         let is_few = runs <= MAX_RUNS && runs.saturating_mul(k) <= MAX_FINALISTS.min(n / 2);
-        let room = RUN.min(n.next_multiple_of(32));
+        let room = RUN.min(k + SLACK);
         let finalists_len = rows.saturating_mul(runs).saturating_mul(1 + 2 * room);
         let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes && rows <= 65_535 && finalists_len <= MAX_NUMBERS;
         let share = lists.geometry.n.div_ceil(runs).checked_next_multiple_of(4).map(u32::try_from);
@@ -135,8 +142,7 @@ impl Kernels {
         };
         let (bytes, suffix) = (score::code_bytes(plan, MAX_CODE_BYTES), cuda::suffix(dtype));
         Ok(Some(Self {
-            finalists: Kernel::new(device, Module::Select, format!("select_finalists_{suffix}_x{bytes}"))?,
-            lists: Kernel::new(device, Module::Select, "select_lists")?,
+            kernel: Kernel::new(device, Module::Select, format!("select_{suffix}_x{bytes}"))?,
             params,
             rows,
             runs,
@@ -145,27 +151,24 @@ impl Kernels {
         }))
     }
 
-    /// Numbers that the first launch leaves: for each list and run a count, and two for each candidate.
-    pub(crate) fn finalists_len(&self) -> usize {
-        self.finalists_len
-    }
-
     /// Selects of the candidates of `step`, of sequences of `lens`, or else of so many.
     pub(crate) fn run(
         &self,
         (step, candidates): (Step, usize),
         lens: Option<&CudaStorage>,
         [query, codes, centroids]: [&CudaStorage; 3],
-        finalists: &mut CudaStorage,
+        [finalists, arrived]: [&mut Buffer; 2],
         [indices, list_lens, weights]: [&mut CudaStorage; 3],
-        mut dense: Option<&mut CudaStorage>,
+        dense: Option<&mut CudaStorage>,
     ) -> Result<()> {
+        let (_, device) = cuda::kind(query);
+        // For each list and run a count, and two numbers for each finalist.
+        let finalists = finalists.of(device, self.finalists_len, DType::U32)?;
+        let arrived = arrived.zeroed(device, self.rows, DType::U32)?;
         let params = Params(Select { step, candidates: candidates as u64, ..self.params });
-        let launch = self.finalists.launch().input(query)?.input(codes)?.input(centroids)?.input_or_null(lens)?;
-        let launch = launch.output(finalists)?.output_or_null(dense.as_deref_mut())?.value(&params);
-        launch.run([self.runs, self.rows, 1], THREADS, self.shared_bytes)?;
-        let launch = self.lists.launch().input_or_null(lens)?.output(finalists)?;
-        let launch = launch.output(indices)?.output(weights)?.output(list_lens)?.output_or_null(dense)?;
-        launch.value(&params).run([self.rows, 1, 1], THREADS, 0)
+        let launch = self.kernel.launch().input(query)?.input(codes)?.input(centroids)?.input_or_null(lens)?;
+        let launch = launch.output(finalists)?.output(arrived)?.output(indices)?.output(weights)?.output(list_lens)?;
+        let launch = launch.output_or_null(dense)?.value(&params);
+        launch.run([self.runs, self.rows, 1], THREADS, self.shared_bytes)
     }
 }

@@ -3,7 +3,7 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
-pub(super) use cuda::Kernels;
+pub(super) use cuda::Selector;
 
 use candle_core::{bail, Result, Tensor};
 
@@ -16,8 +16,9 @@ const OP: &str = "select";
 /// Scores candidates from their codes, and lists the `k` best of them between sink and window: [`score`](super::score()),
 /// [`topk`](super::topk()) and [`indices_and_weights`](super::indices_and_weights()) in one call, with the same result to the bit.
 ///
-/// On a GPU it takes two launches, which leave no scores in memory, where the tables of a query head fit a block's shared memory
-/// and the candidates of a sequence are at most 524,288 and many more than `k`; otherwise those of the three.
+/// On a GPU it takes one launch, which leaves no scores in memory, where the tables of a query head fit a block's shared memory
+/// and the candidates of a sequence are at most 524,288 and many more than `k`; otherwise those of the three. What blocks of that
+/// launch leave each other, a few hundred bytes a list and key of `k`, has a place for each stream, which stays.
 ///
 /// # Shapes
 /// - `query`: `[b, h, 1, head_dim]`, f32, f16 or bf16
