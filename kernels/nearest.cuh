@@ -171,6 +171,13 @@ __device__ inline Nearest nearest_of_lanes(Nearest own) {
 
 constexpr int MAX_COLUMNS = 260;  // a multiple of four
 
+// Bytes of shared memory that the launch asked for.
+__device__ inline u32 dynamic_shared_bytes() {
+  u32 bytes;
+  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
 // As `nearest_by_thread`, for any length; a block covers one sub-vector a warp, or `ALL` warps share one.
 template <bool ALL, class T, class Write>
 __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& centroids, u64 block, Write write) {
@@ -182,10 +189,15 @@ __device__ void nearest_by_warp(const SubVectors<T>& vectors, const Centroids& c
   if (i >= vectors.count) return;
 
   const bool have_fours = centroids.have_fours(columns);
-  // A block that has one sub-vector reads rows side by side, and waits once for them and for x.
-  __shared__ alignas(16) float table[ALL ? NEAREST_SHARED : 1];
+  // A block that has one sub-vector reads rows side by side, and waits once for them and for x: where the launch has shared memory
+  // for them.
+  extern __shared__ __align__(16) float table[];
   const u32 fours = columns / 4, stride = columns | 4;  // threads that read four floats of a row each meet in no bank
-  const bool is_staged = ALL && have_fours && centroids.count * stride <= NEAREST_SHARED;
+  const bool is_staged = ALL && have_fours && centroids.count * stride * sizeof(float) <= dynamic_shared_bytes();
+  if (ALL && have_fours && !is_staged && own < centroids.count) {
+    // On its way while x is waited for.
+    for (u32 j = 0; j < columns; j += 32) prefetch(centroids.data + own * centroids.row_stride + j);
+  }
   if (is_staged) {
     const u32 at_once = THREADS / fours, column = own % fours * 4;
     for (u32 c = own / fours; c < centroids.count && own < at_once * fours; c += at_once) {

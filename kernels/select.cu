@@ -30,6 +30,7 @@ constexpr u32 MAX_OPEN = 32;
 
 // A run may have so many finalists more than are selected.
 constexpr u32 SLACK = 512;
+static_assert(SLACK >= MAX_OPEN);
 
 struct Select {
   View<4> query;
@@ -229,7 +230,7 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   const u64 length = p.step.length(lens, b);
   const u32 n = p.candidates_of(length, lens), k = p.selected_of(length, lens);
   const u32 end = min((run + 1) * RUN, n), entries = p.pq_dim * p.n_centroids;
-  // This block's share of the weights by position.
+  // This block's share of the weights by position, which there are of candidates without lens.
   const auto clear_dense = [&] {
     if (!dense) return;
     const u32 all = static_cast<u32>(p.step.n), begin = static_cast<u32>(min(u64{run} * p.share, p.step.n));
@@ -266,7 +267,7 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   load(0);
   for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;
   const EvenBins<BINS> bins = of_head.make(tables);
-  clear_dense();
+  clear_dense();  // behind all loads that are waited for
 
   const u32 mask = p.n_centroids - 1;  // keeps a byte that is no code inside its table
   float x[EACH] = {};

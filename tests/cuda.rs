@@ -141,6 +141,48 @@ fn encode() -> Result<()> {
     Ok(())
 }
 
+/// Keys that are few enough for a block of threads to have a sub-vector: centroids that fit its shared memory, that do not, that are
+/// read one float at a time, and that lie where four cannot be.
+#[test]
+fn encode_of_few_keys() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    let mut rng = Rng(42);
+    for (bits, pq_len, augmented) in [
+        (6, 64, false),
+        (8, 28, false),
+        (8, 32, false),
+        (7, 60, false),
+        (7, 64, false),
+        (8, 16, false),
+        (6, 10, false),
+        (4, 3, true),
+        (5, 7, true),
+        (8, 31, true),
+    ] {
+        for (n, dtype) in (1..=5).zip([DType::F32, DType::F16, DType::BF16, DType::F32, DType::F32]) {
+            let columns = pq_len + usize::from(augmented);
+            let [keys, cpu_keys] = pair(&mut rng, &gpu, &[2, 2, n, 3 * pq_len], dtype, Strides::Contiguous)?;
+            let dims = [2, 2, 3, 1 << bits, columns + 6];
+            let [wide, cpu_wide] = pair(&mut rng, &gpu, &dims, DType::F32, Strides::Contiguous)?;
+            let [phi, cpu_phi] = pair(&mut rng, &gpu, &[2, 2, 3], DType::F32, Strides::Contiguous)?;
+            for (first, whole) in [(0, true), (0, false), (1, false), (4, false)] {
+                let of = |wide: &Tensor| {
+                    let part = wide.narrow(4, first, columns)?;
+                    if whole {
+                        part.contiguous()
+                    } else {
+                        Ok(part)
+                    }
+                };
+                let got = ops::encode(&keys, &of(&wide)?, augmented.then_some(&phi))?;
+                let want = ops::encode(&cpu_keys, &of(&cpu_wide)?, augmented.then_some(&cpu_phi))?;
+                assert_same_integers(&format!("{bits} {pq_len} {augmented} {n} {first} {whole}"), &got, &want);
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn encode_nan() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
@@ -354,6 +396,121 @@ fn select_at_the_extremes() -> Result<()> {
         let want = ops::select(&cpu_query, &cpu_many, &cpu_centroids, 300, geometry)?;
         assert_same_integers("many alike", &got.indices, &want.indices);
     }
+    Ok(())
+}
+
+/// Without candidates, and with more sinks than keys.
+#[test]
+fn select_of_next_to_nothing() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(read);
+    let mut rng = Rng(43);
+    let [query, cpu_query] = pair(&mut rng, &gpu, &[1, 4, 1, 8], DType::F32, Strides::Contiguous)?;
+    let [centroids, cpu_centroids] = pair(&mut rng, &gpu, &[1, 2, 2, 16, 4], DType::F32, Strides::Contiguous)?;
+    for (n, [sink, window, init_offset], length) in
+        [(0, [4, 4, 4], 4), (0, [9, 0, 0], 3), (40, [99, 99, 2], 50), (40, [0, 0, 0], 40), (1, [0, 0, 0], 1)]
+    {
+        let [codes, cpu_codes] = codes(&mut rng, &gpu, &[1, 2, n, 2], 16, Strides::Contiguous)?;
+        for k in [0, 1, 20] {
+            let geometry = Geometry { n: length, sink, window, init_offset };
+            let (got, dense) = ops::select_dense(&query, &codes, &centroids, k, geometry)?;
+            let (want, cpu_dense) = ops::select_dense(&cpu_query, &cpu_codes, &cpu_centroids, k, geometry)?;
+            let what = format!("{n} {k} {geometry:?}");
+            assert_same_integers(&what, &got.lens, &want.lens);
+            assert_same_integers(&what, &got.indices, &want.indices);
+            assert_same_bits(&what, &got.weights, &want.weights)?;
+            assert_same_bits(&what, &dense, &cpu_dense)?;
+        }
+    }
+    Ok(())
+}
+
+/// A captured call, replayed between others of other shapes, on a thread that called before, and on one that did not.
+#[test]
+fn captured_selects_equal_eager_ones() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(write);
+    let run = |gpu: &Device, is_first: bool| -> Result<()> {
+        let mut rng = Rng(44);
+        let [codes, _] = codes(&mut rng, gpu, &[2, 2, 20_000, 2], 64, Strides::Contiguous)?;
+        let [centroids, _] = pair(&mut rng, gpu, &[2, 2, 2, 64, 16], DType::F32, Strides::Contiguous)?;
+        let [queries, _] = pair(&mut rng, gpu, &[2, 8, 10, 32], DType::F32, Strides::Contiguous)?;
+        let geometry = Geometry { n: 20_100, sink: 4, window: 64, init_offset: 4 };
+        let select = |query: &Tensor, k: usize| ops::select_dense(query, &codes, &centroids, k, geometry);
+        let query = queries.narrow(2, 0, 1)?.contiguous()?;
+        let indices = Tensor::zeros((2, 8, 4 + 100 + 64), DType::U32, gpu)?;
+        let dense = Tensor::zeros((2, 8, 20_100), DType::F32, gpu)?;
+        if !is_first {
+            select(&query, 100)?;
+        }
+        let graph = capture(gpu, || {
+            let (selected, by_position) = select(&query, 100)?;
+            indices.slice_set(&selected.indices, 0, 0)?;
+            dense.slice_set(&by_position, 0, 0)
+        })?;
+        for step in 0..10 {
+            query.slice_set(&queries.narrow(2, step, 1)?.contiguous()?, 0, 0)?;
+            select(&query.narrow(0, 1, 1)?.repeat((2, 1, 1, 1))?, 7)?;
+            graph.launch().w()?;
+            let (want, by_position) = select(&query, 100)?;
+            assert_same_integers(&format!("step {step}"), &indices, &want.indices);
+            assert_same_bits(&format!("step {step}"), &dense, &by_position.to_device(&Device::Cpu)?)?;
+        }
+        Ok(())
+    };
+    run(&gpu, false)?;
+    let on_a_thread = std::thread::spawn(move || run(&Device::new_cuda(0)?, true));
+    on_a_thread.join().expect("a thread that ends")
+}
+
+/// Steps whose lists are those of `select` as candidates grow into a second run and go back, one by one and replayed, in a cache with
+/// room for more: against the CPU's.
+#[test]
+fn selected_lists_of_a_cache_that_grows() -> Result<()> {
+    let (_guard, gpu) = gpu_or_skip!(write);
+    let (h, h_kv, d, prompt, steps) = (8, 2, 64, 8200, 120);
+    let mut rng = Rng(45);
+    let config = PqConfig {
+        heavy: Heavy::Keys(40),
+        pq_dim: 2,
+        pq_bits: 6,
+        coarse: 0,
+        tail: Tail::None,
+        query_weights: false,
+        refresh: 10.0, // replays do not train
+        ..PqConfig::default()
+    };
+    let attn = PqAttention::new(config, 0.125)?;
+    let all = pair(&mut rng, &gpu, &[1, h + 2 * h_kv, prompt + steps, d], DType::F32, Strides::Contiguous)?;
+    let forward = |qkv: &Tensor, cache: &mut PqKvCache| {
+        let (q, k) = (qkv.narrow(1, 0, h)?, qkv.narrow(1, h, h_kv)?);
+        attn.forward(&q, &k, &qkv.narrow(1, h + h_kv, h_kv)?, cache)
+    };
+    let read = |all: &Tensor| -> Result<PqKvCache> {
+        let mut cache = attn.new_cache([1, h_kv, d], 20_000, DType::F32, all.device())?;
+        cache.append(
+            &all.narrow(1, h, h_kv)?.narrow(2, 0, prompt)?,
+            &all.narrow(1, h + h_kv, h_kv)?.narrow(2, 0, prompt)?,
+        )?;
+        cache.build_index()?;
+        Ok(cache)
+    };
+    let (mut eager, mut replayed, mut cpu) = (read(&all[0])?, [read(&all[0])?], read(&all[1])?);
+    assert!(eager.len() - attn.config().window - attn.config().init_offset() < 8192);
+    let mut graph = DecodeGraph::new(|qkv: &Tensor, _: &Tensor, caches: &mut [PqKvCache]| forward(qkv, &mut caches[0]));
+    let mut replays = 0;
+    for round in 0..2 {
+        for step in prompt..prompt + steps {
+            let [qkv, cpu_qkv] = [&all[0], &all[1]].map(|all| all.narrow(2, step, 1));
+            let (qkv, cpu_qkv) = (qkv?, cpu_qkv?);
+            let (got, want) = (forward(&qkv, &mut eager)?, forward(&cpu_qkv, &mut cpu)?);
+            let what = format!("round {round}, step {step}");
+            assert_close(&what, &got, &want, 1e-4);
+            replays += usize::from(graph.is_replay(&replayed));
+            assert_same_bits(&what, &graph.step(&qkv, &mut replayed)?, &got.to_device(&Device::Cpu)?)?;
+        }
+        assert!(eager.len() - attn.config().window - attn.config().init_offset() > 8192);
+        [&mut eager, &mut replayed[0], &mut cpu].into_iter().try_for_each(|cache| cache.truncate(prompt))?;
+    }
+    assert!(replays > steps, "{replays} of {} steps were replays", 2 * steps);
     Ok(())
 }
 
@@ -1552,7 +1709,7 @@ fn captures_that_cannot_be_replayed_are_refused() -> Result<()> {
     cache.append(&prompt, &prompt)?;
     cache.build_index()?;
     let unallocated = message(capture(&gpu, || attn.forward(&one, &one, &one, &mut cache).map(drop)));
-    assert!(unallocated.contains("a call of these sizes before"), "{unallocated}");
+    assert!(unallocated.contains("a step of these sizes before"), "{unallocated}");
 
     let mut cache = attn.new_cache([1, 2, 64], 200, DType::F32, &gpu)?;
     cache.append(&prompt, &prompt)?;

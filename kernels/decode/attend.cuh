@@ -16,6 +16,9 @@ constexpr int ATTEND_BLOCKS = D > 128 ? 2 : 0;
 template <bool BY_KV, int D>
 constexpr u32 RESOLVED = BY_KV && D <= 128 ? 512 : 256;
 
+// And of its open keys, at most, of which it has the ranks as well.
+constexpr u32 RESOLVED_OPEN = 64;
+
 // A list's keys as they are ranked: masses of a row, or scores of one head of a bundle.
 template <int HEADS, bool BY_KV>
 struct Ranked {
@@ -52,6 +55,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   __shared__ u32 before_sure[LISTS][WARPS + 1], before_open[LISTS][WARPS + 1];
   __shared__ u64 pivots[LISTS];
   __shared__ u32 places[LISTS][RESOLVED<BY_KV, D>];
+  __shared__ u64 open_ranks[LISTS][RESOLVED_OPEN];  // 0 for sinks
   u32(&digits)[LISTS][256] = *reinterpret_cast<u32(*)[LISTS][256]>(places);
   static_assert(RESOLVED<BY_KV, D> >= 256);
   const u32 kv = blockIdx.y / p.bundles;
@@ -185,15 +189,22 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const bool compares = __syncthreads_and(n_open_all <= COMPARED);
   const u32* const own = of_list + static_cast<u64>(split) * per_split;
   const u32 n_sure = before_sure[list][WARPS], n_open = before_open[list][WARPS];
-  const auto sure_position = [&](u32 row) {
-    const u32 segment = segment_of<WARPS>(before_sure[list], row);
-    return own[segment * per_warp + (row - before_sure[list][segment])];
+  // Of the `row`-th listed key: those that are sure come first.
+  const auto position_of = [&](u32 row) {
+    const bool is_open = row >= n_sure;
+    const u32* const before = is_open ? before_open[list] : before_sure[list];
+    row -= is_open ? n_sure : 0;
+    const u32 segment = segment_of<WARPS>(before, row), in_segment = row - before[segment];
+    return own[is_open ? (segment + 1) * per_warp - 1 - in_segment : segment * per_warp + in_segment];
   };
+  const auto open_rank = [&](u32 position) { return position < part.sink ? 0 : rank_of(ranked[position], position); };
+  const u32 n_listed = n_sure + n_open, n_resolved = min(n_sure + min(n_open, RESOLVED_OPEN), RESOLVED<BY_KV, D>);
   const auto resolve = [&] {
-    for (u32 i = tid % LIST_THREADS; i < min(n_sure, RESOLVED<BY_KV, D>); i += LIST_THREADS) {
-      const u32 at = place(sure_position(i));
+    for (u32 i = tid % LIST_THREADS; i < n_resolved; i += LIST_THREADS) {
+      const u32 position = position_of(i), at = place(position);
       places[list][i] = at;
       fetch(at);
+      if (i >= n_sure) open_ranks[list][i - n_sure] = open_rank(position);
     }
   };
   // Where an open key counts in the tail: its cluster, and its shares or scores.
@@ -261,7 +272,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     if (is_early) add_open(open[0], early);
     if (!compares) each_open([&](u64 rank) { add_open(rank, load_open(rank)); });
   }
-  const u32 n_rows = n_sure + n_open + (edges > split ? (edges - split + splits - 1) / splits : 0);
+  const u32 n_rows = n_listed + (edges > split ? (edges - split + splits - 1) / splits : 0);
   float acc[PER_GROUP][8], top[PER_GROUP], sum[PER_GROUP];
 #pragma unroll
   for (int h = 0; h < PER_GROUP; h++) {
@@ -275,17 +286,18 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     bool is_attended[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-      u32 row = i + u * LIST_GROUPS, at = 0;  // where its key is
+      const u32 row = i + u * LIST_GROUPS;
+      u32 at = 0;  // where its key is
       is_attended[u] = row < n_rows;
-      if (row < n_sure) {
-        at = row < RESOLVED<BY_KV, D> ? places[list][row] : place(sure_position(row));
-      } else if ((row -= n_sure) < n_open) {
-        const u32 segment = segment_of<WARPS>(before_open[list], row);
-        const u32 position = own[(segment + 1) * per_warp - 1 - (row - before_open[list][segment])];
-        is_attended[u] = rank_of(ranked[position], position) >= pivots[list] && position >= part.sink;
+      if (row < n_resolved) {
+        at = places[list][row];
+        if (row >= n_sure) is_attended[u] = open_ranks[list][row - n_sure] >= pivots[list];
+      } else if (row < n_listed) {
+        const u32 position = position_of(row);
         at = place(position);
+        if (row >= n_sure) is_attended[u] = open_rank(position) >= pivots[list];
       } else if (is_attended[u]) {
-        at = place(edge_position(split + (row - n_open) * splits));
+        at = place(edge_position(split + (row - n_listed) * splits));
       }
       key[u] = value[u] = {};
       if (is_attended[u] && e < p.head_dim) {

@@ -13,9 +13,11 @@
 #![allow(unsafe_code)]
 
 mod address;
+mod counts;
 mod graph;
 mod matmul;
 pub(crate) use address::{lock, Addresses};
+pub(crate) use counts::{with_counts, MAX_COUNTS};
 pub(crate) use graph::{check_capturable, Graph};
 pub(crate) use matmul::matmul_to_f32;
 

@@ -22,7 +22,6 @@ use crate::cache::Index;
 use crate::config::{PqConfig, Selection};
 use crate::cuda::{self, Lens, Step};
 use fused::Fused;
-pub(super) use workspace::Buffer;
 pub(crate) use workspace::Workspace;
 
 const OP: &str = "decode";

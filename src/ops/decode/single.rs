@@ -64,8 +64,10 @@ fn list_keys(
         false => None,
     };
     if let Some(selector) = selector {
-        let between = [&mut buffers.finalists, &mut buffers.arrived];
-        return selector.run((step, plan.topk.n), lens, inputs, between, [indices, list_lens, weights], None);
+        let finalists = buffers.finalists.of(device, selector.finalists_len(), DType::U32)?;
+        let arrived = buffers.arrived.zeroed(device, selector.lists(), DType::U32)?;
+        let outputs = [indices, list_lens, weights];
+        return selector.run((step, plan.topk.n), lens, inputs, [finalists, arrived], outputs, None);
     }
 
     let kernels = score::Kernels::new(&plan.score, query)?;

@@ -3,14 +3,15 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 
+use candle_core::cuda_backend::DeviceId;
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Tensor};
 
 use super::fused::{self, Fused};
 use super::{Sequences, OP};
 use crate::cuda;
 
-/// What launches leave to each other, and a launch's blocks, for each stream: all layers of a model share it, which keeps it in
-/// the second-level cache.
+/// What the launches of a step leave to each other, for each stream: all layers of a model share it, which keeps it in the
+/// second-level cache.
 ///
 /// A stream's launches follow each other, and so do the steps of several caches. Most of Candle's devices have a stream a
 /// thread: each thread that decodes has buffers of its own, which stay as long as the attention. They could be freed with
@@ -18,15 +19,14 @@ use crate::cuda;
 #[derive(Clone, Default)]
 pub(crate) struct Workspace(Arc<Mutex<HashMap<Stream, Buffers>>>);
 
-/// A device and a stream of it, and the thread where that says which.
-type Stream = (usize, usize, Option<ThreadId>);
+/// A device, and a thread where that says which stream.
+type Stream = (DeviceId, Option<ThreadId>);
 
 fn stream_of(device: &CudaDevice) -> Stream {
     // CU_STREAM_PER_THREAD, a number in the place of a pointer.
     const PER_THREAD: usize = 2;
-    let stream = device.cuda_stream();
-    let address = stream.cu_stream().addr();
-    (stream.context().ordinal(), address, (address == PER_THREAD).then(|| thread::current().id()))
+    let is_per_thread = device.cuda_stream().cu_stream().addr() == PER_THREAD;
+    (device.id(), is_per_thread.then(|| thread::current().id()))
 }
 
 impl fmt::Debug for Workspace {
@@ -37,11 +37,7 @@ impl fmt::Debug for Workspace {
 
 impl Workspace {
     /// Calls `launch` with the buffers of this thread's stream on a device.
-    pub(in crate::ops) fn with<T>(
-        &self,
-        device: &CudaDevice,
-        launch: impl FnOnce(&mut Buffers) -> Result<T>,
-    ) -> Result<T> {
+    pub(super) fn with<T>(&self, device: &CudaDevice, launch: impl FnOnce(&mut Buffers) -> Result<T>) -> Result<T> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let buffers = all.entry(stream_of(device)).or_default();
         if cuda::is_capturing(device)? {
@@ -68,8 +64,8 @@ impl Workspace {
 macro_rules! buffers {
     ($($name:ident)*) => {
         #[derive(Default)]
-        pub(in crate::ops) struct Buffers {
-            $(pub(in crate::ops) $name: Buffer,)*
+        pub(super) struct Buffers {
+            $(pub(super) $name: Buffer,)*
             last: Option<Last>,
         }
 
@@ -126,7 +122,7 @@ impl Buffers {
 
 /// Memory that grows to the most that was ever asked of it.
 #[derive(Default)]
-pub(in crate::ops) struct Buffer {
+pub(super) struct Buffer {
     storage: Option<(CudaStorage, usize)>,
     /// Whether captured graphs may use the storage.
     is_captured: bool,
@@ -136,17 +132,12 @@ pub(in crate::ops) struct Buffer {
 
 impl Buffer {
     /// At least `count` elements.
-    pub(in crate::ops) fn of(&mut self, device: &CudaDevice, count: usize, dtype: DType) -> Result<&mut CudaStorage> {
+    pub(super) fn of(&mut self, device: &CudaDevice, count: usize, dtype: DType) -> Result<&mut CudaStorage> {
         self.of_new(device, count, || cuda::output(device, count, dtype))
     }
 
     /// As [`of`](Self::of), zeroed when they are allocated.
-    pub(in crate::ops) fn zeroed(
-        &mut self,
-        device: &CudaDevice,
-        count: usize,
-        dtype: DType,
-    ) -> Result<&mut CudaStorage> {
+    pub(super) fn zeroed(&mut self, device: &CudaDevice, count: usize, dtype: DType) -> Result<&mut CudaStorage> {
         self.of_new(device, count, || cuda::zeros(device, count, dtype))
     }
 
@@ -158,7 +149,7 @@ impl Buffer {
     ) -> Result<&mut CudaStorage> {
         if self.storage.as_ref().is_none_or(|(_, len)| *len < count) {
             if cuda::is_capturing(device)? {
-                bail!("{OP}: expected a call of these sizes before the one that is captured, which cannot allocate");
+                bail!("{OP}: expected a step of these sizes before the one that is captured, which cannot allocate");
             }
             self.replace(Some((allocate()?, count)));
         }

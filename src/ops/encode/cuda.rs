@@ -29,6 +29,9 @@ pub(crate) const THREADS: u32 = 128;
 /// Keys of which each has a block of threads for its sub-vector.
 const FEW: usize = 4;
 
+/// Shared memory for centroids that such a block may have.
+const STAGED_BYTES: usize = 32 << 10;
+
 /// Which of those kernels to take: the length it is compiled for, 0 for any, and the sub-vectors that a block covers.
 ///
 /// With less to do than a block of threads has hands, a warp a sub-vector is sooner done.
@@ -84,14 +87,20 @@ pub(super) fn launch(
         n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
         augmented: u32::from(plan.phi.is_some()),
     });
-    let (name, tile) = match nearest_kernel(plan.pq_len, n) {
-        _ if n <= FEW => ("few".to_string(), 1),
-        (len, tile) => (format!("len{len}"), tile),
+    let (name, tile, shared) = match nearest_kernel(plan.pq_len, n) {
+        _ if n <= FEW => {
+            // Rows as far apart as in `nearest_by_warp`.
+            let columns = plan.pq_len + usize::from(plan.phi.is_some());
+            let bytes = n_centroids * (columns | 4) * size_of::<f32>();
+            let is_staged = columns.is_multiple_of(4) && bytes <= STAGED_BYTES;
+            ("few".to_string(), 1, if is_staged { bytes } else { 0 })
+        }
+        (len, tile) => (format!("len{len}"), tile, 0),
     };
     let kernel = Kernel::new(device, Module::Encode, format!("encode_{}_{name}", cuda::suffix(dtype)))?;
     let launch = kernel.launch().input(keys)?.input(centroids)?.input(phi)?;
     let launch = launch.input_or_null(weights.map(|(weights, _)| weights))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.codes))?;
     let launch = launch.input_or_null(coarse.as_ref().map(|coarse| coarse.centroids))?;
-    launch.output(codes)?.value(&params).run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, 0)
+    launch.output(codes)?.value(&params).run([n.div_ceil(tile), pq_dim, b * h_kv], THREADS, shared)
 }

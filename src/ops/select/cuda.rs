@@ -1,11 +1,8 @@
-use std::sync::LazyLock;
-
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::{Plan, Selected, OP};
 use crate::cuda::{self, u32_of, DeviceView, Kernel, Module, Params, Step};
-use crate::ops::decode::{Buffer, Workspace};
 use crate::ops::{indices_and_weights, score};
 
 /// `kernels/select.cu`
@@ -50,9 +47,6 @@ const MAX_NUMBERS: usize = 1 << 26;
 /// Keys that are certain to be left of all runs, at most: with more, and with half of the candidates, single launches are faster.
 const MAX_FINALISTS: usize = 16_384;
 
-/// What the blocks of a call leave each other, for each stream. A call follows the one before, and what it counts in is zero again.
-static WORKSPACE: LazyLock<Workspace> = LazyLock::new(Workspace::default);
-
 pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<Option<(Selected, Option<Tensor>)>> {
     let [query, ..] = inputs;
     if !query.device().is_cuda() {
@@ -70,15 +64,18 @@ pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<O
     let mut lens = cuda::output(device, (b, h), DType::U32)?;
     let mut weights = cuda::output(device, lists.as_slice(), DType::F32)?;
     let mut dense = is_dense.then(|| cuda::output(device, (b, h, geometry.n), DType::F32)).transpose()?;
-    WORKSPACE.with(device, |buffers| {
+    let mut finalists = cuda::output(device, selector.finalists_len(), DType::U32)?;
+    let done = cuda::with_counts(device, |arrived| {
         let (storages, places) = cuda::lock(&inputs.map(Some));
         let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
         let of = |place: Option<usize>| storages[place.unwrap_or(0)];
         let inputs = [of(places[0]), of(places[1]), of(places[2])];
         let outputs = [&mut indices, &mut lens, &mut weights];
-        let between = [&mut buffers.finalists, &mut buffers.arrived];
-        selector.run((step, candidates), None, inputs, between, outputs, dense.as_mut())
+        selector.run((step, candidates), None, inputs, [&mut finalists, arrived], outputs, dense.as_mut())
     })?;
+    if done.is_none() {
+        return Ok(None);
+    }
     let tensor = |storage, dims: &[usize]| {
         Tensor::from_storage(Storage::Cuda(storage), dims.to_vec(), BackpropOp::none(), false)
     };
@@ -113,9 +110,11 @@ impl Selector {
         let (rows, runs) = (b * h, n.div_ceil(RUN).max(1));
         let shared_bytes = (TILE + pq_dim * n_centroids) * size_of::<f32>();
         let is_few = runs <= MAX_RUNS && runs.saturating_mul(k) <= MAX_FINALISTS.min(n / 2);
-        let room = RUN.min(k + SLACK);
+        let room = k + SLACK;
         let finalists_len = rows.saturating_mul(runs).saturating_mul(1 + 2 * room);
-        let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes && rows <= 65_535 && finalists_len <= MAX_NUMBERS;
+        let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes
+            && rows <= cuda::MAX_COUNTS.min(65_535)
+            && finalists_len <= MAX_NUMBERS;
         let share = lists.geometry.n.div_ceil(runs).checked_next_multiple_of(4).map(u32::try_from);
         // Positions are counted by all threads of a block at once.
         let is_counted = lists.geometry.n <= u32::MAX as usize - THREADS as usize;
@@ -151,20 +150,26 @@ impl Selector {
         }))
     }
 
+    /// Numbers that blocks leave each other: for each list and run a count, and two for each finalist.
+    pub(crate) fn finalists_len(&self) -> usize {
+        self.finalists_len
+    }
+
+    /// Lists, of each of which the blocks are counted.
+    pub(crate) fn lists(&self) -> usize {
+        self.rows
+    }
+
     /// Selects of the candidates of `step`, of sequences of `lens`, or else of so many.
     pub(crate) fn run(
         &self,
         (step, candidates): (Step, usize),
         lens: Option<&CudaStorage>,
         [query, codes, centroids]: [&CudaStorage; 3],
-        [finalists, arrived]: [&mut Buffer; 2],
+        [finalists, arrived]: [&mut CudaStorage; 2],
         [indices, list_lens, weights]: [&mut CudaStorage; 3],
         dense: Option<&mut CudaStorage>,
     ) -> Result<()> {
-        let (_, device) = cuda::kind(query);
-        // For each list and run a count, and two numbers for each finalist.
-        let finalists = finalists.of(device, self.finalists_len, DType::U32)?;
-        let arrived = arrived.zeroed(device, self.rows, DType::U32)?;
         let params = Params(Select { step, candidates: candidates as u64, ..self.params });
         let launch = self.kernel.launch().input(query)?.input(codes)?.input(centroids)?.input_or_null(lens)?;
         let launch = launch.output(finalists)?.output(arrived)?.output(indices)?.output(weights)?.output(list_lens)?;
