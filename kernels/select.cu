@@ -347,10 +347,10 @@ __device__ __noinline__ u32 load_far(const u32* of_runs, const u32* before, u32 
 __device__ void write_lists(const u32* lens, const Finalists& all, u32* indices, float* weights, u32* list_lens, float* dense,
                             u32* histogram, const Select& p) {
   u32 *const kept_ranks = reinterpret_cast<u32*>(shared), *const kept_keys = kept_ranks + KEPT;
-  __shared__ u32 before[MAX_RUNS + 1], counts[WARPS];
-  __shared__ u32 least, most, n_open;
+  __shared__ u32 before[MAX_RUNS + 1];
+  __shared__ u32 least, most, n_open, window_from;
   __shared__ u64 open[MAX_OPEN];
-  const u32 row = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u32 row = blockIdx.y, lane = threadIdx.x % 32;
   const u32 n = static_cast<u32>(p.step.length(lens, row / p.h)), runs = p.runs_of(p.candidates_of(n, lens));
   const u64 first_run = static_cast<u64>(row) * p.runs;
   const u32* const ranks = all.ranks + first_run * p.room;
@@ -405,35 +405,26 @@ __device__ void write_lists(const u32* lens, const Finalists& all, u32* indices,
     indices[i] = position, weights[i] = position == PADDING ? 0.0f : 1.0f;
     if (dense && position != PADDING) dense[position] = 1;
   };
-  // A warp's finalists follow each other, its lanes take turns at them: they are counted, and then listed, by the same code, which
-  // runs sooner the second time.
-  const u32 of_warp = (total + THREADS - 1) / THREADS * 32, begin = warp * of_warp, end = min(begin + of_warp, total);
-  u32 next = 0, heavy = 0;
+  // A thread's finalists follow each other. They are counted, and then listed, by the same code, which runs sooner the second time.
+  const u32 of_thread = (total + THREADS - 1) / THREADS, begin = threadIdx.x * of_thread, end = min(begin + of_thread, total);
+  u32 next = 0;
 #pragma unroll 1
   for (bool lists = false;; lists = true) {
 #pragma unroll 1
-    for (u32 i = begin + lane; i - lane < end; i += 32) {
-      // That of a selected key which is neither in sink nor window.
-      u32 position = PADDING;
-      if (i < end && order(i) >= last.low) {
-        position = init_offset + (i < KEPT ? kept_keys[i] : load_far(keys, before, p.room, i));
-      }
-      const bool is_listed = position >= sink && position < window_start;
-      const u32 are_listed = __ballot_sync(ALL_LANES, is_listed);
-      if (lists && is_listed) put(next + __popc(are_listed & ((1u << lane) - 1)), position);
-      next += __popc(are_listed);
+    for (u32 i = begin; i < end; i++) {
+      if (order(i) < last.low) continue;
+      const u32 position = init_offset + (i < KEPT ? kept_keys[i] : load_far(keys, before, p.room, i));
+      if (position < sink || position >= window_start) continue;
+      if (lists) put(next, position);
+      next++;
     }
     if (lists) break;
-    if (lane == 0) counts[warp] = next;
-    __syncthreads();
-    next = sink;
-#pragma unroll
-    for (u32 w = 0; w < WARPS; w++) {
-      if (w == warp) next += heavy;
-      heavy += counts[w];
-    }
+    const u32 listed = next;
+    next = sink + sum_before<THREADS, 1>(listed);
+    if (threadIdx.x == THREADS - 1) window_from = next + listed;
   }
-  const u32 window_from = sink + heavy, len = window_from + (n - window_start);
+  __syncthreads();
+  const u32 len = window_from + (n - window_start);
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < p.list_len; i += THREADS) {
     if (i < sink) put(i, i);
