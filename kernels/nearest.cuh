@@ -174,7 +174,7 @@ constexpr int MAX_COLUMNS = 260;  // a multiple of four
 // Bytes of shared memory that the launch asked for.
 __device__ inline u32 dynamic_shared_bytes() {
   u32 bytes;
-  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(bytes));
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
   return bytes;
 }
 

@@ -7,8 +7,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result};
 
 use super::{is_capturing, zeros};
 
-/// As many as a grid has rows, always: graphs that were captured go on using them.
-pub(crate) const MAX_COUNTS: usize = 1 << 16;
+/// As many as a grid may have rows, always: graphs that were captured go on using them.
+pub(crate) const MAX_COUNTS: usize = 65_535;
 
 thread_local! {
     /// By the numbers of the device and of the stream.

@@ -112,9 +112,8 @@ impl Selector {
         let is_few = runs <= MAX_RUNS && runs.saturating_mul(k) <= MAX_FINALISTS.min(n / 2);
         let room = k + SLACK;
         let finalists_len = rows.saturating_mul(runs).saturating_mul(1 + 2 * room);
-        let fits = shared_bytes + STATIC_BYTES <= gpu.shared_bytes
-            && rows <= cuda::MAX_COUNTS.min(65_535)
-            && finalists_len <= MAX_NUMBERS;
+        let fits =
+            shared_bytes + STATIC_BYTES <= gpu.shared_bytes && rows <= cuda::MAX_COUNTS && finalists_len <= MAX_NUMBERS;
         let share = lists.geometry.n.div_ceil(runs).checked_next_multiple_of(4).map(u32::try_from);
         // Positions are counted by all threads of a block at once.
         let is_counted = lists.geometry.n <= u32::MAX as usize - THREADS as usize;
