@@ -162,9 +162,11 @@ fn encode_of_few_keys() -> Result<()> {
         for (n, dtype) in (1..=5).zip([DType::F32, DType::F16, DType::BF16, DType::F32, DType::F32]) {
             let columns = pq_len + usize::from(augmented);
             let [keys, cpu_keys] = pair(&mut rng, &gpu, &[2, 2, n, 3 * pq_len], dtype, Strides::Contiguous)?;
-            let dims = [2, 2, 3, 1 << bits, columns + 6];
+            let dims = [2, 2, 3, 1 << bits, columns + 8];
             let [wide, cpu_wide] = pair(&mut rng, &gpu, &dims, DType::F32, Strides::Contiguous)?;
+            // As large as norms are.
             let [phi, cpu_phi] = pair(&mut rng, &gpu, &[2, 2, 3], DType::F32, Strides::Contiguous)?;
+            let (phi, cpu_phi) = ((phi * 40.0)?, (cpu_phi * 40.0)?);
             for (first, whole) in [(0, true), (0, false), (1, false), (4, false)] {
                 let of = |wide: &Tensor| {
                     let part = wide.narrow(4, first, columns)?;
@@ -424,41 +426,50 @@ fn select_of_next_to_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A captured call, replayed between others of other shapes, on a thread that called before, and on one that did not.
+/// A captured call, replayed between others of other shapes: on a thread that called before, in one launch, and on one that did not,
+/// in those of single ops.
 #[test]
 fn captured_selects_equal_eager_ones() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(write);
-    let run = |gpu: &Device, is_first: bool| -> Result<()> {
+    // Returns how much was captured.
+    let run = |gpu: &Device, is_first: bool| -> Result<usize> {
         let mut rng = Rng(44);
-        let [codes, _] = codes(&mut rng, gpu, &[2, 2, 20_000, 2], 64, Strides::Contiguous)?;
-        let [centroids, _] = pair(&mut rng, gpu, &[2, 2, 2, 64, 16], DType::F32, Strides::Contiguous)?;
-        let [queries, _] = pair(&mut rng, gpu, &[2, 8, 10, 32], DType::F32, Strides::Contiguous)?;
+        let [codes, cpu_codes] = codes(&mut rng, gpu, &[2, 2, 20_000, 2], 64, Strides::Contiguous)?;
+        let [centroids, cpu_centroids] = pair(&mut rng, gpu, &[2, 2, 2, 64, 16], DType::F32, Strides::Contiguous)?;
+        let [queries, cpu_queries] = pair(&mut rng, gpu, &[2, 8, 10, 32], DType::F32, Strides::Contiguous)?;
         let geometry = Geometry { n: 20_100, sink: 4, window: 64, init_offset: 4 };
-        let select = |query: &Tensor, k: usize| ops::select_dense(query, &codes, &centroids, k, geometry);
         let query = queries.narrow(2, 0, 1)?.contiguous()?;
+        let lens = Tensor::zeros((2, 8), DType::U32, gpu)?;
         let indices = Tensor::zeros((2, 8, 4 + 100 + 64), DType::U32, gpu)?;
         let dense = Tensor::zeros((2, 8, 20_100), DType::F32, gpu)?;
         if !is_first {
-            select(&query, 100)?;
+            ops::select(&query, &codes, &centroids, 100, geometry)?;
         }
         let graph = capture(gpu, || {
-            let (selected, by_position) = select(&query, 100)?;
+            let (selected, by_position) = ops::select_dense(&query, &codes, &centroids, 100, geometry)?;
+            lens.slice_set(&selected.lens, 0, 0)?;
             indices.slice_set(&selected.indices, 0, 0)?;
             dense.slice_set(&by_position, 0, 0)
         })?;
         for step in 0..10 {
             query.slice_set(&queries.narrow(2, step, 1)?.contiguous()?, 0, 0)?;
-            select(&query.narrow(0, 1, 1)?.repeat((2, 1, 1, 1))?, 7)?;
+            let few = codes.narrow(0, 1, 1)?.narrow(2, 0, 9000 * (step % 2) + 5000)?;
+            ops::select(&query.narrow(0, 1, 1)?, &few, &centroids.narrow(0, 1, 1)?, 7, geometry)?;
             graph.launch().w()?;
-            let (want, by_position) = select(&query, 100)?;
-            assert_same_integers(&format!("step {step}"), &indices, &want.indices);
-            assert_same_bits(&format!("step {step}"), &dense, &by_position.to_device(&Device::Cpu)?)?;
+            let cpu_query = cpu_queries.narrow(2, step, 1)?;
+            let (want, by_position) = ops::select_dense(&cpu_query, &cpu_codes, &cpu_centroids, 100, geometry)?;
+            let what = format!("step {step}");
+            assert_same_integers(&what, &lens, &want.lens);
+            assert_same_integers(&what, &indices, &want.indices);
+            assert_same_bits(&what, &dense, &by_position)?;
         }
-        Ok(())
+        nodes(&graph)
     };
-    run(&gpu, false)?;
+    let in_one = run(&gpu, false)?;
     let on_a_thread = std::thread::spawn(move || run(&Device::new_cuda(0)?, true));
-    on_a_thread.join().expect("a thread that ends")
+    let in_several = on_a_thread.join().expect("a thread that ends")?;
+    assert!(in_one < in_several, "{in_one} nodes, and {in_several} of single ops");
+    Ok(())
 }
 
 /// Steps whose lists are those of `select` as candidates grow into a second run and go back, one by one and replayed, in a cache with
@@ -1291,6 +1302,14 @@ fn capture(gpu: &Device, launch: impl FnOnce() -> Result<()>) -> Result<CudaGrap
     let graph = stream.end_capture(flags).w();
     launched?;
     Ok(graph?.expect("a graph that is not empty"))
+}
+
+/// What a graph launches, allocates and frees.
+fn nodes(graph: &CudaGraph) -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: the graph is borrowed; without a place for the nodes only their number is written.
+    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }.result().w()?;
+    Ok(count)
 }
 
 /// A step that is captured once and replayed as the sequence grows, to the end of the cache's room and beyond, against

@@ -3,16 +3,19 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use candle_core::{CudaDevice, CudaStorage, DType, Result};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::{CudaDevice, CudaStorage, Result};
 
-use super::{is_capturing, zeros};
+use super::is_capturing;
 
-/// As many as a grid may have rows, always: graphs that were captured go on using them.
+/// As many as a grid may have rows. They never become more, and so stay where they are: graphs that were captured, which the thread
+/// replays that captured them, go on using them.
 pub(crate) const MAX_COUNTS: usize = 65_535;
 
 thread_local! {
-    /// By the numbers of the device and of the stream.
-    static COUNTS: RefCell<HashMap<[usize; 2], CudaStorage>> = RefCell::default();
+    /// By the numbers of the device and of the stream: memory alone, which keeps the stream but nothing else of a device.
+    static COUNTS: RefCell<HashMap<[usize; 2], CudaSlice<u32>>> = RefCell::default();
 }
 
 /// Calls `launch` with [`MAX_COUNTS`] numbers that are 0, and that what it launches leaves at 0. No other launch uses them
@@ -26,13 +29,16 @@ pub(crate) fn with_counts<T>(
 ) -> Result<Option<T>> {
     let stream = device.cuda_stream();
     let key = [stream.context().ordinal(), stream.cu_stream().addr()];
-    COUNTS.with_borrow_mut(|all| {
-        if !all.contains_key(&key) {
-            if is_capturing(device)? {
-                return Ok(None);
-            }
-            all.insert(key, zeros(device, MAX_COUNTS, DType::U32)?);
-        }
-        all.get_mut(&key).map(launch).transpose()
-    })
+    let kept = COUNTS.with_borrow_mut(|all| all.remove(&key));
+    let counts = match kept {
+        Some(counts) => counts,
+        None if is_capturing(device)? => return Ok(None),
+        None => device.alloc_zeros(MAX_COUNTS)?,
+    };
+    let mut storage = CudaStorage { slice: CudaStorageSlice::U32(counts), device: device.clone() };
+    let done = launch(&mut storage);
+    if let CudaStorageSlice::U32(counts) = storage.slice {
+        COUNTS.with_borrow_mut(|all| all.insert(key, counts));
+    }
+    done.map(Some)
 }

@@ -17,8 +17,8 @@ const OP: &str = "select";
 /// [`topk`](super::topk()) and [`indices_and_weights`](super::indices_and_weights()) in one call, with the same result to the bit.
 ///
 /// On a GPU it takes one launch, which leaves no scores in memory, where the tables of a query head fit a block's shared memory
-/// and the candidates of a sequence are at most 524,288 and many more than `k`; otherwise, and where the first call of a thread is
-/// captured as a graph, those of the three.
+/// and the candidates of a sequence are at most 524,288 and many more than `k`; otherwise, and where a call
+/// is captured as a graph before the thread has made one on the device's stream, those of the three.
 ///
 /// # Shapes
 /// - `query`: `[b, h, 1, head_dim]`, f32, f16 or bf16
