@@ -79,9 +79,6 @@ struct alignas(4 * WIDTH) Floats {
 template <u32 WIDTH>
 __device__ inline Floats<WIDTH> load_floats(const float* from) { return *reinterpret_cast<const Floats<WIDTH>*>(from); }
 
-// Floats between keys in shared memory: lanes that read four of a key each meet in no bank.
-__device__ inline u32 stride_of(u32 columns) { return (columns + 3) / 4 * 4 | 4; }
-
 // Some centroids of a table, side by side.
 struct Table {
   const float* centroids;  // [rows, columns]

@@ -75,6 +75,9 @@ __device__ inline u64 place_of(u64 position, const u32* pages) {
 // Has what is at `from` come to the second-level cache.
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
+// Floats between rows in shared memory, of so many each: lanes that read four of a row each meet in no bank.
+__device__ inline u32 stride_of(u32 columns) { return (columns + 3) / 4 * 4 | 4; }
+
 __device__ inline u64 ceil_div(u64 x, u64 y) { return (x + y - 1) / y; }
 
 __device__ inline float widen(float x) { return x; }

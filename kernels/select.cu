@@ -251,7 +251,7 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   float* const tables = shared + TILE;
   const Tables<T> of_head = {query + p.query.at(b, head), centroids + p.centroids.at(b, kv),
                              {p.centroids.strides[2], p.centroids.strides[3], p.centroids.strides[4]},
-                             entries, p.pq_len, 31u - __clz(p.n_centroids), shared, (p.pq_len + 3) / 4 * 4 | 4};
+                             entries, p.pq_len, 31u - __clz(p.n_centroids), shared, stride_of(p.pq_len)};
   // A warp's candidates follow each other, its lanes take turns at them.
   const u32 first = run * RUN + warp * EACH * 32 + lane;
   const u8* const of_row = codes + p.codes.at(b, kv);
@@ -338,10 +338,15 @@ __device__ void find_finalists(const T* query, const u8* codes, const float* cen
   }
 }
 
-// What is behind those that are kept in shared memory, of the finalists of a list: seldom any, so that its code is out of the way.
-__device__ __noinline__ u32 load_far(const u32* of_runs, const u32* before, u32 room, u32 i) {
+// Where the `i`-th of a list's finalists is, if `before` counts those in front of each run's.
+__device__ inline u64 place_in_runs(const u32* before, u32 room, u32 i) {
   const u32 run = segment_of<MAX_RUNS>(before, i);
-  return __ldcg(&of_runs[u64{run} * room + (i - before[run])]);
+  return u64{run} * room + (i - before[run]);
+}
+
+// One behind those that are kept in shared memory: seldom any, so that its code is out of the way.
+__device__ __noinline__ u32 load_far(const u32* of_runs, const u32* before, u32 room, u32 i) {
+  return __ldcg(&of_runs[place_in_runs(before, room, i)]);
 }
 
 __device__ void write_lists(const u32* lens, const Finalists& all, u32* indices, float* weights, u32* list_lens, float* dense,
@@ -365,8 +370,7 @@ __device__ void write_lists(const u32* lens, const Finalists& all, u32* indices,
   u32 lowest = UINT32_MAX, highest = 0;
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < total; i += THREADS) {
-    const u32 run = segment_of<MAX_RUNS>(before, i);
-    const u64 at = u64{run} * p.room + (i - before[run]);
+    const u64 at = place_in_runs(before, p.room, i);
     const u32 rank = __ldcg(&ranks[at]), key = __ldcg(&keys[at]);
     if (i < KEPT) kept_ranks[i] = rank, kept_keys[i] = key;
     lowest = min(lowest, rank), highest = max(highest, rank);

@@ -64,6 +64,12 @@ fn codes(rng: &mut Rng, gpu: &Device, dims: &[usize], n_centroids: usize, stride
     Ok([cpu.to_device(gpu)?, cpu])
 }
 
+/// A forward of queries of `h` heads, and behind them keys and values of `h_kv` each, in one tensor.
+fn forward_of(attn: &PqAttention, [h, h_kv]: [usize; 2], qkv: &Tensor, cache: &mut PqKvCache) -> Result<Tensor> {
+    let (q, k) = (qkv.narrow(1, 0, h)?, qkv.narrow(1, h, h_kv)?);
+    attn.forward(&q, &k, &qkv.narrow(1, h + h_kv, h_kv)?, cache)
+}
+
 #[track_caller]
 fn assert_same_integers(what: &str, got: &Tensor, want: &Tensor) {
     assert_eq!(got.dims(), want.dims(), "{what}");
@@ -491,10 +497,7 @@ fn selected_lists_of_a_cache_that_grows() -> Result<()> {
     };
     let attn = PqAttention::new(config, 0.125)?;
     let all = pair(&mut rng, &gpu, &[1, h + 2 * h_kv, prompt + steps, d], DType::F32, Strides::Contiguous)?;
-    let forward = |qkv: &Tensor, cache: &mut PqKvCache| {
-        let (q, k) = (qkv.narrow(1, 0, h)?, qkv.narrow(1, h, h_kv)?);
-        attn.forward(&q, &k, &qkv.narrow(1, h + h_kv, h_kv)?, cache)
-    };
+    let forward = |qkv: &Tensor, cache: &mut PqKvCache| forward_of(&attn, [h, h_kv], qkv, cache);
     let read = |all: &Tensor| -> Result<PqKvCache> {
         let mut cache = attn.new_cache([1, h_kv, d], 20_000, DType::F32, all.device())?;
         cache.append(
@@ -1482,10 +1485,7 @@ fn forks_equal_caches_of_their_own() -> Result<()> {
         let mut rng = Rng(25);
         let config = PqConfig { pq_dim, pq_bits: 5, coarse: 32, tail, selection, ..PqConfig::default() };
         let attn = PqAttention::new(config, 0.125)?;
-        let forward = |qkv: &Tensor, cache: &mut PqKvCache| {
-            let (q, k) = (qkv.narrow(1, 0, h)?, qkv.narrow(1, h, h_kv)?);
-            attn.forward(&q, &k, &qkv.narrow(1, h + h_kv, h_kv)?, cache)
-        };
+        let forward = |qkv: &Tensor, cache: &mut PqKvCache| forward_of(&attn, [h, h_kv], qkv, cache);
         let mut draw = |s| {
             Ok::<_, candle_core::Error>(
                 pair(&mut rng, &gpu, &[1, h + 2 * h_kv, s, d], DType::BF16, STRIDES[0])?[0].clone(),

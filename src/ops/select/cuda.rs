@@ -60,29 +60,27 @@ pub(super) fn run(plan: &Plan, inputs: [&Tensor; 3], is_dense: bool) -> Result<O
     let geometry = plan.lists.geometry;
     let step = Step::of_geometry(geometry, plan.k);
     let lists = [b, h, plan.lists.list_len];
-    let mut indices = cuda::output(device, lists.as_slice(), DType::U32)?;
-    let mut lens = cuda::output(device, (b, h), DType::U32)?;
-    let mut weights = cuda::output(device, lists.as_slice(), DType::F32)?;
-    let mut dense = is_dense.then(|| cuda::output(device, (b, h, geometry.n), DType::F32)).transpose()?;
-    let mut finalists = cuda::output(device, selector.finalists_len(), DType::U32)?;
-    let done = cuda::with_counts(device, |arrived| {
-        let (storages, places) = cuda::lock(&inputs.map(Some));
-        let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
-        let of = |place: Option<usize>| storages[place.unwrap_or(0)];
-        let inputs = [of(places[0]), of(places[1]), of(places[2])];
-        let outputs = [&mut indices, &mut lens, &mut weights];
-        selector.run((step, candidates), None, inputs, [&mut finalists, arrived], outputs, dense.as_mut())
-    })?;
-    if done.is_none() {
-        return Ok(None);
-    }
-    let tensor = |storage, dims: &[usize]| {
-        Tensor::from_storage(Storage::Cuda(storage), dims.to_vec(), BackpropOp::none(), false)
-    };
-    let dense = dense.map(|dense| tensor(dense, &[b, h, geometry.n]));
-    let selected =
-        Selected { indices: tensor(indices, &lists), lens: tensor(lens, &[b, h]), weights: tensor(weights, &lists) };
-    Ok(Some((selected, dense)))
+    cuda::with_counts(device, |arrived| {
+        let mut indices = cuda::output(device, lists.as_slice(), DType::U32)?;
+        let mut lens = cuda::output(device, (b, h), DType::U32)?;
+        let mut weights = cuda::output(device, lists.as_slice(), DType::F32)?;
+        let mut dense = is_dense.then(|| cuda::output(device, (b, h, geometry.n), DType::F32)).transpose()?;
+        let mut finalists = cuda::output(device, selector.finalists_len(), DType::U32)?;
+        {
+            let (storages, places) = cuda::lock(&inputs.map(Some));
+            let storages = storages.iter().map(|storage| cuda::storage_of(OP, storage)).collect::<Result<Vec<_>>>()?;
+            let of = |place: Option<usize>| storages[place.unwrap_or(0)];
+            let inputs = [of(places[0]), of(places[1]), of(places[2])];
+            let outputs = [&mut indices, &mut lens, &mut weights];
+            selector.run((step, candidates), None, inputs, [&mut finalists, arrived], outputs, dense.as_mut())?;
+        }
+        let tensor = |storage, dims: &[usize]| {
+            Tensor::from_storage(Storage::Cuda(storage), dims.to_vec(), BackpropOp::none(), false)
+        };
+        let dense = dense.map(|dense| tensor(dense, &[b, h, geometry.n]));
+        let (indices, weights) = (tensor(indices, &lists), tensor(weights, &lists));
+        Ok((Selected { indices, lens: tensor(lens, &[b, h]), weights }, dense))
+    })
 }
 
 /// The launch of a plan.
