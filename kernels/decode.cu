@@ -10,9 +10,10 @@
 // `search` runs all blocks at once, a block a multiprocessor, each with the tables in its shared memory. Scores stay where they are
 // made, there too as far as there is room; a team meets where one of its blocks needs what others found:
 // 1. scores: entries added up for each key. By KV head a block's softmax statistics, by query head the histograms.
-// 2. shares, by KV head: each head's softmax, whose sum over the group is a key's mass, and the masses' histogram.
-// 3. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, those in lower ones add
-//    to the tail's mass of their cluster, and those in the bin stay open.
+// 2. shares, by KV head: each head's softmax, whose sum over the group is a key's mass, and the masses' histogram. All shares
+//    add to the tail's mass of their cluster.
+// 3. selection: the histogram says in which bin the selection ends. Keys in higher bins are listed, and those in the bin stay
+//    open; by KV head both are taken out of the tail. By query head keys in lower bins add to it now.
 //
 // `attend`: each block ranks the open keys of its lists, which says at which of them the selection ends. Then it attends to
 // what it listed, to its part of the sinks and of the window, and to some of the clusters. The last block of a bundle brings

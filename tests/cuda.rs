@@ -1062,16 +1062,19 @@ fn decode_of_many_shapes() -> Result<()> {
 }
 
 /// Keys that are all alike, whose scores tie, and keys that outweigh all others: more ties than are ranked at once. And one key far
-/// against the queries, beside which rounding leaves no difference between all others.
+/// against the queries, beside which rounding leaves no difference between all others. With one key selected most of what outweighs
+/// others is in the tail.
 #[test]
 fn decode_of_ties_and_peaks() -> Result<()> {
     let (_guard, gpu) = gpu_or_skip!(read);
-    for selection in [Selection::PerQueryHead, Selection::PerKvHead] {
+    let selections = [Selection::PerQueryHead, Selection::PerKvHead];
+    for (selection, heavy) in selections.into_iter().flat_map(|selection| [(selection, 50), (selection, 1)]) {
         for (factor, same, against) in
             [(1.0, true, 0.0), (40.0, false, 0.0), (0.0, false, 0.0), (1e-3, true, 1e5), (1e-3, true, 1e8)]
         {
             let mut rng = Rng(5);
-            let config = PqConfig { heavy: Heavy::Keys(50), pq_bits: 6, coarse: 32, selection, ..PqConfig::default() };
+            let config =
+                PqConfig { heavy: Heavy::Keys(heavy), pq_bits: 6, coarse: 32, selection, ..PqConfig::default() };
             let attn = PqAttention::new(config, 0.125)?;
             let n = 4000;
             let [keys, _] = pair(&mut rng, &gpu, &[1, 2, n, 64], DType::F32, Strides::Contiguous)?;
@@ -1093,7 +1096,7 @@ fn decode_of_ties_and_peaks() -> Result<()> {
             let last = |x: &Tensor| x.narrow(2, n - 1, 1);
             let got = attn.forward(&query, &last(&keys)?, &last(&values)?, &mut caches[0])?;
             let want = attn.forward(&cpu_query, &last(&cpu_keys)?, &last(&cpu_values)?, &mut caches[1])?;
-            let what = format!("{selection:?} times {factor}, all alike: {same}, one against: {against}");
+            let what = format!("{selection:?} of {heavy} times {factor}, all alike: {same}, one against: {against}");
             assert_close(&what, &got, &want, 2e-3);
         }
     }

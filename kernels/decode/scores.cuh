@@ -30,8 +30,6 @@ struct Scores {
   u32 bundles;
   u64 room;
 
-  __device__ bool are_shared(u32 local, u32 bundle) const { return local * bundles + bundle < n_shared; }
-
   // The `local`-th chunk of this block, the `chunk`-th of all.
   __device__ void load(u32 local, u32 chunk, u32 bundle, Entry<HEADS> (&x)[EACH]) const {
     const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
@@ -43,9 +41,9 @@ struct Scores {
       for (u32 j = 0; j < EACH; j++) x[j] = global[bundle * room + chunk * CHUNK + j * 32 + lane];
     }
   }
-  __device__ Entry<HEADS> one(u32 local, u32 chunk, u32 bundle, u32 j) const {
-    const u32 at = local * bundles + bundle, key = j * 32 + threadIdx.x % 32;
-    return at < n_shared ? shared[at * CHUNK + key] : global[bundle * room + chunk * CHUNK + key];
+  __device__ Entry<HEADS> one(u32 local, u32 bundle, u32 position) const {
+    const u32 at = local * bundles + bundle, slot = score_slot(position);
+    return at < n_shared ? shared[at * CHUNK + slot % CHUNK] : global[bundle * room + slot];
   }
   __device__ void store(u32 local, u32 chunk, u32 bundle, const Entry<HEADS> (&x)[EACH]) const {
     const u32 at = local * bundles + bundle, lane = threadIdx.x % 32;
@@ -196,43 +194,78 @@ __device__ inline float shift_of(Stats all) { return all.largest + log2f(all.sum
 // The same bits wherever a share is made: what is counted in a bin is looked for there later.
 __device__ inline float share_of(float score, float scale, float shift) { return exp2_approx(__fmaf_rn(score, scale, -shift)); }
 
-// Turns the scores of a lane's keys from `at` on into shares of their heads' softmax, 0 for those that are no candidates.
-template <int HEADS>
-__device__ inline void to_shares(Entry<HEADS> (&x)[EACH], u32 at, const float* shifts, const Part& part, const Decode& p) {
-  const float scale = p.scale * LOG2_E;
-#pragma unroll
-  for (int h = 0; h < HEADS; h++) {
-    const float shift = shifts[h];
-#pragma unroll
-    for (u32 j = 0; j < EACH; j++) {
-      const bool is_candidate = at + j >= part.begin && at + j < part.end;
-      x[j].x[h] = is_candidate ? share_of(x[j].x[h], scale, shift) : 0;
+// The sums over a key's heads of their shares, for the block's keys, a chunk at a time: in shared memory as far as there is room.
+struct Masses {
+  float* shared;
+  float* global;  // of the row
+  u32 n_shared;   // chunks
+
+  // Of the keys from `at` on, which are in the `local`-th chunk of this block.
+  __device__ void load(u32 local, u32 at, float (&x)[EACH]) const {
+    const float4 four = local < n_shared ? *reinterpret_cast<const float4*>(&shared[local * CHUNK + at % CHUNK])
+                                         : *reinterpret_cast<const float4*>(&global[at]);
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+  }
+  __device__ void store(u32 local, u32 at, const float (&x)[EACH]) const {
+    const float4 four = {x[0], x[1], x[2], x[3]};
+    if (local < n_shared) {
+      *reinterpret_cast<float4*>(&shared[local * CHUNK + at % CHUNK]) = four;
+    } else {
+      *reinterpret_cast<float4*>(&global[at]) = four;
     }
   }
-}
+  __device__ float one(u32 local, u32 position) const {
+    return local < n_shared ? shared[local * CHUNK + position % CHUNK] : global[position];
+  }
+};
+static_assert(EACH == 4);
 
-// Counts the sums over a key's heads of their shares in `histogram`. Scores in shared memory become shares.
+// Makes shares of the block's scores. Their sums over a key's heads are kept in `masses` and counted in `histogram`, and all are
+// added to the tail, in units of 1 / factor, from which those of selected keys are taken later. `clusters` are the row's codes.
 template <int HEADS>
-__device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, u32* histogram, const MassBins& bins,
-                           const Part& part, const Decode& p) {
+__device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, const Masses& masses, u32* histogram,
+                           const MassBins& bins, u32* tail_units, const TailUnits& units, float factor,
+                           const u8* clusters, const u32* pages, const Part& part, const Decode& p) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u32 at = part.position(0);
-  for (u32 i = 0; at - lane * EACH < part.end; at = part.position(++i)) {
-    float mass[EACH] = {};
-    for (u32 bundle = 0; bundle < p.bundles; bundle++) {
-      Entry<HEADS> x[EACH];
-      scores.load(i * WARPS + warp, at / CHUNK, bundle, x);
-      to_shares<HEADS>(x, at, shifts + bundle * HEADS, part, p);
-#pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-#pragma unroll
-        for (u32 j = 0; j < EACH; j++) mass[j] += x[j].x[h];
-      }
-      if (scores.are_shared(i * WARPS + warp, bundle)) scores.store(i * WARPS + warp, at / CHUNK, bundle, x);
-    }
+  const float scale = p.scale * LOG2_E;
+  const auto load_clusters = [&](u32 at) {
+    if (!p.has_tail || at >= part.end) return 0u;
+    return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, pages)));
+  };
+  u32 at = part.position(0), next_clusters = load_clusters(at);
+  for (u32 i = 0; at - lane * EACH < part.end;) {
+    const u32 local = i * WARPS + warp, later = part.position(++i), words = next_clusters;
+    next_clusters = load_clusters(later);
+    bool is_candidate[EACH];
+    float cuts[EACH], mass[EACH] = {};
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {
-      atomicAdd(&histogram[bins.of(mass[j])], at + j >= part.begin && at + j < part.end ? 1 : 0);
+      is_candidate[j] = at + j >= part.begin && at + j < part.end;
+      cuts[j] = at + j < part.sink ? -INFINITY : units.cut_of(at + j);
     }
+    for (u32 bundle = 0; bundle < p.bundles; bundle++) {
+      Entry<HEADS> x[EACH];
+      scores.load(local, at / CHUNK, bundle, x);
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        const float shift = shifts[bundle * HEADS + h];
+#pragma unroll
+        for (u32 j = 0; j < EACH; j++) {
+          x[j].x[h] = is_candidate[j] ? share_of(x[j].x[h], scale, shift) : 0;
+          mass[j] += x[j].x[h];
+        }
+      }
+      if (!p.has_tail) continue;
+#pragma unroll
+      for (u32 j = 0; j < EACH; j++) {
+        u32* const of_cluster = &tail_units[bundle * HEADS * MAX_CLUSTERS + (words >> j * 8 & 0xff)];
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) atomicAdd(of_cluster + h * MAX_CLUSTERS, units.of(x[j].x[h], factor, cuts[j]));
+      }
+    }
+#pragma unroll
+    for (u32 j = 0; j < EACH; j++) atomicAdd(&histogram[bins.of(mass[j])], is_candidate[j] ? 1 : 0);
+    masses.store(local, at, mass);
+    at = later;
   }
 }

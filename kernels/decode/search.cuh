@@ -25,13 +25,14 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];
   __shared__ ScoreBins score_bins[HEADS];
   __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
+  u32* const histogram = reinterpret_cast<u32*>(rows + p.histogram_at);
+  for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   const Part part = part_of_block<HEADS, BY_KV>(p);
   const Sequence& sequence = p.sequences[part.sequence];
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 heads = BY_KV ? p.group : part.heads, n_lists = BY_KV ? 1 : part.heads;
   const u32 first_list = BY_KV ? part.row : part.head_of_all(p);
   const u32 bundles = BY_KV ? p.bundles : 1, first_bundle = part.bundle_of_all(p);
-  u32* const histogram = reinterpret_cast<u32*>(rows + p.histogram_at);
   u32* const tail_units = reinterpret_cast<u32*>(rows);  // [heads, MAX_CLUSTERS]
   const Scores<HEADS> scores = {reinterpret_cast<Entry<HEADS>*>(histogram + LISTS * N_BINS),
                                 reinterpret_cast<Entry<HEADS>*>(all_scores) + part.scores_at(p), p.shared_chunks, bundles,
@@ -47,7 +48,6 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   CodesAhead ahead = {codes, clusters, sequence.code_pages};
   u32 at = part.position(0);
   const u32 k = static_cast<u32>(p.step.selected(part.n));
-  for (u32 i = threadIdx.x; i < LISTS * N_BINS; i += THREADS) histogram[i] = 0;
   for (u32 bundle = 0; bundle < bundles; bundle++) {
     ahead.load(at, 0, part, p);
     load_tables<HEADS>(own_tables + bundle * table_entries(p), own_bounds + bundle * table_units(p) * BOUNDS, rows,
@@ -68,9 +68,17 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
       }
     }
   }
+  const u32 per_warp = sequence.per_warp, per_split = per_warp * WARPS;
+  const float scale = p.scale * LOG2_E;
+  const TailUnits units(per_split);
   MassBins mass_bins;
+  // By KV head no key that is not selected has a larger mass than this: those that are have no less, and all masses sum to `group`.
+  float limit = 1.001f * p.group / max(k, 1u), factor = 1;
+  const Masses kept = {reinterpret_cast<float*>(tail_units + bundles * HEADS * MAX_CLUSTERS), masses + part.masses_at(p),
+                       (p.histogram_at / u32{sizeof(float)} - bundles * HEADS * MAX_CLUSTERS) / CHUNK};
   if constexpr (BY_KV) {
     meet(&first_search.arrived, part.splits, 1);
+    for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
     for (u32 head = warp; head < p.bundles * HEADS; head += WARPS) {
       const Stats all = find_stats<HEADS>(stats, first_bundle + head / HEADS, head % HEADS, part.splits);
       const float shift = head < p.group ? shift_of(all) : INFINITY;  // a share of 0
@@ -81,12 +89,15 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
     float best = 0;
     for (u32 head = 0; head < p.group; head++) best += best_shares[head];
     mass_bins = MassBins(0.5f * p.group / max(part.end - part.begin, 1u), best);
-    add_shares<HEADS>(scores, shifts, histogram, mass_bins, part, p);
+    limit = fminf(limit, best);
+    factor = __fdividef(1, limit);
+    add_shares<HEADS>(scores, shifts, kept, histogram, mass_bins, tail_units, units, factor, clusters, sequence.code_pages,
+                      part, p);
   }
   add_histograms<LISTS, N_BINS>(histogram, k, n_lists, &first_search);
   meet(&first_search.arrived, part.splits, BY_KV ? 2 : 1);
 
-  for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
+  for (u32 i = threadIdx.x; !BY_KV && p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
   const auto counts = [&](u32 list) { return searches[first_list + min(list, n_lists - 1)].histogram; };
   find_bins<THREADS, LISTS, N_BINS>(counts, k, found_bin, found_wanted);
   u32 bin[LISTS];
@@ -96,44 +107,40 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   for (u32 list = 0; list < LISTS; list++) {
     bin[list] = list < n_lists ? found_bin[list] : MAX_BINS;
     bins[list] = score_bins[BY_KV ? 0 : list];
-    top[list] = BY_KV ? mass_bins.top_of(bin[list]) : bins[list].top_of(bin[list]);
+    top[list] = BY_KV ? limit : bins[list].top_of(bin[list]);
     edge[list] = BY_KV ? mass_bins.edge_of(bin[list]) : bins[list].edge_of(bin[list]);
   }
-  const u32 per_warp = sequence.per_warp, per_split = per_warp * WARPS;
-  const TailUnits units(per_split);
-  const float scale = p.scale * LOG2_E;
   u32 n_sure[LISTS] = {}, n_open[LISTS] = {};
+  const auto list_at = [&](u32 list) {
+    const u32 of_sequence = BY_KV ? part.kv : part.first_head + list;
+    return lists + sequence.lists_before + ((static_cast<u64>(of_sequence) * part.splits + part.split) * WARPS + warp) * per_warp;
+  };
   at = part.position(0);
   const auto load_clusters = [&](u32 at) {
-    if (!p.has_tail || at >= part.end) return 0u;
+    if (BY_KV || !p.has_tail || at >= part.end) return 0u;
     return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, sequence.code_pages)));
   };
   u32 next_clusters = load_clusters(at);
-  // As they are, or by KV head shares.
-  const auto load_ranked = [&](u32 local, u32 at, u32 bundle, Entry<HEADS>(&x)[EACH]) {
-    scores.load(local, at / CHUNK, bundle, x);
-    if (BY_KV && !scores.are_shared(local, bundle)) to_shares<HEADS>(x, at, shifts + bundle * HEADS, part, p);
-  };
   for (u32 i = 0; at - lane * EACH < part.end;) {
     const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i);
     const u32 words = next_clusters;
     next_clusters = load_clusters(later);
-    Entry<HEADS> x[EACH];
-    float ranked[LISTS][EACH] = {};
-    for (u32 bundle = 0; bundle < bundles; bundle++) {
-      load_ranked(local, at, bundle, x);
+    float ranked[LISTS][EACH];
+    if constexpr (BY_KV) {
+      kept.load(local, at, ranked[0]);
+    } else {
+      Entry<HEADS> x[EACH];
+      scores.load(local, chunk, 0, x);
 #pragma unroll
-      for (int h = 0; h < HEADS; h++) {
+      for (u32 list = 0; list < LISTS; list++) {
 #pragma unroll
-        for (u32 j = 0; j < EACH; j++) ranked[BY_KV ? 0 : h][j] += x[j].x[h];  // in the order of add_shares
+        for (u32 j = 0; j < EACH; j++) ranked[list][j] = x[j].x[list];
       }
     }
     u32 below[LISTS] = {};  // a bit a key
 #pragma unroll
     for (u32 list = 0; list < LISTS; list++) {
-      const u32 of_sequence = BY_KV ? part.kv : part.first_head + list;
-      u32* const own =
-          lists + sequence.lists_before + ((static_cast<u64>(of_sequence) * part.splits + part.split) * WARPS + warp) * per_warp;
+      u32* const own = list_at(list);
 #pragma unroll
       for (u32 j = 0; j < EACH; j++) {
         const u32 position = at + j;
@@ -147,49 +154,60 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
         const u32 all_sure = __ballot_sync(ALL_LANES, is_sure), all_open = __ballot_sync(ALL_LANES, is_open);
         const u32 before = (1u << lane) - 1;
         if (is_sure) own[n_sure[list] + __popc(all_sure & before)] = position;
-        if (is_open) {
-          // For `attend`: where it is, its rank, and what it weighs.
-          own[per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
-          Search& search = searches[first_list + list];
-          const u32 slot = atomicAdd(&search.n_open, 1);
-          if (slot < KEPT<BY_KV>) search.open[slot] = rank_of(x, position);
-          if (BY_KV) masses[part.masses_at(p) + position] = x;
-          for (u32 bundle = 0; bundle < bundles; bundle++) {
-            Entry<HEADS> entry = scores.one(local, chunk, bundle, j);
-            if (BY_KV && !scores.are_shared(local, bundle)) {
-#pragma unroll
-              for (int h = 0; h < HEADS; h++) entry.x[h] = share_of(entry.x[h], scale, shifts[bundle * HEADS + h]);
-            }
-            float* const to = scores.global[bundle * scores.room + score_slot(position)].x;
-#pragma unroll
-            for (u32 h = 0; h < HEADS; h++) {
-              if (BY_KV || h == list) to[h] = entry.x[h];
-            }
-          }
-        }
+        if (is_open) own[per_warp - 1 - (n_open[list] + __popc(all_open & before))] = position;
         n_sure[list] += __popc(all_sure);
         n_open[list] += __popc(all_open);
       }
     }
-    if (p.has_tail) {
-      for (u32 bundle = 0; bundle < bundles; bundle++) {
-        if (bundles > 1) load_ranked(local, at, bundle, x);
+    if (!BY_KV && p.has_tail) {
 #pragma unroll
-        for (u32 j = 0; j < EACH; j++) {
-          u32* const of_cluster = &tail_units[bundle * HEADS * MAX_CLUSTERS + (words >> j * 8 & 0xff)];
-          const float cut = units.cut_of(at + j);
+      for (u32 j = 0; j < EACH; j++) {
+        u32* const of_cluster = &tail_units[words >> j * 8 & 0xff];
+        const float cut = units.cut_of(at + j);
 #pragma unroll
-          for (int h = 0; h < HEADS; h++) {
-            const u32 list = BY_KV ? 0 : h;
-            // Of the largest weight that there may be up to the end of the bin.
-            const float weight = BY_KV ? x[j].x[h] : exp2_approx((x[j].x[h] - top[list]) * scale);
-            const float factor = BY_KV ? __fdividef(1, top[0]) : 1;
-            atomicAdd(of_cluster + h * MAX_CLUSTERS, units.of(weight, factor, below[list] >> j & 1 ? cut : -INFINITY));
-          }
+        for (u32 list = 0; list < LISTS; list++) {
+          // Of the largest weight that there may be up to the end of the bin.
+          const float weight = exp2_approx((ranked[list][j] - top[list]) * scale);
+          atomicAdd(of_cluster + list * MAX_CLUSTERS, units.of(weight, 1, below[list] >> j & 1 ? cut : -INFINITY));
         }
       }
     }
     at = later;
+  }
+  // What else there is to do about the keys of the lists, a key a lane. Lanes wrote the positions for each other.
+  __syncwarp();
+#pragma unroll
+  for (u32 list = 0; list < LISTS; list++) {
+    const u32* const own = list_at(list);
+    Search& search = searches[first_list + list];
+    for (u32 i = lane; i < n_open[list] + (BY_KV && p.has_tail ? n_sure[list] : 0); i += 32) {
+      const bool is_open = i < n_open[list];
+      const u32 position = is_open ? own[per_warp - 1 - i] : own[i - n_open[list]];
+      const u32 local = position / CHUNK / part.splits;
+      if (is_open) {
+        // For `attend`: its rank and what it is ranked by; below what it weighs.
+        const float x = BY_KV ? kept.one(local, position) : scores.one(local, 0, position).x[list];
+        const u32 slot = atomicAdd(&search.n_open, 1);
+        if (slot < KEPT<BY_KV>) search.open[slot] = rank_of(x, position);
+        if (BY_KV) masses[part.masses_at(p) + position] = x;
+      }
+      float* const to = scores.global[score_slot(position)].x;
+      if constexpr (BY_KV) {
+        const u32 cluster = p.has_tail ? clusters[place_of(position, sequence.code_pages)] : 0;
+        const float cut = position < part.sink ? -INFINITY : units.cut_of(position);
+        for (u32 bundle = 0; bundle < bundles; bundle++) {
+          const Entry<HEADS> entry = scores.one(local, bundle, position);
+#pragma unroll
+          for (u32 h = 0; h < HEADS; h++) {
+            const float share = share_of(entry.x[h], scale, shifts[bundle * HEADS + h]);
+            if (is_open) to[bundle * scores.room * HEADS + h] = share;
+            if (p.has_tail) atomicSub(&tail_units[(bundle * HEADS + h) * MAX_CLUSTERS + cluster], units.of(share, factor, cut));
+          }
+        }
+      } else {
+        to[list] = scores.one(local, 0, position).x[list];
+      }
+    }
   }
   if (lane == 0) {
 #pragma unroll
