@@ -15,7 +15,11 @@ constexpr u32 ROW_BYTES = 128;
 template <int HEADS>
 __device__ void load_tables(const Entry<HEADS>* from, const float* bounds, u8* rows, ScoreBins* bins, const Decode& p) {
   constexpr u32 SLOTS = ROW_BYTES / sizeof(Entry<HEADS>), COPIES = SLOTS / SUBSPACES, AHEAD = 4;
-  __shared__ float far_of[HEADS];
+  // Of sums of codes' entries, and of the clusters': the least, the most, the largest magnitude.
+  struct Range {
+    float low, high, magnitude;
+  };
+  __shared__ Range ranges[2][HEADS];
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 of_subspaces = p.pq_dim * p.n_centroids, rows_of_codes = p.pq_dim / SUBSPACES * p.n_centroids;
   Entry<HEADS>* const to = reinterpret_cast<Entry<HEADS>*>(rows);
@@ -40,20 +44,19 @@ __device__ void load_tables(const Entry<HEADS>* from, const float* bounds, u8* r
   load_ahead(threadIdx.x);
   const bool has_cluster = threadIdx.x < p.n_clusters;
   const Entry<HEADS> of_cluster = load(of_subspaces + threadIdx.x, has_cluster);
-  if (warp < HEADS) {
+  if (warp < 2 * HEADS) {
     // What one warp left of two units is a lane's: those of a subspace lie side by side.
     constexpr u32 AT_ONCE = 32 / UNIT_WARPS;
-    const u32 units = units_of_codes(p), all_units = table_units(p), chunks = p.pq_dim / SUBSPACES;
-    float high = 0, low = 0, magnitude = 0;
-    for (u32 chunk = 0; chunk <= chunks; chunk++) {
-      const bool is_of_clusters = chunk == chunks;
-      if (is_of_clusters && p.n_clusters == 0) continue;
-      const u32 end = is_of_clusters ? all_units : (chunk + 1) * units;
+    const bool is_of_clusters = warp >= HEADS;
+    const u32 units = units_of_codes(p), chunks = p.pq_dim / SUBSPACES, head = warp % HEADS;
+    Range range = {};
+    for (u32 chunk = is_of_clusters ? chunks : 0; chunk < chunks + (is_of_clusters && p.n_clusters); chunk++) {
+      const u32 end = is_of_clusters ? table_units(p) : (chunk + 1) * units;
       float x = -INFINITY, y = -INFINITY;
 #pragma unroll
       for (u32 i = 0; i < MAX_CLUSTERS / OF_UNIT; i += AT_ONCE) {
         const u32 unit = chunk * units + i + lane / UNIT_WARPS;
-        const float* const of_head = bounds + (unit * 2 * HEADS + warp) * UNIT_WARPS + lane % UNIT_WARPS;
+        const float* const of_head = bounds + (unit * 2 * HEADS + head) * UNIT_WARPS + lane % UNIT_WARPS;
         if (unit < end) x = fmaxf(x, __ldg(of_head)), y = fmaxf(y, __ldg(of_head + HEADS * UNIT_WARPS));
       }
 #pragma unroll
@@ -69,19 +72,24 @@ __device__ void load_tables(const Entry<HEADS>* from, const float* bounds, u8* r
           z += __shfl_xor_sync(ALL_LANES, z, lanes);
         }
       }
-      high += x, low -= y, magnitude += z;
+      range.low -= y, range.high += x, range.magnitude += z;
     }
-    if (lane == 0) {
-      // Adding and taking away 1.5 * 2^23 units rounds to a unit.
-      const int exponent = static_cast<int>(__float_as_uint(magnitude) >> 23) - 126 - 23;
-      far_of[warp] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23) * 0x1.8p23f;
-      if (bins) bins[warp] = ScoreBins(fminf(fmaxf(low, -1e38f), 1e38f), fminf(fmaxf(high, -1e38f), 1e38f));
-    }
+    if (lane == 0) ranges[is_of_clusters][head] = range;
   }
   __syncthreads();  // and the tables of the bundle before have been read
   float far[HEADS];
 #pragma unroll
-  for (int h = 0; h < HEADS; h++) far[h] = far_of[h];
+  for (int h = 0; h < HEADS; h++) {
+    // Adding and taking away 1.5 * 2^23 units rounds to a unit.
+    const float magnitude = ranges[0][h].magnitude + ranges[1][h].magnitude;
+    const int exponent = static_cast<int>(__float_as_uint(magnitude) >> 23) - 126 - 23;
+    far[h] = __uint_as_float(static_cast<u32>(min(max(exponent, -100), 100) + 127) << 23) * 0x1.8p23f;
+  }
+  if (bins && threadIdx.x < HEADS) {
+    const Range codes = ranges[0][threadIdx.x], clusters = ranges[1][threadIdx.x];
+    const float low = codes.low + clusters.low, high = codes.high + clusters.high;
+    bins[threadIdx.x] = ScoreBins(fminf(fmaxf(low, -1e38f), 1e38f), fminf(fmaxf(high, -1e38f), 1e38f));
+  }
   const auto rounded = [&](Entry<HEADS> entry) {
 #pragma unroll
     for (int h = 0; h < HEADS; h++) entry.x[h] = __fsub_rn(__fadd_rn(entry.x[h], far[h]), far[h]);
