@@ -51,10 +51,8 @@ struct Sequence {
 };
 
 struct BeginStep {
-  Sequence sequences[MAX_SEQUENCES];
-  Source sources[MAX_SEQUENCES];
   u64 init_offset;
-  u64 block;  // keys
+  u32 block;  // keys
   u32 n_sequences;  // that grow
   u32 n_sources;
   u32 h_kv;
@@ -66,6 +64,9 @@ struct BeginStep {
   u32 pq_len;
   u32 n_centroids;
   u32 n_clusters;
+  // Behind what all blocks ask for first, as in decode/layout.cuh.
+  Source sources[MAX_SEQUENCES];
+  Sequence sequences[MAX_SEQUENCES];
 };
 
 // Centroids, [TILE], and behind these the keys of a group.
@@ -348,9 +349,10 @@ __device__ u32 append(u32* lengths, const BeginStep& p) {
     bool is_due = false;
     if (threadIdx.x < p.n_sequences) {
       const Sequence& own = p.sequences[threadIdx.x];
-      const u64 before = *own.len, length = before + 1;
-      lengths[threadIdx.x] = static_cast<u32>(before);
-      is_due = own.codes && before < own.capacity && length > p.init_offset && (length - p.init_offset) % p.block == 0;
+      // Where there is room a length and its successor fit 32 bits, for which a division is short: all threads wait for it.
+      const u32 before = *own.len, quantized = before + 1 - static_cast<u32>(p.init_offset);
+      lengths[threadIdx.x] = before;
+      is_due = own.codes && before < own.capacity && before >= p.init_offset && quantized % p.block == 0;
     }
     const u32 due = __ballot_sync(ALL_LANES, is_due);
     if (threadIdx.x == 0) all_due = due;
@@ -371,7 +373,7 @@ __device__ u32 append(u32* lengths, const BeginStep& p) {
 // The codes of the sequences in `all_due`, and their values' share of the clusters' sums. All blocks share them.
 template <class T>
 __device__ void index(u32 all_due, const u32* lengths, const BeginStep& p) {
-  const u32 rows = __popc(all_due) * p.h_kv, block = static_cast<u32>(p.block);
+  const u32 rows = __popc(all_due) * p.h_kv, block = p.block;
   u32* const met = p.sequences[0].met;
   for (u32 begin = 0, turn = 0; begin < block; begin += KEYS) {
     const u32 n = min(KEYS, block - begin), groups = (n + GROUP - 1) / GROUP;

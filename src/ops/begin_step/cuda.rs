@@ -32,10 +32,8 @@ pub(crate) struct Source {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct BeginStep {
-    sequences: [Sequence; MAX_SEQUENCES],
-    sources: [Source; MAX_SEQUENCES],
     init_offset: u64,
-    block: u64,
+    block: u32,
     n_sequences: u32,
     n_sources: u32,
     h_kv: u32,
@@ -47,6 +45,8 @@ struct BeginStep {
     pq_len: u32,
     n_centroids: u32,
     n_clusters: u32,
+    sources: [Source; MAX_SEQUENCES],
+    sequences: [Sequence; MAX_SEQUENCES],
 }
 
 const TENSORS: usize = 13;
@@ -173,10 +173,9 @@ pub(crate) fn launch(
     };
     let Tables { h_kv, group, heads, bundles, head_dim, pq_dim, n_centroids, n_clusters } = tables;
     let mut params = BeginStep {
-        sequences: [Sequence::NONE; MAX_SEQUENCES],
-        sources: [Source::NONE; MAX_SEQUENCES],
         init_offset: due.init_offset as u64,
-        block: due.block as u64,
+        // More keys than a length can count are never due.
+        block: u32::try_from(due.block).unwrap_or(u32::MAX),
         n_sequences: u32_of(OP, "sequences", together.len())?,
         n_sources: u32_of(OP, "sequences", sources.len())?,
         h_kv: u32_of(OP, "h_kv", h_kv)?,
@@ -188,6 +187,8 @@ pub(crate) fn launch(
         pq_len: u32_of(OP, "pq_len", head_dim.checked_div(pq_dim).unwrap_or(0))?,
         n_centroids: u32_of(OP, "n_centroids", n_centroids)?,
         n_clusters: u32_of(OP, "n_clusters", n_clusters)?,
+        sources: [Source::NONE; MAX_SEQUENCES],
+        sequences: [Sequence::NONE; MAX_SEQUENCES],
     };
     params.sequences[..together.len()].copy_from_slice(together);
     params.sources[..sources.len()].copy_from_slice(sources);

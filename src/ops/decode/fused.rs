@@ -35,7 +35,6 @@ struct Sequence {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Decode {
-    sequences: [Sequence; MAX_SEQUENCES],
     step: Step,
     n_sequences: u32,
     first_sequence: u32,
@@ -52,6 +51,7 @@ struct Decode {
     n_clusters: u32,
     has_tail: u32,
     scale: f32,
+    sequences: [Sequence; MAX_SEQUENCES],
 }
 
 /// Tensors of a cache that a sequence has addresses of, beside the query and the length; and all with those of its tables.
@@ -476,7 +476,6 @@ impl Shape {
         let wanted: Vec<_> = members.iter().map(|member| (member.len, useful(&member.sequence))).collect();
         let shares = share(gpu.multiprocessors / self.teams(), &wanted);
         let mut decode = Decode {
-            sequences: [Sequence::NONE; MAX_SEQUENCES],
             step: plan.step,
             n_sequences: members.len() as u32,
             first_sequence: u32_of(OP, "b", first)?,
@@ -493,6 +492,7 @@ impl Shape {
             n_clusters: u32_of(OP, "n_clusters", self.n_clusters)?,
             has_tail: u32::from(self.has_tail),
             scale: plan.attend.scale,
+            sequences: [Sequence::NONE; MAX_SEQUENCES],
         };
         let (mut room_before, mut lists_before, mut first_block, mut chunks) = (0, 0, 0, 0);
         for ((to, Member { sequence: from, .. }), splits) in decode.sequences.iter_mut().zip(members).zip(shares) {
