@@ -123,26 +123,35 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const u32 n_own = min(share, p.n_clusters - first_cluster);
   const u32 tail_heads = BY_KV ? p.group : part.heads;  // of a block of `search`
   const u64 tail_first = (static_cast<u64>(part.sequence) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
-  if (p.has_tail) {
+  // So many lanes a cluster and head that each adds up two splits: with many splits a block has few clusters.
+  const u32 shift = splits > 2 ? 31 - __clz(splits - 1) : 0, adders = 1 << shift, together = (BLOCK >> shift) / HEADS;
+  u32 split_units[2], split_count;
+  const auto load_tail = [&](u32 from) {
+    const u32 adder = tid % adders, head = (tid >> shift) % HEADS, i = from + (tid >> shift) / HEADS;
+    const u32 c = first_cluster + min(i, n_own - 1), all = head < part.heads ? splits : 0;
+    const u32* const of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
+    split_count = sequence.counts[part.kv * p.n_clusters + c];
+#pragma unroll
+    for (u32 k = 0; k < 2; k++) {
+      const u32 other = k * adders + adder;
+      split_units[k] = other < all ? of_split[other * tail_heads * MAX_CLUSTERS] : 0;
+    }
+  };
+  // Of this block's clusters, while others rank open keys. The first are on their way.
+  const auto add_tail = [&] {
+    for (u32 from = 0; from < n_own; from += together) {
+      if (from > 0) load_tail(from);
+      u64 units = u64{split_units[0]} + split_units[1];
+      for (u32 lanes = adders / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
+      const u32 i = from + (tid >> shift) / HEADS;
+      if (tid % adders == 0 && i < n_own) tail_units[(tid >> shift) % HEADS][i] = units, tail_counts[i] = split_count;
+    }
+  };
+  if (p.has_tail && n_own > 0) {
     // What the clusters' values sum to is on its way.
     const float* const own_sums = sequence.sums + (static_cast<u64>(part.kv) * p.n_clusters + first_cluster) * p.head_dim;
     for (u32 i = tid * 32; i < n_own * p.head_dim; i += BLOCK * 32) prefetch(own_sums + i);
-    // So many lanes a cluster and head that each adds up two splits: with many splits a block has few clusters.
-    const u32 shift = splits > 2 ? 31 - __clz(splits - 1) : 0, adders = 1 << shift, together = (BLOCK >> shift) / HEADS;
-    const u32 adder = tid % adders, head = (tid >> shift) % HEADS;
-    for (u32 from = 0; from < n_own; from += together) {
-      const u32 i = from + (tid >> shift) / HEADS, c = first_cluster + min(i, n_own - 1);
-      const u32* const of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
-      const u32 count = sequence.counts[part.kv * p.n_clusters + c], all = head < part.heads ? splits : 0;
-      u64 units = 0;
-#pragma unroll
-      for (u32 k = 0; k < 2; k++) {
-        const u32 other = k * adders + adder;
-        if (other < all) units += of_split[other * tail_heads * MAX_CLUSTERS];
-      }
-      for (u32 lanes = adders / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
-      if (adder == 0 && i < n_own) tail_units[head][i] = units, tail_counts[i] = count;
-    }
+    load_tail(0);
   }
   if (BY_KV && tid < HEADS) shifts[tid] = own_shift;
 #pragma unroll
@@ -200,7 +209,8 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const auto open_rank = [&](u32 position) { return position < part.sink ? 0 : rank_of(ranked[position], position); };
   const u32 n_listed = n_sure + n_open, n_resolved = min(n_sure + min(n_open, RESOLVED_OPEN), RESOLVED<BY_KV, D>);
   const auto resolve = [&] {
-    for (u32 i = tid % LIST_THREADS; i < n_resolved; i += LIST_THREADS) {
+    // From the last thread on: the first ones have open keys to rank.
+    for (u32 i = LIST_THREADS - 1 - tid % LIST_THREADS; i < n_resolved; i += LIST_THREADS) {
       const u32 position = position_of(i), at = place(position);
       places[list][i] = at;
       fetch(at);
@@ -254,6 +264,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     __syncthreads();  // positions lie where the digits were
     resolve();
   }
+  if (p.has_tail) add_tail();
   __syncthreads();
   if (p.has_tail) {
     // Those that are not selected, where they belong to one of this block's clusters.
@@ -376,24 +387,35 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       for (int j = 0; j < 8; j++) acc[h][j] = acc[h][j] * factor + weight * mean[j];
     }
   }
-  // A warp's groups together, then the warps.
+  // A warp's groups together, of all heads at once: exchanges wait for each other only where they must. Then the warps.
+  float largest[PER_GROUP];
+#pragma unroll
+  for (int h = 0; h < PER_GROUP; h++) largest[h] = top[h];
+#pragma unroll
+  for (u32 lanes = LANES; lanes < 32; lanes *= 2) {
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) largest[h] = fmaxf(largest[h], __shfl_xor_sync(ALL_LANES, largest[h], lanes));
+  }
 #pragma unroll
   for (int h = 0; h < PER_GROUP; h++) {
-    float larger = top[h];
-#pragma unroll
-    for (u32 lanes = LANES; lanes < 32; lanes *= 2) larger = fmaxf(larger, __shfl_xor_sync(ALL_LANES, larger, lanes));
-    const float factor = exp2_approx(top[h] - finite(larger));
+    const float factor = exp2_approx(top[h] - finite(largest[h]));
     sum[h] *= factor;
 #pragma unroll
-    for (u32 lanes = LANES; lanes < 32; lanes *= 2) sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], lanes);
+    for (int j = 0; j < 8; j++) acc[h][j] *= factor;
+  }
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      acc[h][j] *= factor;
+  for (u32 lanes = LANES; lanes < 32; lanes *= 2) {
 #pragma unroll
-      for (u32 lanes = LANES; lanes < 32; lanes *= 2) acc[h][j] += __shfl_xor_sync(ALL_LANES, acc[h][j], lanes);
+    for (int h = 0; h < PER_GROUP; h++) {
+      sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], lanes);
+#pragma unroll
+      for (int j = 0; j < 8; j++) acc[h][j] += __shfl_xor_sync(ALL_LANES, acc[h][j], lanes);
     }
-    if (lane < LANES) {
-      if (lane == 0) tops[warp][h] = larger, totals[warp][h] = sum[h];
+  }
+  if (lane < LANES) {
+#pragma unroll
+    for (int h = 0; h < PER_GROUP; h++) {
+      if (lane == 0) tops[warp][h] = largest[h], totals[warp][h] = sum[h];
       float4* to = &scratch[((warp * PER_GROUP + h) * D + e) / 4];
       to[0] = {acc[h][0], acc[h][1], acc[h][2], acc[h][3]};
       to[1] = {acc[h][4], acc[h][5], acc[h][6], acc[h][7]};
