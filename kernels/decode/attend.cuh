@@ -137,10 +137,11 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       split_units[k] = other < all ? of_split[other * tail_heads * MAX_CLUSTERS] : 0;
     }
   };
-  // Of this block's clusters, while others rank open keys. The first are on their way.
+  // Of this block's clusters, while others rank open keys. The first are on their way, where registers hold them.
+  constexpr bool IS_AHEAD = D <= 128;
   const auto add_tail = [&] {
     for (u32 from = 0; from < n_own; from += together) {
-      if (from > 0) load_tail(from);
+      if (from > 0 || !IS_AHEAD) load_tail(from);
       u64 units = u64{split_units[0]} + split_units[1];
       for (u32 lanes = adders / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
       const u32 i = from + (tid >> shift) / HEADS;
@@ -151,7 +152,7 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
     // What the clusters' values sum to is on its way.
     const float* const own_sums = sequence.sums + (static_cast<u64>(part.kv) * p.n_clusters + first_cluster) * p.head_dim;
     for (u32 i = tid * 32; i < n_own * p.head_dim; i += BLOCK * 32) prefetch(own_sums + i);
-    load_tail(0);
+    if (IS_AHEAD) load_tail(0);
   }
   if (BY_KV && tid < HEADS) shifts[tid] = own_shift;
 #pragma unroll
