@@ -29,7 +29,7 @@
       const float* tables,  /* [sequences, h_kv, bundles, entries, HEADS] */                               \
       const float* bounds,  /* [sequences, h_kv, bundles, units, UNIT_BOUNDS<HEADS>] */                    \
       float* scores,      /* of each sequence [h_kv, bundles, room, HEADS]; by KV head shares, of the open keys */ \
-      float* masses,      /* of each [h_kv, room], of the open keys; null by query head */                 \
+      float* masses,      /* of each [h_kv, room], of the open keys, and of what finds no shared memory; null by query head */ \
       Stats* stats,       /* [sequences, h_kv, bundles, MAX_SPLITS, HEADS] */                              \
       Search* searches,   /* [lists] */                                                                    \
       u32* lists,         /* of each sequence [its lists, its splits, WARPS, per_warp] */                  \

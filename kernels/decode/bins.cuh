@@ -23,7 +23,6 @@ struct MassBins {
     if (bin == 0) return 0;
     return __int_as_float(above < 0 ? max(low + above * (1 << LOWER_SHIFT), 0) : low + (above << shift));
   }
-  __device__ float top_of(u32 bin) const { return bottom_of(bin + 1); }
 
   // What is_below has instead of a bin.
   __device__ float edge_of(u32 bin) const { return bottom_of(bin); }

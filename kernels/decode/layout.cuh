@@ -93,8 +93,8 @@ struct Search {
   u64 open[MAX_KEPT];  // ranks of the first keys in the bin in which the selection ends
   u32 n_open;      // all of them
   u32 arrived;     // blocks that came to a meeting of the team
-  float top;       // upper end of that bin
-  u32 wanted;      // keys of it that are selected
+  float top;       // no key that is not selected ranks above: by query head the end of that bin
+  u32 wanted;      // keys of that bin that are selected
   float shifts[MAX_GROUP];  // by KV head: of each head's scores, to its shares
   u32 padding[4];
 };

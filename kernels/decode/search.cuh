@@ -21,7 +21,7 @@ template <int HEADS, bool BY_KV>
 __device__ void search(const float* tables, const float* bounds, float* all_scores, float* masses, Stats* stats,
                        Search* searches, u32* lists, Listed* listed, u32* tail, const Decode& p) {
   constexpr u32 LISTS = BY_KV ? 1 : HEADS, N_BINS = BINS<BY_KV>;
-  extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses; a histogram; scores
+  extern __shared__ __align__(128) u8 rows[];  // tables, and after these the tail's masses and the keys'; a histogram; scores
   __shared__ float shifts[MAX_GROUP], best_shares[MAX_GROUP];
   __shared__ ScoreBins score_bins[HEADS];
   __shared__ u32 found_bin[LISTS], found_wanted[LISTS];
@@ -72,7 +72,8 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   const float scale = p.scale * LOG2_E;
   const TailUnits units(per_split);
   MassBins mass_bins;
-  // By KV head no key that is not selected has a larger mass than this: those that are have no less, and all masses sum to `group`.
+  // By KV head no key that is not selected has a larger mass than this: those that are have no less, and all masses sum to `group`,
+  // within what is added here as long as scores times scale are below 2^14. Beyond, a mass above counts as this in the tail.
   float limit = 1.001f * p.group / max(k, 1u), factor = 1;
   const Masses kept = {reinterpret_cast<float*>(tail_units + bundles * HEADS * MAX_CLUSTERS), masses + part.masses_at(p),
                        (p.histogram_at / u32{sizeof(float)} - bundles * HEADS * MAX_CLUSTERS) / CHUNK};
