@@ -220,6 +220,17 @@ struct Masses {
 };
 static_assert(EACH == 4);
 
+// The clusters of a lane's keys from `at` on, a byte each; where there is no tail none.
+__device__ inline u32 load_clusters(const u8* clusters, const u32* pages, u32 at, const Part& part, const Decode& p) {
+  if (!p.has_tail || at >= part.end) return 0;
+  return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, pages)));
+}
+
+// The cut of a key in the tail, where sinks are not: they are attended to as they are.
+__device__ inline float cut_of(const TailUnits& units, u32 position, const Part& part) {
+  return position < part.sink ? -INFINITY : units.cut_of(position);
+}
+
 // Makes shares of the block's scores. Their sums over a key's heads are kept in `masses` and counted in `histogram`, and all are
 // added to the tail, in units of 1 / factor, from which those of selected keys are taken later. `clusters` are the row's codes.
 template <int HEADS>
@@ -228,20 +239,16 @@ __device__ void add_shares(const Scores<HEADS>& scores, const float* shifts, con
                            const u8* clusters, const u32* pages, const Part& part, const Decode& p) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float scale = p.scale * LOG2_E;
-  const auto load_clusters = [&](u32 at) {
-    if (!p.has_tail || at >= part.end) return 0u;
-    return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, pages)));
-  };
-  u32 at = part.position(0), next_clusters = load_clusters(at);
+  u32 at = part.position(0), next_clusters = load_clusters(clusters, pages, at, part, p);
   for (u32 i = 0; at - lane * EACH < part.end;) {
     const u32 local = i * WARPS + warp, later = part.position(++i), words = next_clusters;
-    next_clusters = load_clusters(later);
+    next_clusters = load_clusters(clusters, pages, later, part, p);
     bool is_candidate[EACH];
     float cuts[EACH], mass[EACH] = {};
 #pragma unroll
     for (u32 j = 0; j < EACH; j++) {
       is_candidate[j] = at + j >= part.begin && at + j < part.end;
-      cuts[j] = at + j < part.sink ? -INFINITY : units.cut_of(at + j);
+      cuts[j] = cut_of(units, at + j, part);
     }
     for (u32 bundle = 0; bundle < p.bundles; bundle++) {
       Entry<HEADS> x[EACH];

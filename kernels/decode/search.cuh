@@ -77,9 +77,13 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   float limit = 1.001f * p.group / max(k, 1u), factor = 1;
   const Masses kept = {reinterpret_cast<float*>(tail_units + bundles * HEADS * MAX_CLUSTERS), masses + part.masses_at(p),
                        (p.histogram_at / u32{sizeof(float)} - bundles * HEADS * MAX_CLUSTERS) / CHUNK};
+  // Where the tables were, as soon as no block needs them any more and before the tail is added up.
+  const auto clear_tail = [&] {
+    for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
+  };
   if constexpr (BY_KV) {
     meet(&first_search.arrived, part.splits, 1);
-    for (u32 i = threadIdx.x; p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
+    clear_tail();
     for (u32 head = warp; head < p.bundles * HEADS; head += WARPS) {
       const Stats all = find_stats<HEADS>(stats, first_bundle + head / HEADS, head % HEADS, part.splits);
       const float shift = head < p.group ? shift_of(all) : INFINITY;  // a share of 0
@@ -98,7 +102,7 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   add_histograms<LISTS, N_BINS>(histogram, k, n_lists, &first_search);
   meet(&first_search.arrived, part.splits, BY_KV ? 2 : 1);
 
-  for (u32 i = threadIdx.x; !BY_KV && p.has_tail && i < heads * MAX_CLUSTERS; i += THREADS) tail_units[i] = 0;
+  if (!BY_KV) clear_tail();
   const auto counts = [&](u32 list) { return searches[first_list + min(list, n_lists - 1)].histogram; };
   find_bins<THREADS, LISTS, N_BINS>(counts, k, found_bin, found_wanted);
   u32 bin[LISTS];
@@ -117,15 +121,12 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
     return lists + sequence.lists_before + ((static_cast<u64>(of_sequence) * part.splits + part.split) * WARPS + warp) * per_warp;
   };
   at = part.position(0);
-  const auto load_clusters = [&](u32 at) {
-    if (BY_KV || !p.has_tail || at >= part.end) return 0u;
-    return __ldg(reinterpret_cast<const u32*>(clusters + place_of(at, sequence.code_pages)));
-  };
-  u32 next_clusters = load_clusters(at);
+  const auto load_next = [&](u32 at) { return BY_KV ? 0 : load_clusters(clusters, sequence.code_pages, at, part, p); };
+  u32 next_clusters = load_next(at);
   for (u32 i = 0; at - lane * EACH < part.end;) {
     const u32 local = i * WARPS + warp, chunk = at / CHUNK, later = part.position(++i);
     const u32 words = next_clusters;
-    next_clusters = load_clusters(later);
+    next_clusters = load_next(later);
     float ranked[LISTS][EACH];
     if constexpr (BY_KV) {
       kept.load(local, at, ranked[0]);
@@ -195,7 +196,7 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
       float* const to = scores.global[score_slot(position)].x;
       if constexpr (BY_KV) {
         const u32 cluster = p.has_tail ? clusters[place_of(position, sequence.code_pages)] : 0;
-        const float cut = position < part.sink ? -INFINITY : units.cut_of(position);
+        const float cut = cut_of(units, position, part);
         for (u32 bundle = 0; bundle < bundles; bundle++) {
           const Entry<HEADS> entry = scores.one(local, bundle, position);
 #pragma unroll
