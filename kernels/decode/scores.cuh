@@ -188,8 +188,11 @@ __device__ Stats find_stats(const Stats* stats, u32 bundle, u32 head, u32 splits
   return reduce<32>(own[0]);
 }
 
-// What turns a score into its share of the softmax.
-__device__ inline float shift_of(Stats all) { return all.largest + log2f(all.sum); }
+// What turns a score into its share of the softmax: larger by what products and shifts may lose to rounding, so that all shares sum
+// to 1 at most. What a share weighs does not change, since it is 2^shift times the share.
+__device__ inline float shift_of(Stats all) {
+  return __fmaf_rn(fabsf(all.largest), 0x1p-22f, all.largest + log2f(all.sum));
+}
 
 // The same bits wherever a share is made: what is counted in a bin is looked for there later.
 __device__ inline float share_of(float score, float scale, float shift) { return exp2_approx(__fmaf_rn(score, scale, -shift)); }

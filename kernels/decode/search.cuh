@@ -72,8 +72,8 @@ __device__ void search(const float* tables, const float* bounds, float* all_scor
   const float scale = p.scale * LOG2_E;
   const TailUnits units(per_split);
   MassBins mass_bins;
-  // By KV head no key that is not selected has a larger mass than this: those that are have no less, and all masses sum to `group`,
-  // within what is added here as long as scores times scale are below 2^14. Beyond, a mass above counts as this in the tail.
+  // By KV head no key that is not selected has a larger mass than this: those that are have no less, and all masses sum to `group`
+  // at most, but for what is added here.
   float limit = 1.001f * p.group / max(k, 1u), factor = 1;
   const Masses kept = {reinterpret_cast<float*>(tail_units + bundles * HEADS * MAX_CLUSTERS), masses + part.masses_at(p),
                        (p.histogram_at / u32{sizeof(float)} - bundles * HEADS * MAX_CLUSTERS) / CHUNK};
