@@ -125,11 +125,11 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
   const u64 tail_first = (static_cast<u64>(part.sequence) * p.h + (BY_KV ? part.kv * p.group : part.first_head)) * MAX_CLUSTERS;
   // So many lanes a cluster and head that each adds up two splits: with many splits a block has few clusters.
   const u32 shift = splits > 2 ? 31 - __clz(splits - 1) : 0, adders = 1 << shift, together = (BLOCK >> shift) / HEADS;
-  const u32 adder = tid % adders, tail_head = (tid >> shift) % HEADS, tail_cluster = (tid >> shift) / HEADS;
   u32 split_units[2], split_count;
   const auto load_tail = [&](u32 from) {
-    const u32 c = first_cluster + min(from + tail_cluster, n_own - 1), all = tail_head < part.heads ? splits : 0;
-    const u32* const of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + tail_head : tail_head) * MAX_CLUSTERS + c;
+    const u32 adder = tid % adders, head = (tid >> shift) % HEADS, i = from + (tid >> shift) / HEADS;
+    const u32 c = first_cluster + min(i, n_own - 1), all = head < part.heads ? splits : 0;
+    const u32* const of_split = tail + tail_first * p.splits + (BY_KV ? part.bundle * HEADS + head : head) * MAX_CLUSTERS + c;
     split_count = sequence.counts[part.kv * p.n_clusters + c];
 #pragma unroll
     for (u32 k = 0; k < 2; k++) {
@@ -144,8 +144,8 @@ __device__ void attend(const float* scores, const float* masses, Search* searche
       if (from > 0 || !IS_AHEAD) load_tail(from);
       u64 units = u64{split_units[0]} + split_units[1];
       for (u32 lanes = adders / 2; lanes > 0; lanes /= 2) units += __shfl_xor_sync(ALL_LANES, units, lanes);
-      const u32 i = from + tail_cluster;
-      if (adder == 0 && i < n_own) tail_units[tail_head][i] = units, tail_counts[i] = split_count;
+      const u32 i = from + (tid >> shift) / HEADS;
+      if (tid % adders == 0 && i < n_own) tail_units[(tid >> shift) % HEADS][i] = units, tail_counts[i] = split_count;
     }
   };
   if (p.has_tail && n_own > 0) {
